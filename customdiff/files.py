@@ -1,0 +1,49 @@
+"""Write outputs whole or not at all: beside their place first, then renamed into it."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+INCOMING = ".incoming"
+
+
+@contextmanager
+def whole_folder(folder: Path | str) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` that replaces it when the block ends without an error.
+
+    A block that raises, or a process that is killed, leaves whatever stood at `folder` before.
+    What a killed process left beside it is cleared by the next call.
+    """
+    folder = Path(folder)
+    incoming = folder.with_name(f"{folder.name}{INCOMING}")
+    shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir(parents=True)
+    try:
+        yield incoming
+    except BaseException:
+        shutil.rmtree(incoming, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    incoming.rename(folder)
+
+
+@contextmanager
+def whole_file(path: Path | str) -> Iterator[Path]:
+    """Yield a path beside `path`; the file written there takes its place when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    incoming = path.with_name(f"{path.name}{INCOMING}")
+    try:
+        yield incoming
+    except BaseException:
+        incoming.unlink(missing_ok=True)
+        raise
+    incoming.replace(path)
+
+
+def sha256(path: Path | str) -> str:
+    """The SHA-256 of a file's bytes, in lower-case hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
