@@ -1,0 +1,104 @@
+"""A CLIP model as two functions: texts to unit vectors, images to unit vectors of the same space."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+
+from customdiff.errors import UserError
+
+try:  # the processor that works on PIL images: figures then do not depend on torchvision being installed
+    from transformers import CLIPImageProcessorPil as CLIPImageProcessor
+except ImportError:  # transformers before 5.4 has one class, and it is that one
+    from transformers import CLIPImageProcessor
+
+
+class Clip:
+    """A frozen CLIP (Radford et al. 2021) in fp32. Its cosines are dot products: every vector has norm 1."""
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: CLIPImageProcessor,
+        batch_size: int = 32,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.batch_size = batch_size
+
+    @classmethod
+    def load(
+        cls, name_or_path: str | Path, device: str | torch.device = "cpu", *, key: str = "evaluate.clip"
+    ) -> "Clip":
+        """Load from a folder or a Hub repository; weights from safetensors only, held as fp32.
+
+        Args:
+            name_or_path: a folder that `CLIPModel.save_pretrained` wrote, with tokenizer and image processor.
+            device: where the model runs.
+            key: the key of params.yaml that names the model, for the message of an error.
+
+        Raises:
+            UserError: nothing there can be loaded as a whole CLIP.
+        """
+        name = str(name_or_path)
+        try:
+            model, loading = CLIPModel.from_pretrained(
+                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            processor = CLIPImageProcessor.from_pretrained(name)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{key}: no CLIP can be loaded from {name!r}; give a folder or a Hub repository that holds "
+                f"a CLIPModel in safetensors, its tokenizer and its image processor ({reason})"
+            ) from error
+        if loading["missing_keys"]:  # transformers would fill them at random
+            raise UserError(
+                f"{key}: {name!r} lacks {len(loading['missing_keys'])} weights of a CLIPModel, such as "
+                f"{sorted(loading['missing_keys'])[0]}; give a whole CLIP, text and vision"
+            )
+        return cls(model.to(device), tokenizer, processor)
+
+    @torch.no_grad()
+    def text(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed texts, cut to the model's length: (N, D) float32, each row of norm 1."""
+        length = self.model.config.text_config.max_position_embeddings
+        rows = []
+        for batch in _batches(texts, self.batch_size):
+            tokens = self.tokenizer(
+                list(batch), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            )
+            pooled = self.model.text_model(
+                input_ids=tokens.input_ids.to(self.model.device),
+                attention_mask=tokens.attention_mask.to(self.model.device),
+            ).pooler_output
+            rows.append(self.model.text_projection(pooled))
+        return self._unit(rows)
+
+    @torch.no_grad()
+    def images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Embed images of any size and mode: (N, D) float32, each row of norm 1."""
+        rows = []
+        for batch in _batches(images, self.batch_size):
+            pixels = self.processor(images=[image.convert("RGB") for image in batch], return_tensors="pt")
+            pooled = self.model.vision_model(
+                pixel_values=pixels.pixel_values.to(self.model.device)
+            ).pooler_output
+            rows.append(self.model.visual_projection(pooled))
+        return self._unit(rows)
+
+    def _unit(self, rows: list[torch.Tensor]) -> np.ndarray:
+        if not rows:
+            return np.zeros((0, self.model.config.projection_dim), np.float32)
+        return torch.nn.functional.normalize(torch.cat(rows), dim=-1).cpu().numpy()
+
+
+def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
