@@ -40,7 +40,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     if name not in SCHEDULERS:
         raise UserError(f"scheduler: {name!r} is not known; use one of {', '.join([*SCHEDULERS, 'base'])}")
     config = dict(pipe.scheduler.config)
-    # Latents are not bound to -1..1: where the config is silent, the pixel models' default, to clip, is wrong.
+    # Latents are not bound to -1..1, so the classes' default, to clip, is wrong where the config is silent.
     changes = {"clip_sample": config.get("clip_sample", False)} if name in ("ddim", "ddpm") else {}
     if name == "dpmsolver++":
         changes["algorithm_type"] = "dpmsolver++"
