@@ -62,7 +62,9 @@ class Concept(Section):
     class_prompt: str = Field(min_length=1, description="what the subject is one of: `cat`; queries class images")
     instance_prompt: str = Field(description="caption of an instance image; {} stands for the modifier token")
     initializer_token: str | None = Field(
-        None, min_length=1, description="word whose embedding the token starts from; null: the class_prompt's words"
+        None,
+        min_length=1,
+        description="word whose embedding the token starts from; null: the class_prompt's words",
     )
 
     @field_validator("instance_prompt")
@@ -173,7 +175,8 @@ class Train(Section):
     """train: Custom Diffusion (sections 3.1 and 3.2 of the paper)."""
 
     freeze_model: Literal["crossattn_kv", "crossattn"] = Field(
-        "crossattn_kv", description="what trains: cross-attention keys and values, or all of cross-attention (faces)"
+        "crossattn_kv",
+        description="what trains: cross-attention keys and values, or all of cross-attention (faces)",
     )
     max_steps: int = Field(250, ge=1, description="optimizer steps")
     batch_size: int = Field(2, ge=1, description="instance images a step and process; as many class images beside")
@@ -206,10 +209,14 @@ class Train(Section):
 class Evaluate(Section):
     """evaluate: text and image alignment of the adapter and of the base model (section 4 of the paper)."""
 
-    prompts: str = Field("data/prompts", description="folder of <class>.txt, else default.txt; {} stands for the subject")
+    prompts: str = Field(
+        "data/prompts", description="folder of <class>.txt, else default.txt; {} stands for the subject"
+    )
     num_images: int = Field(4, ge=1, description="a prompt")
     batch_size: int = Field(8, ge=1, description="images drawn at a time")
-    scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler", "base"] = Field("ddim", description="base: the model's own")
+    scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler", "base"] = Field(
+        "ddim", description="base: the model's own"
+    )
     steps: int = Field(100, ge=1)
     guidance_scale: float = Field(6.0, ge=0)
     eta: Fraction = Field(1.0, description="noise of ddim; other schedulers ignore it")
@@ -257,7 +264,9 @@ def load(path: Path | str = "params.yaml") -> Params:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path}: cannot be read ({error}); run in the project folder, or `customdiff preset`") from error
+        raise ParamsError(
+            f"{path}: cannot be read ({error}); run in the project folder, or `customdiff preset`"
+        ) from error
     except yaml.YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -266,6 +275,17 @@ def load(path: Path | str = "params.yaml") -> Params:
         return Params.model_validate(raw)
     except ValidationError as error:
         raise ParamsError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from error
+
+
+def concept(params: Params, name: str) -> Concept:
+    """The concept of that name.
+
+    Raises:
+        ParamsError: there is none.
+    """
+    if name not in params.concepts:
+        raise ParamsError(f"concepts: there is no {name}; params.yaml has {', '.join(params.concepts)}")
+    return params.concepts[name]
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -303,5 +323,8 @@ def _keys_at(parents: list) -> list[str]:
     for part in parents:
         if part in model.model_fields:
             annotation = model.model_fields[part].annotation
-            model = next((a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, Section)), annotation)
+            model = next(
+                (a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, Section)),
+                annotation,
+            )
     return list(model.model_fields)

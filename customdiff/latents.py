@@ -1,0 +1,116 @@
+"""The prepared set of one concept: VAE moments, masks and captions, on disk and in memory.
+
+The reference encodes every image again at every step, which is 40 % of the step's arithmetic. The VAE is frozen, so
+the mean and deviation of its posterior are kept instead, and a latent is drawn from them afresh at every step.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from customdiff.errors import UserError
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """Views of N images with their captions.
+
+    Attributes:
+        mean, std: (N, C, h, w) float32, moments of the VAE's posterior, unscaled; None where pixels are kept.
+        pixels: (N, 3, H, W) uint8, in place of the moments with `cache_latents: false`.
+        mask: (N, 1, h, w) bool, the valid region.
+        captions: N strings.
+    """
+
+    mask: Tensor
+    captions: list[str]
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    pixels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def encode(vae: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's posterior for pixels (B, 3, H, W) in [-1, 1]: two (B, C, h, w) float32."""
+    with torch.inference_mode():
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype, memory_format=torch.channels_last)).latent_dist
+    return posterior.mean.float().cpu().contiguous(), posterior.std.float().cpu().contiguous()
+
+
+def sample(mean: Tensor, std: Tensor, scaling_factor: float, noise: Tensor) -> Tensor:
+    """Scaled latents (B, C, h, w) drawn from the VAE's posterior with standard normal `noise` of the same shape."""
+    return (mean + std * noise) * scaling_factor
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels float in [-1, 1] as uint8."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pixels(values: Tensor) -> Tensor:
+    """uint8 pixels as float32 in [-1, 1]."""
+    return values.float() / 127.5 - 1
+
+
+def save(prepared: PreparedSet, path: Path) -> None:
+    """Write a prepared set as `path`.safetensors and `path`.json (its captions)."""
+    tensors = {name: getattr(prepared, name) for name in ("mean", "std", "pixels", "mask")}
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        path.with_suffix(".safetensors"),
+    )
+    path.with_suffix(".json").write_text(
+        json.dumps(prepared.captions, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def load(path: Path) -> PreparedSet:
+    """Read what `save` wrote.
+
+    Raises:
+        UserError: the files are missing or do not belong together.
+    """
+    try:
+        tensors = load_file(path.with_suffix(".safetensors"))
+        captions = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no prepared set ({error}); run `dvc repro prepare`") from error
+    if len(captions) != len(tensors["mask"]):
+        raise UserError(
+            f"{path}: {len(captions)} captions for {len(tensors['mask'])} views; run `dvc repro -f prepare`"
+        )
+    return PreparedSet(captions=captions, **tensors)
+
+
+def join(sets: list[PreparedSet]) -> PreparedSet:
+    """The sets of several concepts as one, in order."""
+    return PreparedSet(
+        captions=[caption for one in sets for caption in one.captions],
+        **{
+            name: torch.cat([getattr(one, name) for one in sets])
+            for name in ("mean", "std", "pixels", "mask")
+            if getattr(sets[0], name) is not None
+        },
+    )
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of `range(length)` that depends on nothing but its arguments, so that a resumed run repeats it."""
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+def batch_indices(length: int, batch_size: int, seed: int, batch: int) -> list[int]:
+    """Indices of the `batch`-th batch in an endless run of shuffled epochs.
+
+    Batches are cut from the joined epochs, so none is short: every image is seen once before any is seen twice.
+    """
+    positions = range(batch * batch_size, (batch + 1) * batch_size)
+    orders = {epoch: epoch_order(length, seed, epoch) for epoch in {position // length for position in positions}}
+    return [int(orders[position // length][position % length]) for position in positions]

@@ -1,0 +1,47 @@
+"""Start training in several processes by `accelerate launch`, with a configuration that nobody is asked about."""
+
+import sys
+from pathlib import Path
+
+from customdiff.errors import UserError
+from customdiff.params import Params
+
+DEFAULT_CONFIG = Path(".checkpoints/accelerate.yaml")
+
+
+def command(params: Params, script: str) -> list[str]:
+    """The `accelerate launch` command line that runs `script` in `train.launch.num_processes` processes.
+
+    Without `train.launch.config_file` it uses accelerate's basic configuration, as `accelerate config default` writes
+    it, made here where there is none yet: no question is asked, so it also works where no shell is interactive.
+
+    Raises:
+        UserError: `config_file` does not exist.
+    """
+    launch = params.train.launch
+    if launch.config_file and not Path(launch.config_file).is_file():
+        raise UserError(
+            f"train.launch.config_file: {launch.config_file} does not exist; null takes accelerate's default"
+        )
+    config = launch.config_file or default_config()
+    on_cpu = ["--cpu"] if params.base.device == "cpu" else []
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *on_cpu),
+        *(
+            "--num_processes",
+            str(launch.num_processes),
+            "--mixed_precision",
+            params.train.mixed_precision,
+            script,
+        ),
+    ]
+
+
+def default_config(path: Path = DEFAULT_CONFIG) -> Path:
+    """Write accelerate's basic configuration to `path`, unless it is there."""
+    from accelerate.utils import write_basic_config
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_basic_config(save_location=path)
+    return path

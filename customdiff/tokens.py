@@ -1,0 +1,89 @@
+"""Modifier tokens: new words whose embeddings are learned, and nothing else of the text encoder.
+
+The rows of the new tokens are a small parameter of their own, put over the frozen table's output. The table itself
+is no parameter: no gradient, no optimizer state and no weight decay ever touches another word (the reference script
+keeps all three for all 49,408 words, and only zeroes the gradients).
+"""
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from customdiff.errors import UserError
+
+
+class ModifierEmbedding(nn.Module):
+    """An embedding table with trained rows over it: ids (B, L) int64 to vectors (B, L, D) in the table's dtype."""
+
+    def __init__(self, table: nn.Embedding, ids: list[int], rows: Tensor):
+        """Rows (T, D) stand for the token ids, in order; held in fp32."""
+        super().__init__()
+        self.table = table.requires_grad_(False)
+        self.rows = nn.Parameter(rows.detach().to(table.weight.device, torch.float32, copy=True))
+        self.register_buffer("ids", torch.tensor(ids, device=table.weight.device), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen table (V, D), which transformers asks for its size and dtype."""
+        return self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        is_row = ids.unsqueeze(-1) == self.ids
+        vectors = self.table(ids.masked_fill(is_row.any(-1), 0))
+        return torch.where(is_row.any(-1, keepdim=True), self.rows[is_row.int().argmax(-1)].to(vectors.dtype), vectors)
+
+
+def add_tokens(pipe: DiffusionPipeline, tokens: list[str], rows: Tensor) -> ModifierEmbedding:
+    """Add words to the tokenizer, and trained rows for them to the text encoder; the pipeline is changed in place.
+
+    Args:
+        tokens: new words, such as `<new1>`.
+        rows: (T, D), their embeddings.
+
+    Raises:
+        UserError: a token is in the vocabulary already, or the rows have another width than the text encoder.
+    """
+    table = pipe.text_encoder.get_input_embeddings()
+    if isinstance(table, ModifierEmbedding):
+        raise UserError("the pipeline holds modifier tokens already; load the base model afresh")
+    if rows.shape != (len(tokens), table.weight.shape[1]):
+        raise UserError(
+            f"the modifier tokens are {rows.shape[-1]} wide, the base model's text encoder {table.weight.shape[1]}: "
+            "they were learned on another base model"
+        )
+    check_new(pipe.tokenizer, tokens)
+    pipe.tokenizer.add_tokens(tokens)
+    embedding = ModifierEmbedding(table, pipe.tokenizer.convert_tokens_to_ids(tokens), rows)
+    pipe.text_encoder.set_input_embeddings(embedding)
+    return embedding
+
+
+def check_new(tokenizer: Any, tokens: list[str]) -> None:
+    """Refuse a modifier token that is a word already: training it would change what that word means.
+
+    Raises:
+        UserError: names the token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        if token in vocabulary or f"{token}</w>" in vocabulary:
+            raise UserError(
+                f"modifier_token {token} is in the base model's vocabulary already; choose another, as <new1>"
+            )
+
+
+def initial_row(pipe: DiffusionPipeline, words: str) -> Tensor:
+    """The embedding (D,) that a modifier token starts from: the mean over the tokens that `words` splits into.
+
+    The reference refuses words of several tokens; their mean is the usual answer (textual inversion) and needs no
+    knowledge of the vocabulary. A single token gives its own row exactly.
+
+    Raises:
+        UserError: the tokenizer finds no token in `words`.
+    """
+    ids = pipe.tokenizer(words, add_special_tokens=False).input_ids
+    if not ids:
+        raise UserError(f"initializer_token {words!r}: the base model's tokenizer finds no token in it")
+    return pipe.text_encoder.get_input_embeddings().weight[torch.tensor(ids)].float().mean(0)

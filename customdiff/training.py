@@ -1,0 +1,509 @@
+"""Custom Diffusion training (paper, sections 3.1 and 3.2): few weights, few images, a prior to preserve.
+
+Everything random in step n follows from (base.seed, n) alone. A run that was killed therefore continues from its last
+checkpoint to the same weights, bit for bit on a CPU, as one that was not.
+"""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import accelerate
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from customdiff import adapter, attention, base, latents, tokens
+from customdiff.checkpoints import RunFolder
+from customdiff.errors import UserError
+from customdiff.files import sha256
+from customdiff.latents import PreparedSet
+from customdiff.params import Params, Train
+from customdiff.tracking import Tracker
+
+
+class Denoiser(nn.Module):
+    """Text encoder and UNet as one module, so that accelerate wraps, shards and autocasts them together."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, class_states: Tensor | None) -> Tensor:
+        """Predict noise or velocity for noisy latents (B, C, h, w).
+
+        Args:
+            timesteps: (B,) int64.
+            ids: (I, L) token ids of the instance captions, which come first in the batch.
+            class_states: (B - I, L, D) text states of the class captions, computed beforehand; None where B is I.
+        """
+        states = self.text_encoder(ids)[0]
+        if class_states is not None:
+            states = torch.cat([states, class_states.to(states.dtype)])
+        dtype = self.unet.dtype
+        noisy = noisy.to(dtype, memory_format=torch.channels_last)
+        return self.unet(noisy, timesteps, states.to(dtype)).sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a micro-batch: I instance images, then as many class images where there is a prior."""
+
+    latents: Tensor  # (B, C, h, w) fp32, scaled
+    noise: Tensor  # (B, C, h, w) fp32, standard normal
+    timesteps: Tensor  # (B,) int64
+    mask: Tensor  # (I, 1, h, w) fp32, 1 on the valid region
+    ids: Tensor  # (I, L) int64
+    class_states: Tensor | None  # (B - I, L, D)
+
+
+class Batches:
+    """Draws the batches of a run from its prepared sets; batch n is a function of the seed and n."""
+
+    def __init__(
+        self,
+        sets: list[PreparedSet],
+        pipe: DiffusionPipeline,
+        vae: AutoencoderKL | None,
+        scaling_factor: float,
+        params: Params,
+        accelerator: Accelerator,
+    ):
+        """`sets`: the instance set, and the class set where there is a prior to preserve."""
+        self.sets = sets
+        self.vae, self.scaling_factor = vae, scaling_factor
+        self.seed, self.batch_size = params.base.seed, params.train.batch_size
+        self.num_timesteps = pipe.scheduler.config.num_train_timesteps
+        self.processes, self.rank, self.device = (
+            accelerator.num_processes,
+            accelerator.process_index,
+            accelerator.device,
+        )
+        self.ids = base.token_ids(pipe.tokenizer, sets[0].captions).to(self.device)
+        if len(sets) > 1:
+            # Class captions hold no modifier token, so their states are the same at every step.
+            unique = sorted(set(sets[1].captions))
+            with torch.no_grad():
+                parts = [unique[at : at + 64] for at in range(0, len(unique), 64)]
+                self.class_states = torch.cat([base.text_states(pipe.tokenizer, pipe.text_encoder, x) for x in parts])
+            places = {caption: place for place, caption in enumerate(unique)}
+            self.class_place = torch.tensor([places[caption] for caption in sets[1].captions])
+
+    def draw(self, number: int) -> Batch:
+        """Micro-batch `number` of the run, counted from 0: this process's part of the global batch."""
+        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        size = self.batch_size * self.processes
+        chosen = [
+            latents.batch_indices(len(one), size, self.seed + kind, number)[mine] for kind, one in enumerate(self.sets)
+        ]
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
+        drawn = [
+            self._draw_set(one, index, mine, size, generator) for one, index in zip(self.sets, chosen, strict=True)
+        ]
+        clean, noise, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        return Batch(
+            latents=clean,
+            noise=noise,
+            timesteps=timesteps,
+            mask=self.sets[0].mask[chosen[0]].to(self.device, torch.float32, non_blocking=True),
+            ids=self.ids[chosen[0]],
+            class_states=self.class_states[self.class_place[chosen[1]]] if len(chosen) > 1 else None,
+        )
+
+    def _draw_set(self, prepared: PreparedSet, index: list[int], mine: slice, size: int, generator: torch.Generator):
+        """Latents, noise and timesteps of one set; all processes draw for the global batch, and keep their part."""
+        mean, std = self._moments(prepared, index)
+        posterior, noise = torch.randn(2, size, *mean.shape[1:], generator=generator)[:, mine]
+        timesteps = torch.randint(0, self.num_timesteps, (size,), generator=generator)[mine]
+        clean = latents.sample(mean, std, self.scaling_factor, posterior)
+        return [x.to(self.device, non_blocking=True) for x in (clean, noise, timesteps)]
+
+    def _moments(self, prepared: PreparedSet, index: list[int]) -> tuple[Tensor, Tensor]:
+        if prepared.pixels is None:
+            return prepared.mean[index], prepared.std[index]
+        return latents.encode(self.vae, latents.to_pixels(prepared.pixels[index]))
+
+
+def losses(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Instance loss over the valid region, and prior loss over the class images behind the instance images.
+
+    Args:
+        prediction, target: (B, C, h, w), any dtype; compared in fp32.
+        mask: (I, 1, h, w), I <= B.
+
+    Returns:
+        Two scalars. The instance loss is summed over channels and averaged over valid pixels, the prior loss is
+        averaged over both, as in the paper's and the reference's code: the first weighs C times more. None without
+        class images.
+    """
+    count = mask.shape[0]
+    error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    instance = ((error[:count] * mask).sum([1, 2, 3]) / mask.sum([1, 2, 3])).mean()
+    return instance, error[count:].mean() if error.shape[0] > count else None
+
+
+def target_of(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
+    """What the model should predict, by the scheduler's own configuration: noise, or velocity (SD 2.x)."""
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return batch.noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+    raise UserError(f"base.model: its scheduler predicts {kind!r}; epsilon and v_prediction can be trained")
+
+
+def learning_rate(train: Train, num_processes: int) -> float:
+    """The optimizer's rate: `scale_lr` multiplies as the reference does, and by 2 for the class images in a batch."""
+    if not train.scale_lr:
+        return train.learning_rate
+    factor = train.gradient_accumulation_steps * train.batch_size * num_processes
+    return train.learning_rate * factor * (2 if train.with_prior_preservation else 1)
+
+
+def optimizer_for(
+    train: Train, weights: Iterable[nn.Parameter], rows: nn.Parameter, rate: float
+) -> torch.optim.Optimizer:
+    """AdamW over the attention weights and the token rows.
+
+    Rows do not decay: the reference decays the whole token table, and shrinks every word a little at each step.
+    """
+    groups = [
+        {"params": list(weights), "weight_decay": train.adam_weight_decay},
+        {"params": [rows], "weight_decay": 0.0},
+    ]
+    options = {"lr": rate, "betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
+    if train.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise UserError("train.optimizer: adamw_8bit needs bitsandbytes; install customdiff[adam8bit]") from error
+        return AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+@dataclass
+class Log:
+    """Figures of each step. They stay on the device until a line is due, so that the loop never waits for them."""
+
+    tracker: Tracker
+    every: int
+    rows: list[dict[str, float]] = field(default_factory=list)
+    pending: list[dict] = field(default_factory=list)
+
+    def add(self, row: dict) -> None:
+        self.pending.append(row)
+        if len(self.pending) >= self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        memory = peak_memory_mb() if self.pending else 0
+        for row in self.pending:
+            row |= {"peak_memory_mb": memory}
+            figures = {key: float(value) for key, value in row.items()}
+            self.rows.append(figures)
+            self.tracker.metrics({k: v for k, v in figures.items() if k != "step"}, step=int(figures["step"]))
+        self.pending.clear()
+
+
+@dataclass
+class Learner:
+    """All that a training step needs."""
+
+    pipe: DiffusionPipeline
+    denoiser: nn.Module
+    batches: Batches
+    noise_scheduler: DDPMScheduler
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    trained: list[nn.Parameter]
+    train: Train
+    accelerator: Accelerator
+
+    @property
+    def images_a_step(self) -> int:
+        """Instance and class images in one optimizer step of all processes."""
+        train = self.train
+        per_batch = len(self.batches.sets) * train.batch_size * self.accelerator.num_processes
+        return per_batch * train.gradient_accumulation_steps
+
+    def step(self, number: int) -> dict[str, Tensor]:
+        """Optimizer step `number`, counted from 0, over all its micro-batches; figures of the last of them."""
+        train, accelerator = self.train, self.accelerator
+        for micro in range(train.gradient_accumulation_steps):
+            batch = self.batches.draw(number * train.gradient_accumulation_steps + micro)
+            with accelerator.accumulate(self.denoiser):
+                noisy = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+                prediction = self.denoiser(noisy, batch.timesteps, batch.ids, batch.class_states)
+                instance_loss, prior_loss = losses(prediction, target_of(self.noise_scheduler, batch), batch.mask)
+                loss = instance_loss if prior_loss is None else instance_loss + train.prior_loss_weight * prior_loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.trained, train.max_grad_norm)
+                self.optimizer.step()
+                if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                    self.schedule.step()
+                self.optimizer.zero_grad(set_to_none=train.set_grads_to_none)
+        figures = {"loss": loss.detach(), "instance_loss": instance_loss.detach()}
+        if prior_loss is not None:
+            figures["prior_loss"] = prior_loss.detach()
+        if accelerator.num_processes > 1:
+            figures = {key: accelerator.reduce(value, "mean") for key, value in figures.items()}
+        return figures | {"grad_norm": norm}
+
+
+def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str | None], Tracker]) -> RunFolder:
+    """Train on the prepared sets of all concepts, continuing a killed run of the very same kind where there is one.
+
+    Args:
+        params: all of params.yaml.
+        prepared: folder of the prepared sets, one a concept (data/prepared).
+        runs: where run folders with their checkpoints lie, out of DVC's reach.
+        tracker_for: called in the main process with the id of the tracked run to continue, or None.
+
+    Returns:
+        The run's folder with its adapter, steps.csv, metrics.json and validation images.
+
+    Raises:
+        UserError: the base model, the prepared sets or the options do not go together.
+    """
+    train = params.train
+    accelerator = _accelerator(params)
+    folder = RunFolder.open(runs, run_identity(params, prepared, accelerator.num_processes), accelerator)
+    checkpoint = folder.last_checkpoint()
+    pipe, vae, scaling_factor = _load_base(params, accelerator.device)
+    embedding, weights = _make_trainable(pipe, params, checkpoint)
+    learner = _learner(params, _load_sets(params, prepared), pipe, vae, scaling_factor, embedding, weights, accelerator)
+
+    tracker = tracker_for(folder.run_id()) if accelerator.is_main_process else Tracker()
+    with tracker:
+        folder.remember(tracker)
+        tracker.params(params)
+        log = Log(tracker, params.tracking.log_every)
+        first = 0
+        if checkpoint:
+            first, log.rows = folder.restore(checkpoint, learner.optimizer, learner.schedule, accelerator)
+            accelerator.print(f"continuing after step {first} of a run that was interrupted")
+        seconds = _loop(learner, first, params, folder, log)
+        if accelerator.is_main_process:
+            learned = adapter.from_pipeline(pipe, _card(params))
+            summary = _summary(log.rows, seconds, (train.max_steps - first) * learner.images_a_step, learner.trained)
+            folder.finish(learned, log.rows, summary)
+            tracker.metrics(
+                {f"train/{key}": value for key, value in summary.items() if value is not None},
+                step=train.max_steps,
+            )
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _loop(learner: Learner, first: int, params: Params, folder: RunFolder, log: Log) -> float:
+    """Steps `first` to the last, with checkpoints and validation images; returns the seconds they took."""
+    train, accelerator = params.train, learner.accelerator
+    main = accelerator.is_main_process
+    bar = tqdm(total=train.max_steps, initial=first, desc="train", unit="step", disable=not main)
+    started = before = time.perf_counter()
+    for number in range(first, train.max_steps):
+        figures = learner.step(number)
+        now = time.perf_counter()
+        speed, before = learner.images_a_step / (now - before), now
+        rate = learner.schedule.get_last_lr()[0]
+        log.add({"step": number + 1, **figures, "learning_rate": rate, "images_per_second": speed})
+        bar.update()
+        if not log.pending:
+            bar.set_postfix({"loss": f"{log.rows[-1]['loss']:.4f}", "images/s": f"{speed:.1f}"})
+        done = number + 1
+        if main and train.validation.prompts and done % train.validation.every == 0:
+            _validate(learner.pipe, params, folder, log.tracker, done)
+        if main and (done % train.checkpointing_steps == 0 or done == train.max_steps):
+            log.flush()
+            learned = adapter.from_pipeline(learner.pipe, _card(params))
+            folder.save(done, learned, learner.optimizer, learner.schedule, accelerator, log.rows)
+            folder.prune(train.checkpoints_total_limit)
+    bar.close()
+    accelerator.wait_for_everyone()
+    return time.perf_counter() - started
+
+
+def _accelerator(params: Params) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=params.train.mixed_precision,
+        gradient_accumulation_steps=params.train.gradient_accumulation_steps,
+        cpu=base.device(params.base.device).type == "cpu",
+    )
+    set_seed(params.base.seed)
+    if accelerator.device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = params.train.allow_tf32
+    return accelerator
+
+
+def _load_sets(params: Params, prepared: Path) -> list[PreparedSet]:
+    """Instance sets of all concepts as one, and their class sets as another where there is a prior to preserve."""
+    kinds = ["instance", "class"] if params.train.with_prior_preservation else ["instance"]
+    return [latents.join([latents.load(prepared / name / kind) for name in params.concepts]) for kind in kinds]
+
+
+def _learner(params, sets, pipe, vae, scaling_factor, embedding, weights, accelerator) -> Learner:
+    train = params.train
+    batches = Batches(sets, pipe, vae, scaling_factor, params, accelerator)
+    rate = learning_rate(train, accelerator.num_processes)
+    optimizer = optimizer_for(train, weights.values(), embedding.rows, rate)
+    schedule = get_scheduler(
+        train.lr_scheduler,
+        optimizer,
+        num_warmup_steps=train.lr_warmup_steps,
+        num_training_steps=train.max_steps,
+    )
+    denoiser, optimizer = accelerator.prepare(Denoiser(pipe.unet.train(), pipe.text_encoder.train()), optimizer)
+    return Learner(
+        pipe=pipe,
+        denoiser=denoiser,
+        batches=batches,
+        noise_scheduler=DDPMScheduler.from_config(pipe.scheduler.config),
+        optimizer=optimizer,
+        schedule=schedule,
+        trained=[*weights.values(), embedding.rows],
+        train=train,
+        accelerator=accelerator,
+    )
+
+
+def peak_memory_mb() -> float:
+    """Peak memory so far, MB: of the GPU's allocator, or of the process where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def run_identity(params: Params, prepared: Path, num_processes: int) -> dict:
+    """Everything that shapes the weights of a run. Two runs with the same identity end with the same weights."""
+    files = [path for name in params.concepts for path in sorted((prepared / name).iterdir())]
+    return {
+        "base": params.base.model_dump(),
+        "concepts": {name: concept.model_dump(exclude={"source"}) for name, concept in params.concepts.items()},
+        "train": params.train.model_dump(
+            exclude={"validation", "launch", "checkpointing_steps", "checkpoints_total_limit"}
+        ),
+        "processes": num_processes,
+        "prepared": {str(path.relative_to(prepared)): sha256(path) for path in files},
+        "versions": _versions(),
+    }
+
+
+def _load_base(params: Params, device: torch.device) -> tuple[DiffusionPipeline, AutoencoderKL | None, float]:
+    """The base model in the compute dtype; the VAE only where something will need it."""
+    train = params.train
+    dtype = base.DTYPES[train.mixed_precision]
+    needs_vae = bool(train.validation.prompts) or not params.prepare.cache_latents
+    vae_config = AutoencoderKL.load_config(params.base.model, subfolder="vae", revision=params.base.revision)
+    parts = {} if needs_vae else {"vae": None}
+    pipe = base.load_pipeline(params.base, dtype=dtype, device=device, **parts)
+    pipe.unet.to(memory_format=torch.channels_last)
+    attention.use_backend(pipe.unet, train.attention)
+    if train.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+        pipe.text_encoder.gradient_checkpointing_enable()
+    if needs_vae:
+        pipe.vae.requires_grad_(False)
+    return pipe, pipe.vae if needs_vae else None, vae_config.get("scaling_factor", 0.18215)
+
+
+def _make_trainable(pipe: DiffusionPipeline, params: Params, checkpoint: Path | None):
+    """Put modifier tokens and processors in, freeze all else, and take over a checkpoint's weights."""
+    concepts = params.concepts.values()
+    saved = adapter.read(checkpoint) if checkpoint else None
+    rows = [
+        saved.rows[concept.modifier_token]
+        if saved
+        else tokens.initial_row(pipe, concept.initializer_token or concept.class_prompt)
+        for concept in concepts
+    ]
+    pipe.text_encoder.requires_grad_(False)
+    embedding = tokens.add_tokens(pipe, [concept.modifier_token for concept in concepts], torch.stack(rows))
+    weights = attention.put_processors(pipe.unet, params.train.freeze_model, params.train.attention)
+    if saved:
+        with torch.no_grad():
+            for name, parameter in weights.items():
+                parameter.copy_(saved.weights[name])
+    return embedding, weights
+
+
+def _validate(pipe: DiffusionPipeline, params: Params, folder: RunFolder, tracker: Tracker, step: int) -> None:
+    """Draw the validation prompts with the weights as they are, from the same seeds every time."""
+    from customdiff import sampling
+
+    settings = params.train.validation
+    prompts = [prompt for prompt in settings.prompts for _ in range(settings.num_images)]
+    pipe.unet.eval()
+    images = sampling.generate(
+        pipe,
+        prompts,
+        [params.base.seed + number for number in range(len(prompts))],
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        batch_size=settings.num_images,
+        height=params.prepare.resolution,
+        width=params.prepare.resolution,
+        progress=None,
+    )
+    pipe.unet.train()
+    for number, image in enumerate(images):
+        name = f"prompt{number // settings.num_images}-{number % settings.num_images}"
+        folder.add_image(image, f"step{step:06d}-{name}.png")
+        tracker.image(image, name, step=step)
+
+
+def _card(params: Params) -> dict:
+    return {
+        "base": {
+            "model": params.base.model,
+            "revision": params.base.revision,
+            "variant": params.base.variant,
+        },
+        "concepts": {
+            name: {
+                "modifier_token": concept.modifier_token,
+                "initializer": concept.initializer_token or concept.class_prompt,
+                "class_prompt": concept.class_prompt,
+                "instance_prompt": concept.instance_prompt,
+            }
+            for name, concept in params.concepts.items()
+        },
+        "freeze_model": params.train.freeze_model,
+        "resolution": params.prepare.resolution,
+        "steps": params.train.max_steps,
+        "seed": params.base.seed,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    libraries = (torch, diffusers, transformers, accelerate)
+    return {"python": platform.python_version()} | {library.__name__: library.__version__ for library in libraries}
+
+
+def _summary(rows: list[dict], seconds: float, images: int, trained: list[nn.Parameter]) -> dict:
+    """Figures of the whole run; the losses are means over its last tenth, since those of single steps scatter."""
+    last = rows[-max(1, len(rows) // 10) :]
+    keys = [key for key in ("loss", "instance_loss", "prior_loss") if key in last[0]]
+    return {f"final_{key}": sum(row[key] for row in last) / len(last) for key in keys} | {
+        "steps": len(rows),
+        "seconds": round(seconds, 2),
+        "images_per_second": round(images / seconds, 2) if images else None,
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+    }

@@ -1,0 +1,108 @@
+"""The paper's augmentation (section 4, implementation details): an image becomes a view of it at a random size.
+
+Shrunk views lie on a grey canvas with a mask of the valid region, so that the loss never learns the canvas, and their
+captions say "very small" or "far away"; enlarged ones are cropped, and say "zoomed in" or "close up".
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+SHRINK_PROBABILITY = 0.66
+FAR = ("a far away ", "very small ")
+NEAR = ("zoomed in ", "close up ")
+
+
+@dataclass(frozen=True)
+class View:
+    """One draw of an image.
+
+    Attributes:
+        pixels: (3, size, size) float32 in [-1, 1]; the canvas is 0, mid-grey.
+        mask: (size // factor, size // factor) bool, True on the latent pixels that show the image.
+        prefix: words that go before the caption; empty, or with a space at the end.
+    """
+
+    pixels: np.ndarray
+    mask: np.ndarray
+    prefix: str
+
+
+def resized_view(
+    image: Image.Image, size: int, factor: int, rng: np.random.Generator, center_crop: bool = False
+) -> View:
+    """Draw a view of an instance image at a random scale.
+
+    With probability 0.66 the scale is uniform in [size / 3, size], else in [1.2 size, 1.4 size), as in the paper's and
+    the reference's code. Below 0.6 size the prefix is one of `FAR`, above size one of `NEAR`.
+
+    Args:
+        image: RGB, any size and shape.
+        size: side of the view, px.
+        factor: px a latent pixel, the VAE's scale factor.
+    """
+    if rng.uniform() < SHRINK_PROBABILITY:
+        scale = int(rng.integers(size // 3, size + 1))
+    else:
+        scale = int(rng.integers(int(1.2 * size), int(1.4 * size)))
+    prefix = ""
+    if scale < 0.6 * size:
+        prefix = str(rng.choice(FAR))
+    elif scale > size:
+        prefix = str(rng.choice(NEAR))
+    pixels, mask = place(_square(image, rng, center_crop), scale, size, factor, rng)
+    return View(pixels, mask, prefix)
+
+
+def plain_view(image: Image.Image, size: int, factor: int, rng: np.random.Generator, center_crop: bool = False) -> View:
+    """A square crop of the image at `size`, all of it valid: class images, and instance images without augmentation."""
+    pixels, mask = place(_square(image, rng, center_crop), size, size, factor, rng)
+    return View(pixels, mask, "")
+
+
+def flipped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The image, flipped left to right with probability one half."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.uniform() < 0.5 else image
+
+
+def place(
+    image: Image.Image, scale: int, size: int, factor: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale a square image to `scale` px and put it at a random place on, or crop it from, `size` px.
+
+    Returns:
+        Pixels (3, size, size) float32 in [-1, 1] and mask (size // factor, size // factor) bool. As in the reference,
+        the mask of a shrunk image leaves out a border of one latent pixel, which mixes image and canvas. Differently
+        from it, an image that fills the canvas is valid to its edge: there is no canvas to mix with.
+    """
+    # reducing_gap is off: the filter then covers every source pixel, and a shrunk photo does not alias
+    pixels = np.asarray(image.resize((scale, scale), Image.Resampling.BILINEAR), dtype=np.float32) / 127.5 - 1
+    top, left = rng.integers(0, abs(size - scale) + 1, 2)
+    latent = size // factor
+    if scale >= size:
+        return np.ascontiguousarray(pixels[top : top + size, left : left + size].transpose(2, 0, 1)), np.ones(
+            (latent, latent), bool
+        )
+    canvas = np.zeros((size, size, 3), np.float32)
+    canvas[top : top + scale, left : left + scale] = pixels
+    mask = np.zeros((latent, latent), bool)
+    mask[_inside(top, scale, factor), _inside(left, scale, factor)] = True
+    return np.ascontiguousarray(canvas.transpose(2, 0, 1)), mask
+
+
+def _inside(start: int, length: int, factor: int) -> slice:
+    """Latent pixels inside [start, start + length) px without its border; at least one."""
+    first, end = start // factor + 1, (start + length) // factor - 1
+    return slice(first, max(end, first + 1))
+
+
+def _square(image: Image.Image, rng: np.random.Generator, center_crop: bool) -> Image.Image:
+    """The largest square of the image, at its centre or at random.
+
+    The reference squashes an instance image to a square instead, and with it the subject; we keep its proportions.
+    """
+    side = min(image.size)
+    slack = np.array(image.size) - side
+    left, top = slack // 2 if center_crop else [int(rng.integers(0, s + 1)) for s in slack]
+    return image.crop((left, top, left + side, top + side))

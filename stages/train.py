@@ -1,0 +1,32 @@
+"""train: learn all concepts jointly; in this process, or in several by `accelerate launch`."""
+
+import os
+import sys
+from pathlib import Path
+
+from customdiff import params as params_file
+from customdiff.errors import one_line_errors
+from customdiff.launch import command
+
+RUNS = Path(".checkpoints")
+
+
+def main() -> None:
+    params = params_file.load()
+    if params.train.launch.num_processes > 1 and "LOCAL_RANK" not in os.environ:
+        arguments = command(params, __file__)
+        os.execv(arguments[0], arguments)
+
+    from customdiff import tracking, training
+
+    def tracker_for(run_id: str | None) -> tracking.Tracker:
+        return tracking.resume(params, run_id) if run_id else tracking.start(params)
+
+    run = training.run(params, Path("data/prepared"), RUNS, tracker_for)
+    if int(os.environ.get("RANK", 0)) == 0:
+        run.hand_over(Path("models/adapter"), Path("results/train"))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(*sys.argv[1:])

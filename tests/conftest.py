@@ -1,0 +1,108 @@
+"""Small models of the real shapes, made on the spot: random weights suffice wherever arithmetic is what is tested."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "photo of a an the cat dog pot wooden very small far away zoomed in close up on red grass".split()
+
+
+def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer in which letters and the words above are tokens."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    words = [f"{word}</w>" for word in WORDS]
+    merges, pieces = [], []
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merge = f"{parts[0]} {parts[1]}"
+            if merge not in merges:
+                merges.append(merge)
+            parts = [parts[0] + parts[1], *parts[2:]]
+            pieces.append(parts[0])
+    tokens = ["<|pad|>", "<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters)]
+    vocabulary = list(dict.fromkeys([*tokens, *pieces, *words]))
+    # An end token with id 2 would switch transformers to a legacy pooling rule.
+    vocabulary[2], vocabulary[3] = vocabulary[3], vocabulary[2]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    return CLIPTokenizer(
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        pad_token="<|pad|>",
+        unk_token="<|endoftext|>",
+        model_max_length=16,
+    )
+
+
+def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
+    """A Stable Diffusion of random weights: 32 px, a factor of 4, two levels of cross-attention."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer(folder / "source-tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.7,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    return StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """Folder of a random epsilon-predicting Stable Diffusion."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    tiny_pipeline(folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_v_base(tmp_path_factory) -> Path:
+    """Folder of a random v-predicting Stable Diffusion, with other weights than `tiny_base`."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-v"
+    tiny_pipeline(folder, "v_prediction", seed=1).save_pretrained(folder)
+    return folder
