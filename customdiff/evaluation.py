@@ -1,0 +1,220 @@
+"""Draw the same prompts from the same seeds with the base model and with the adapter, and grade both."""
+
+import csv
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from customdiff.clip import Clip
+from customdiff.errors import UserError
+from customdiff.images import SUFFIXES, open_rgb
+from customdiff.metrics import bootstrap_interval, image_alignment, text_alignment, without_token
+from customdiff.params import Concept, Params
+from customdiff.sampling import generate, image_seed
+
+KINDS = ("scene", "companion", "style", "property")
+FIGURES = ("text_alignment", "image_alignment")
+COLUMNS = (
+    "concept",
+    "prompt",
+    "kind",
+    *(f"{p}{f}{s}" for f in FIGURES for p, s in (("base_", ""), ("", ""), ("", "_delta"))),
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with {} in the subject's place, and what it asks for: scene, companion, style, property, or other."""
+
+    template: str
+    kind: str = "other"
+
+    def of(self, subject: str) -> str:
+        """The prompt about a subject."""
+        return self.template.replace("{}", subject)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt and seed, drawn twice."""
+
+    concept: str
+    prompt: Prompt
+    text: str  # the prompt without its modifier token, which both images are graded against
+    number: int  # among the images of this prompt, from 0
+    base: Image.Image
+    customized: Image.Image
+
+
+def read_prompts(folder: Path | str, class_prompt: str) -> list[Prompt]:
+    """Prompts for a class: those of `<class_prompt>.txt`, spaces as _, where there is one, else of `default.txt`.
+
+    One prompt a line, as `kind: prompt` or the prompt alone, with {} for the subject; # begins a comment.
+
+    Raises:
+        UserError: there is no file, it is empty, or a line lacks {}.
+    """
+    own, default = Path(folder, f"{class_prompt.replace(' ', '_')}.txt"), Path(folder, "default.txt")
+    path = own if own.is_file() else default
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"evaluate.prompts: neither {own.name} nor default.txt can be read in {folder}") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        kind, colon, rest = text.partition(":")
+        prompt = Prompt(rest.strip(), kind) if colon and kind in KINDS else Prompt(text)
+        if text and "{}" not in prompt.template:
+            raise UserError(f"{path}: line {number}: lacks {{}}, which stands for the subject (here: {text!r})")
+        if text and prompt not in prompts:
+            prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{path}: holds no prompt; write one a line, such as `scene: a {{}} on the grass`")
+    return prompts
+
+
+def read_instances(folder: Path) -> list[Image.Image]:
+    """The instance images that download-data stored, in the order of their names.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder}: holds no images; `dvc repro` fetches them")
+    return [open_rgb(path) for path in paths]
+
+
+def draw(
+    pipe: DiffusionPipeline,
+    customize: Callable[[DiffusionPipeline], object],
+    params: Params,
+    prompts: Mapping[str, Sequence[Prompt]],
+) -> list[Pair]:
+    """Draw every prompt of every concept, first with the base model, then, from the same seeds, with the adapter.
+
+    In the base model's prompts {} is the class ("cat"), in the adapter's the token and the class ("<new1> cat").
+
+    Args:
+        pipe: the base model with the scheduler to use.
+        customize: puts the adapter into `pipe`.
+        params: the sections `evaluate`, `concepts` and `base.seed`.
+        prompts: by concept.
+    """
+    settings = params.evaluate
+    wanted = [
+        (name, concept, prompt, number)
+        for name, concept in params.concepts.items()
+        for prompt in prompts[name]
+        for number in range(settings.num_images)
+    ]
+    seeds = [image_seed(params.base.seed, name, prompt.template, n) for name, _, prompt, n in wanted]
+
+    def images(subject: Callable[[Concept], str], progress: str) -> list[Image.Image]:
+        return generate(
+            pipe,
+            [prompt.of(subject(concept)) for _, concept, prompt, _ in wanted],
+            seeds,
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            eta=settings.eta,
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+
+    base = images(lambda concept: concept.class_prompt, "base model")
+    customize(pipe)
+    customized = images(customized_subject, "customized")
+    return [
+        Pair(name, prompt, without_token(prompt.of(customized_subject(concept)), concept.modifier_token), number, *both)
+        for (name, concept, prompt, number), *both in zip(wanted, base, customized, strict=True)
+    ]
+
+
+def customized_subject(concept: Concept) -> str:
+    """How a prompt speaks of the concept: "<new1> cat"."""
+    return f"{concept.modifier_token} {concept.class_prompt}"
+
+
+def score(pairs: Sequence[Pair], instances: Mapping[str, Sequence[Image.Image]], judge: Clip) -> list[dict]:
+    """The table of prompts: for each, the mean figures over its images, of the base model and customized.
+
+    Args:
+        pairs: what `draw` drew.
+        instances: instance images by concept.
+        judge: embeds texts and images.
+
+    Returns:
+        A row a prompt with the keys of `COLUMNS`.
+    """
+    texts = judge.text([pair.text for pair in pairs])
+    references = {name: judge.images(images) for name, images in instances.items()}
+    figures = {}
+    for prefix, images in (("base_", [p.base for p in pairs]), ("", [p.customized for p in pairs])):
+        embedded = judge.images(images)
+        figures[f"{prefix}text_alignment"] = text_alignment(embedded, texts)
+        figures[f"{prefix}image_alignment"] = np.array(
+            [image_alignment(row[None], references[pair.concept])[0] for row, pair in zip(embedded, pairs, strict=True)]
+        )
+    places: dict[tuple[str, Prompt], list[int]] = {}
+    for place, pair in enumerate(pairs):
+        places.setdefault((pair.concept, pair.prompt), []).append(place)
+    rows = []
+    for (concept, prompt), chosen in places.items():
+        row = {"concept": concept, "prompt": prompt.template, "kind": prompt.kind}
+        row |= {name: float(values[chosen].mean()) for name, values in figures.items()}
+        rows.append(row | {f"{name}_delta": row[name] - row[f"base_{name}"] for name in FIGURES})
+    return rows
+
+
+def summarize(rows: Sequence[Mapping], *, resamples: int, seed: int) -> dict:
+    """Figures over all concepts, and below `concepts` those of each.
+
+    Over all: the mean over concepts, and for the paired deltas, customized less base, the 95 % bootstrap interval over
+    prompts.
+    """
+    concepts = dict.fromkeys(row["concept"] for row in rows)
+    by_concept = {name: [row for row in rows if row["concept"] == name] for name in concepts}
+
+    def figures(groups: Sequence[Sequence[Mapping]]) -> dict:
+        def mean(name: str) -> float:
+            return float(np.mean([np.mean([row[name] for row in group]) for group in groups]))
+
+        def interval(name: str) -> list[float]:
+            deltas = [np.array([row[name] for row in group]) for group in groups]
+            return [round(end, 6) for end in bootstrap_interval(deltas, resamples=resamples, seed=seed)]
+
+        names = [*FIGURES, *(f"base_{name}" for name in FIGURES), *(f"{name}_delta" for name in FIGURES)]
+        return {name: round(mean(name), 6) for name in names} | {
+            f"{name}_delta_ci95": interval(f"{name}_delta") for name in FIGURES
+        }
+
+    each = {name: figures([group]) for name, group in by_concept.items()}
+    return figures(list(by_concept.values())) | {"concepts": each}
+
+
+def write_table(rows: Iterable[Mapping], path: Path) -> None:
+    """Write the table of prompts as CSV, figures with six digits, for `dvc plots` and spreadsheets."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        table.writeheader()
+        for row in rows:
+            table.writerow({key: f"{row[key]:.6f}" if isinstance(row[key], float) else row[key] for key in COLUMNS})
+
+
+def write_images(pairs: Sequence[Pair], folder: Path) -> None:
+    """Write `<folder>/base/<concept>/...png` and `<folder>/customized/<concept>/...png`, under the same names."""
+    places: dict[tuple[str, Prompt], int] = {}
+    for pair in pairs:
+        place = places.setdefault((pair.concept, pair.prompt), len(places) + 1)
+        words = re.sub(r"[^a-z0-9]+", "-", pair.prompt.template.lower()).strip("-")[:60]
+        for kind in ("base", "customized"):
+            path = folder / kind / pair.concept / f"{place:02d}-{words}-{pair.number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            getattr(pair, kind).save(path)

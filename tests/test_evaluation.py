@@ -1,0 +1,193 @@
+"""The stage's parts: prompts as they are written, base before adapter, figures as numpy computes them."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from customdiff import evaluation
+from customdiff.errors import UserError
+from customdiff.evaluation import COLUMNS, Pair, Prompt, read_prompts
+from customdiff.params import Params
+from customdiff.sampling import image_seed
+
+
+def params(**evaluate):
+    concepts = {
+        name: {
+            "source": {"path": "x"},
+            "modifier_token": token,
+            "class_prompt": noun,
+            "instance_prompt": f"photo of a {{}} {noun}",
+        }
+        for name, token, noun in (("tom", "<new1>", "cat"), ("pot", "<new2>", "wooden pot"))
+    }
+    return Params.model_validate({"concepts": concepts, "evaluate": {"num_images": 2, "steps": 2, **evaluate}})
+
+
+def test_prompts_have_a_kind_or_none_and_comments_go(tmp_path):
+    (tmp_path / "wooden_pot.txt").write_text(
+        "# ours\n\nscene: a {} on the grass # like this\na {}: a study\nstyle:{}\nscene: a {} on the grass\n"
+    )
+    assert read_prompts(tmp_path, "wooden pot") == [
+        Prompt("a {} on the grass", "scene"),
+        Prompt("a {}: a study", "other"),
+        Prompt("{}", "style"),
+    ]
+
+
+def test_a_class_without_a_file_takes_the_default(tmp_path):
+    (tmp_path / "default.txt").write_text("a {}\n")
+    assert read_prompts(tmp_path, "dog") == [Prompt("a {}")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"^evaluate\.prompts: neither cat\.txt nor default\.txt"),
+        ("# nothing\n", "holds no prompt"),
+        ("a {}\n\nscene: a cat\n", r"cat\.txt: line 3: lacks \{\}.*'scene: a cat'"),
+    ],
+)
+def test_what_is_wrong_with_prompts_is_said_in_one_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "cat.txt").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        read_prompts(tmp_path, "cat")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["data/prompts", "data/prompts/sd"])
+def test_our_own_prompt_files_hold_every_kind(folder, pytestconfig):
+    files = sorted((pytestconfig.rootpath / folder).glob("*.txt"))
+    assert "default" in {file.stem for file in files}
+    for file in files:
+        prompts = read_prompts(file.parent, file.stem)
+        assert {prompt.kind for prompt in prompts} == set(evaluation.KINDS), file
+        assert len(prompts) >= 12, file
+        assert all(prompt.template.count("{}") == 1 for prompt in prompts)
+
+
+class Recorder:
+    """A pipeline's stand-in at the level of `generate`: remembers what it is asked, and draws its seed."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        self.customized = False
+        monkeypatch.setattr(evaluation, "generate", self.generate)
+
+    def generate(self, pipe, prompts, seeds, **options):
+        self.calls.append((self.customized, list(prompts), list(seeds), options))
+        return [Image.new("RGB", (8, 8), (seed % 256, 0, 255 * self.customized)) for seed in seeds]
+
+    def customize(self, pipe):
+        self.customized = True
+
+
+def test_base_and_adapter_draw_the_same_prompts_and_seeds_one_without_the_token(monkeypatch):
+    recorder = Recorder(monkeypatch)
+    prompts = {"tom": [Prompt("a {} on the grass", "scene")], "pot": [Prompt("a photo of {}")]}
+    pairs = evaluation.draw(None, recorder.customize, params(guidance_scale=3, eta=0.5), prompts)
+    (was_customized, base, base_seeds, options), (is_customized, custom, custom_seeds, _) = recorder.calls
+    assert (was_customized, is_customized) == (False, True)
+    assert base == ["a cat on the grass"] * 2 + ["a photo of wooden pot"] * 2
+    assert custom == ["a <new1> cat on the grass"] * 2 + ["a photo of <new2> wooden pot"] * 2
+    assert base_seeds == custom_seeds
+    assert len(set(base_seeds)) == 4
+    assert base_seeds[1] == image_seed(42, "tom", "a {} on the grass", 1)
+    assert (options["guidance_scale"], options["eta"], options["steps"]) == (3, 0.5, 2)
+    assert [pair.text for pair in pairs] == base
+    assert [(pair.concept, pair.number) for pair in pairs] == [("tom", 0), ("tom", 1), ("pot", 0), ("pot", 1)]
+    assert all(pair.base.getpixel((0, 0))[2] == 0 and pair.customized.getpixel((0, 0))[2] == 255 for pair in pairs)
+
+
+class Judge:
+    """Embeds an image by the angle that its red channel names, in degrees, and a text by the number it holds."""
+
+    def images(self, images):
+        return self.at([image.getpixel((0, 0))[0] for image in images])
+
+    def text(self, texts):
+        return self.at([float(text) for text in texts])
+
+    def at(self, degrees):
+        return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1).astype(np.float32)
+
+
+def red(degrees):
+    return Image.new("RGB", (4, 4), (degrees, 0, 0))
+
+
+def pair(concept, template, text, number, base, customized):
+    return Pair(concept, Prompt(template), text, number, red(base), red(customized))
+
+
+PAIRS = [
+    pair("tom", "a {}", "0", 0, 60, 0),
+    pair("tom", "a {}", "0", 1, 90, 60),
+    pair("tom", "b {}", "90", 0, 30, 90),
+    pair("pot", "a {}", "30", 0, 90, 30),
+]
+INSTANCES = {"tom": [red(0), red(60)], "pot": [red(30)]}
+
+
+def test_figures_of_a_prompt_are_means_over_its_images():
+    rows = evaluation.score(PAIRS, INSTANCES, Judge())
+    cos = lambda degrees: np.cos(np.radians(degrees))  # noqa: E731
+    assert [(row["concept"], row["prompt"]) for row in rows] == [("tom", "a {}"), ("tom", "b {}"), ("pot", "a {}")]
+    first = rows[0]
+    assert first["base_text_alignment"] == pytest.approx(2.5 * (0.5 + 0) / 2, abs=1e-6)
+    assert first["text_alignment"] == pytest.approx(2.5 * (1 + 0.5) / 2, abs=1e-6)
+    assert first["image_alignment"] == pytest.approx(((1 + 0.5) / 2 + (0.5 + 1) / 2) / 2, abs=1e-6)
+    assert first["base_image_alignment"] == pytest.approx(((0.5 + 1) / 2 + (0 + cos(30)) / 2) / 2, abs=1e-6)
+    assert first["image_alignment_delta"] == pytest.approx(first["image_alignment"] - first["base_image_alignment"])
+    assert rows[2]["image_alignment"] == pytest.approx(1, abs=1e-6), "each concept has instance images of its own"
+    assert set(rows[0]) == set(COLUMNS)
+
+
+def test_the_summary_is_the_mean_over_concepts_with_intervals_that_hold_it():
+    rows = evaluation.score(PAIRS, INSTANCES, Judge())
+    summary = evaluation.summarize(rows, resamples=500, seed=0)
+    by_hand = ((rows[0]["text_alignment"] + rows[1]["text_alignment"]) / 2 + rows[2]["text_alignment"]) / 2
+    assert summary["text_alignment"] == pytest.approx(by_hand, abs=1e-6)
+    for figures in (summary, *summary["concepts"].values()):
+        for name in evaluation.FIGURES:
+            delta = figures[f"{name}_delta"]
+            assert delta == pytest.approx(figures[name] - figures[f"base_{name}"], abs=2e-6)
+            low, high = figures[f"{name}_delta_ci95"]
+            assert low <= delta + 1e-6
+            assert high >= delta - 1e-6
+    # one prompt only: every resample is that prompt
+    assert (
+        summary["concepts"]["pot"]["image_alignment_delta_ci95"]
+        == [summary["concepts"]["pot"]["image_alignment_delta"]] * 2
+    )
+    assert set(summary["concepts"]) == {"tom", "pot"}
+
+
+def test_the_table_is_read_back_as_it_was(tmp_path):
+    rows = evaluation.score(PAIRS, INSTANCES, Judge())
+    evaluation.write_table(rows, tmp_path / "per_prompt.csv")
+    with open(tmp_path / "per_prompt.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert tuple(table[0]) == COLUMNS
+    assert [row["prompt"] for row in table] == ["a {}", "b {}", "a {}"]
+    assert float(table[0]["text_alignment"]) == pytest.approx(rows[0]["text_alignment"], abs=1e-6)
+
+
+def test_every_image_is_written_once_for_base_and_customized(tmp_path):
+    alike = [pair("tom", "a {}!", "0", 0, 10, 20), pair("tom", "a {}?", "0", 0, 30, 40)]
+    evaluation.write_images([*PAIRS, *alike], tmp_path)
+    for kind in ("base", "customized"):
+        assert len(list((tmp_path / kind).rglob("*.png"))) == 6
+    assert np.asarray(Image.open(tmp_path / "customized/tom/01-a-1.png"))[0, 0, 0] == 60
+
+
+def test_instances_are_read_in_order_and_none_is_an_error(tmp_path):
+    red(9).save(tmp_path / "b.png")
+    red(3).save(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    assert [image.getpixel((0, 0))[0] for image in evaluation.read_instances(tmp_path)] == [3, 9]
+    with pytest.raises(UserError, match="holds no images"):
+        evaluation.read_instances(tmp_path / "absent")
