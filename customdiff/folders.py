@@ -1,0 +1,100 @@
+"""Images that lie in a folder, with the captions beside them: named in natural order, read one by one."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from customdiff import images
+
+MAX_CAPTION_BYTES = 64 * 1024
+IMAGE_SUFFIXES = images.SUFFIXES + images.OTHER_SUFFIXES
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """One image as it came: its name in the source, its bytes, and the caption beside it."""
+
+    name: str
+    data: bytes
+    caption: str | None = None
+    problem: str | None = None  # why its bytes were not read
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An image that was not taken in, and why."""
+
+    name: str
+    reason: str
+
+
+def decode(item: SourceImage, max_megapixels: float) -> Image.Image:
+    """An image as RGB, as `images.open_rgb` gives it.
+
+    Raises:
+        ImageError: it cannot be taken in.
+    """
+    if item.problem:
+        raise images.ImageError(item.name, item.problem)
+    return images.open_rgb(item.data, max_megapixels, name=item.name)
+
+
+def natural(name: str) -> list[Any]:
+    """Sort key by which `img2` comes before `img10`; letters first without regard to case, then with it."""
+    parts = [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name.lower())]
+    return [parts, name]
+
+
+def is_image(name: str) -> bool:
+    """Whether a name looks like a photo's, also of formats that will be refused by name."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def walk(folder: Path) -> list[str]:
+    """The files below a folder as natural-sorted relative POSIX names, without hidden ones and `__MACOSX`."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [Path(parent, name).relative_to(folder).as_posix() for name in names if not is_hidden(name)]
+    return sorted(found, key=natural)
+
+
+def is_hidden(part: str) -> bool:
+    """Whether one part of a path is hidden, or is what macOS packs beside the files."""
+    return part.startswith(".") or part == "__MACOSX"
+
+
+def folder_images(folder: Path, names: Iterable[str], max_megabytes: float) -> Iterator[SourceImage]:
+    """Read the named images of a folder one by one, each with the caption of a `.txt` of the same stem."""
+    for name in names:
+        path = folder / name
+        try:
+            megabytes = path.stat().st_size / 1e6
+            if megabytes > max_megabytes:
+                yield SourceImage(name, b"", problem=f"a file of {megabytes:.0f} MB, above {max_megabytes:g}")
+            else:
+                yield SourceImage(name, path.read_bytes(), sidecar_caption(path))
+        except OSError as error:
+            yield SourceImage(name, b"", problem=f"cannot be read ({error.strerror or error})")
+
+
+def sidecar_caption(image: Path) -> str | None:
+    """The caption in the `.txt` file beside an image, on one line; None where there is none."""
+    for suffix in (".txt", ".TXT"):
+        path = image.with_suffix(suffix)
+        if path.is_file():
+            with path.open("rb") as file:
+                return one_line(file.read(MAX_CAPTION_BYTES))
+    return None
+
+
+def one_line(text: str | bytes) -> str | None:
+    """A caption without line breaks and runs of spaces; None if nothing is left. Bytes are read as UTF-8."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig", errors="replace")
+    return " ".join(text.replace("\0", " ").split()) or None

@@ -1,0 +1,141 @@
+"""Open an image from anywhere, safely: limits before decoding, any mode to upright RGB, or a clear refusal.
+
+Everything that comes from a user's folder, an archive or the web passes through `open_rgb`.
+"""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from customdiff.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+OTHER_SUFFIXES = (
+    ".heic",
+    ".heif",
+    ".avif",
+)  # photos too, but not of a format that is opened here: set aside by name
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_rgb` has a limit of its own, and refuses
+
+
+class ImageError(UserError):
+    """An image that is not taken in; `reason` says why, the message also says which."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+def open_rgb(source: Path | str | bytes, max_megapixels: float = 64, *, name: str | None = None) -> Image.Image:
+    """Decode one image as upright RGB, 8 bits a channel.
+
+    The size in the header is checked before a pixel is decoded. EXIF rotation is applied. Transparency is
+    laid on white, 16-bit and floating-point greys are scaled to 8 bits, and of an animation the first frame
+    is taken.
+
+    Args:
+        source: a file, or the bytes of one. Only the formats of `FORMATS` are tried, whatever the file is
+            called. max_megapixels: more pixels than this, in millions, are refused. name: what an error
+            calls the image; by default the path.
+
+    Raises:
+        ImageError: not an image, of another format, too large, truncated or otherwise broken.
+    """
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        raise ImageError(name, f"cannot be read ({error.strerror or error})") from error
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(name, f"too large: above {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(name, _what_else(data)) from error
+    except Exception as error:  # on broken bytes Pillow's parsers raise anything from SyntaxError to struct.error
+        raise ImageError(name, f"broken image ({brief(error)})") from error
+    megapixels = image.width * image.height / 1e6
+    if megapixels > max_megapixels:
+        raise ImageError(
+            name,
+            f"too large: {image.width} x {image.height} px, above {max_megapixels:g} megapixels",
+        )
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except Exception as error:
+        raise ImageError(name, f"broken or truncated image ({brief(error)})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the pixels are whole; EXIF that cannot be parsed says nothing about them
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB, without metadata."""
+    if image.mode.startswith("I") or image.mode == "F":
+        rgb = Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    clean = Image.new("RGB", rgb.size)  # no EXIF, comments or color profile: nothing of the file but its pixels
+    clean.paste(rgb)
+    return clean
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey of more than 8 bits as uint8: 16-bit integers divided by 257, floats of [0, 1] times 255."""
+    top = float(values.max(initial=0))
+    whole = values.dtype.kind in "iu" or top > 255
+    white = max(top, 65535) if whole else 255 if top > 1 else 1
+    return np.clip(np.round(values.astype(np.float64) * (255 / white)), 0, 255).astype(np.uint8)
+
+
+def _what_else(data: bytes) -> str:
+    """Why bytes that no allowed decoder knows are refused."""
+    if not data:
+        return "empty file"
+    if data[4:8] == b"ftyp":
+        return "HEIC, HEIF, AVIF or a video cannot be read; export it as JPEG or PNG"
+    if data.lstrip()[:1] == b"<":
+        return "not an image but a web page, XML or SVG"
+    return f"not an image, or of another format than {', '.join(FORMATS)}"
+
+
+def brief(error: Exception) -> str:
+    """An error's text on one line, shortened."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def limit_side(image: Image.Image, max_side: int) -> Image.Image:
+    """Scale an image down, in proportion, until no side is above `max_side` px; a smaller one is returned as is."""
+    if max(image.size) <= max_side:
+        return image
+    return ImageOps.contain(image, (max_side, max_side), Image.Resampling.LANCZOS)
+
+
+def save(image: Image.Image, stem: Path, *, source: bytes = b"") -> Path:
+    """Write an RGB image as `stem` with a suffix, and return its path: JPEG if the source was one, else PNG.
+
+    Args:
+        stem: path without suffix.
+        source: the bytes that the image was decoded from. Photos stay about as large as they came.
+    """
+    if source.startswith(b"\xff\xd8\xff"):
+        path = stem.with_name(f"{stem.name}.jpg")
+        image.save(path, quality=95, subsampling=0)
+    else:
+        path = stem.with_name(f"{stem.name}.png")
+        image.save(path, compress_level=4)
+    return path
