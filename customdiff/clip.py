@@ -87,9 +87,7 @@ class Clip:
         rows = []
         for batch in _batches(images, self.batch_size):
             pixels = self.processor(images=[image.convert("RGB") for image in batch], return_tensors="pt")
-            pooled = self.model.vision_model(
-                pixel_values=pixels.pixel_values.to(self.model.device)
-            ).pooler_output
+            pooled = self.model.vision_model(pixel_values=pixels.pixel_values.to(self.model.device)).pooler_output
             rows.append(self.model.visual_projection(pooled))
         return self._unit(rows)
 

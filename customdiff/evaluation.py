@@ -91,6 +91,22 @@ def read_instances(folder: Path) -> list[Image.Image]:
     return [open_rgb(path) for path in paths]
 
 
+def check_card(card: Mapping, params: Params) -> None:
+    """Refuse an adapter that has not learned the concepts of params.yaml under their tokens.
+
+    The tokenizer would take an unknown token apart in silence, and the figures would be of another prompt.
+
+    Raises:
+        UserError: a concept is missing, or has another token.
+    """
+    learned = {name: concept["modifier_token"] for name, concept in card["concepts"].items()}
+    for name, concept in params.concepts.items():
+        if learned.get(name) != concept.modifier_token:
+            raise UserError(
+                f"concepts.{name}: the adapter has not learned it as {concept.modifier_token}; `dvc repro` trains it"
+            )
+
+
 def draw(
     pipe: DiffusionPipeline,
     customize: Callable[[DiffusionPipeline], object],

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +48,7 @@ LAST_SECONDS = 120  # how long `finish` waits for a store that still answers, fo
 MAX_VALUE, MAX_TAG, PARAMS_PER_BATCH, METRICS_PER_BATCH = 6000, 8000, 100, 1000  # MLflow's limits
 
 
-def start(
-    params: Params, *, store: Path | str | None = None, tags: Mapping[str, str] | None = None
-) -> "Tracker":
+def start(params: Params, *, store: Path | str | None = None, tags: Mapping[str, str] | None = None) -> "Tracker":
     """Open a run in the experiment that params.yaml names.
 
     It is tagged with the git commit, whether the work tree differs from it, DVC's experiment name, and the
@@ -169,6 +167,26 @@ class Tracker:
 
         self._put(log)
 
+    def evaluation(self, params: Params, metrics: Mapping[str, Any], results: Path, adapter: Path) -> None:
+        """Log what `evaluate` found, and everything that it takes to understand and to use what was learned.
+
+        Args:
+            params: all sections; those that the training has logged stay.
+            metrics: as in metrics.json; each figure becomes `evaluate/<name>`, a concept's
+                `evaluate/<concept>/<name>`, an interval its two ends.
+            results: results/evaluate.
+            adapter: models/adapter; the pickled twins of its files are left out.
+        """
+        self.params(params, Params.model_fields)
+        self.metrics(evaluation_metrics(metrics))
+        for name in ("report.html", "contact_sheet.jpg", "metrics.json", "per_prompt.csv"):
+            self.artifact(results / name, "evaluate")
+        for file in sorted(adapter.iterdir()):
+            if file.suffix != ".bin":
+                self.artifact(file, "adapter")
+        for name in ("params.yaml", "dvc.lock"):
+            self.artifact(name)
+
     def write_card(self, path: Path | str) -> None:
         """Write the run's id to a JSON file, for `for_evaluation`."""
         with whole_file(path) as incoming:
@@ -226,6 +244,20 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def evaluation_metrics(metrics: Mapping[str, Any], prefix: str = "evaluate/") -> dict[str, float]:
+    """metrics.json as MLflow's flat figures: intervals as `_low` and `_high`, concepts as `<concept>/...`."""
+    flat = {}
+    for name, value in metrics.items():
+        if name == "concepts":
+            for concept, own in value.items():
+                flat |= evaluation_metrics(own, f"{prefix}{concept}/")
+        elif isinstance(value, Sequence):
+            flat |= {f"{prefix}{name}_low": value[0], f"{prefix}{name}_high": value[1]}
+        else:
+            flat[prefix + name] = value
     return flat
 
 
@@ -308,9 +340,7 @@ def _create(client: Any, store: _Store, params: Params, tags: Mapping[str, str])
         location = store.artifacts.as_uri() if store.artifacts else None
         experiment_id = client.create_experiment(name, artifact_location=location)
     run_tags = project_tags(store.project) | dict(tags)
-    return client.create_run(
-        experiment_id, run_name=os.environ.get("DVC_EXP_NAME"), tags=run_tags
-    ).info.run_id
+    return client.create_run(experiment_id, run_name=os.environ.get("DVC_EXP_NAME"), tags=run_tags).info.run_id
 
 
 def _find(client: Any, run_id: str) -> Any:

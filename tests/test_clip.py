@@ -32,9 +32,7 @@ def folder(tmp_path_factory):
             parameter.normal_(std=0.3)
     model.half().save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        folder
-    )
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
 

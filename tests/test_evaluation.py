@@ -69,6 +69,16 @@ def test_our_own_prompt_files_hold_every_kind(folder, pytestconfig):
         assert all(prompt.template.count("{}") == 1 for prompt in prompts)
 
 
+def test_an_adapter_of_other_concepts_or_tokens_is_refused():
+    card = {"concepts": {"tom": {"modifier_token": "<new1>"}, "pot": {"modifier_token": "<new2>"}}}
+    evaluation.check_card(card, params())
+    card["concepts"]["pot"]["modifier_token"] = "<new3>"
+    with pytest.raises(UserError, match=r"^concepts\.pot: .* not learned it as <new2>"):
+        evaluation.check_card(card, params())
+    with pytest.raises(UserError, match=r"^concepts\.tom"):
+        evaluation.check_card({"concepts": {}}, params())
+
+
 class Recorder:
     """A pipeline's stand-in at the level of `generate`: remembers what it is asked, and draws its seed."""
 

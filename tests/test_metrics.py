@@ -71,12 +71,8 @@ def test_concepts_weigh_the_same_however_many_prompts_they_have():
 
 def test_the_seed_fixes_the_interval():
     values = [np.random.default_rng(0).normal(size=12)]
-    assert bootstrap_interval(values, resamples=300, seed=4) == bootstrap_interval(
-        values, resamples=300, seed=4
-    )
-    assert bootstrap_interval(values, resamples=300, seed=4) != bootstrap_interval(
-        values, resamples=300, seed=5
-    )
+    assert bootstrap_interval(values, resamples=300, seed=4) == bootstrap_interval(values, resamples=300, seed=4)
+    assert bootstrap_interval(values, resamples=300, seed=4) != bootstrap_interval(values, resamples=300, seed=5)
 
 
 @pytest.mark.parametrize("groups", [[], [np.ones(3), np.array([])]])

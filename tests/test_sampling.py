@@ -58,16 +58,12 @@ def xl(tiny_base):
 
 def draw(pipe, prompts=PROMPTS, seeds=SEEDS, **changes):
     options = {"steps": 3, "guidance_scale": 6.0, "eta": 1.0, "batch_size": 4, "progress": None}
-    return np.stack(
-        [np.asarray(image, float) for image in generate(pipe, prompts, seeds, **options | changes)]
-    )
+    return np.stack([np.asarray(image, float) for image in generate(pipe, prompts, seeds, **options | changes)])
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
 def test_an_image_does_not_depend_on_the_batch_it_is_in(pipe, scheduler):
-    set_scheduler(
-        pipe, scheduler
-    )  # both add noise at every step, which must come from the image's own generator too
+    set_scheduler(pipe, scheduler)  # both add noise at every step, which must come from the image's own generator too
     together = draw(pipe, batch_size=4)
     alone = draw(pipe, batch_size=1)
     uneven = draw(pipe, batch_size=3)
@@ -119,9 +115,7 @@ def test_base_leaves_the_models_own_scheduler(pipe):
 
 
 def test_an_unknown_scheduler_is_refused_by_name(pipe):
-    with pytest.raises(
-        UserError, match=r"'plms' is not known; use one of ddim, ddpm, dpmsolver\+\+, euler, base"
-    ):
+    with pytest.raises(UserError, match=r"'plms' is not known; use one of ddim, ddpm, dpmsolver\+\+, euler, base"):
         set_scheduler(pipe, "plms")
 
 

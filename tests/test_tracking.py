@@ -100,6 +100,39 @@ def test_evaluation_adds_to_the_training_run_once_and_then_opens_its_own(store, 
     assert read.get_run(second.run_id).data.tags[tracking.TRAINING_RUN] == training.run_id
 
 
+def test_an_evaluation_is_logged_with_all_that_belongs_to_it(store, read, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("params.yaml", "dvc.lock", "results/report.html", "results/contact_sheet.jpg"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("x")
+    Path("adapter").mkdir()
+    for name in ("adapter.json", "weights.safetensors", "weights.bin"):
+        Path("adapter", name).write_text("x")
+    metrics = {"text_alignment": 0.5, "text_alignment_delta_ci95": [-0.1, 0.2], "num_images": 8}
+    with tracking.start(params(), store=store) as tracker:
+        tracker.evaluation(params(), {**metrics, "concepts": {"cat": metrics}}, Path("results"), Path("adapter"))
+    run = read.get_run(tracker.run_id)
+    assert run.data.params["evaluate.scheduler"] == "ddim"
+    assert run.data.metrics == {
+        "evaluate/text_alignment": 0.5,
+        "evaluate/text_alignment_delta_ci95_low": -0.1,
+        "evaluate/text_alignment_delta_ci95_high": 0.2,
+        "evaluate/num_images": 8,
+        "evaluate/cat/text_alignment": 0.5,
+        "evaluate/cat/text_alignment_delta_ci95_low": -0.1,
+        "evaluate/cat/text_alignment_delta_ci95_high": 0.2,
+        "evaluate/cat/num_images": 8,
+    }
+    assert tracking.EVALUATED in run.data.metrics
+    folders = (None, "adapter", "evaluate")
+    found = {item.path for folder in folders for item in read.list_artifacts(run.info.run_id, folder)}
+    assert found == {
+        *("adapter", "evaluate", "params.yaml", "dvc.lock"),
+        *("adapter/adapter.json", "adapter/weights.safetensors"),
+        *("evaluate/report.html", "evaluate/contact_sheet.jpg"),
+    }
+
+
 @pytest.mark.parametrize(
     "text", [None, "not json", '{"run_id": null}', '{"run_id": "0123456789abcdef0123456789abcdef"}']
 )
@@ -153,9 +186,7 @@ def test_a_run_is_tagged_with_commit_experiment_and_the_data_that_went_in(store,
     )
     subprocess.run([*git, "add", "dvc.lock"], check=True)
     subprocess.run([*git, "commit", "-qm", "x"], check=True)
-    commit = subprocess.run(
-        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     with tracking.start(params(), store=store) as clean:
         pass
     (store / "dvc.lock").write_text((store / "dvc.lock").read_text() + "\n")

@@ -1,0 +1,55 @@
+"""evaluate: text and image alignment of the adapter beside those of the base model, as figures, images and a report."""
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import customdiff
+from customdiff import adapter, base, evaluation, report, sampling, tracking
+from customdiff import params as params_file
+from customdiff.clip import Clip
+from customdiff.errors import one_line_errors
+from customdiff.files import whole_folder
+
+ADAPTER, TRAINING, RESULTS = Path("models/adapter"), Path("results/train"), Path("results/evaluate")
+
+
+def main() -> None:
+    params = params_file.load()
+    settings = params.evaluate
+    card = adapter.read_card(ADAPTER)
+    evaluation.check_card(card, params)
+    prompts = {name: evaluation.read_prompts(settings.prompts, c.class_prompt) for name, c in params.concepts.items()}
+    instances = {name: evaluation.read_instances(Path("data/instances", name)) for name in params.concepts}
+    device = base.device(params.base.device)
+    judge = Clip.load(settings.clip, device)
+    pipe = base.load_pipeline(params.base, dtype=base.DTYPES[settings.precision], device=device)
+    sampling.set_scheduler(pipe, settings.scheduler)
+
+    started = time.perf_counter()
+    pairs = evaluation.draw(pipe, partial(customdiff.load, folder=ADAPTER), params, prompts)
+    rows = evaluation.score(pairs, instances, judge)
+    metrics = evaluation.summarize(rows, resamples=settings.bootstrap, seed=params.base.seed)
+    metrics |= {
+        "seconds": round(time.perf_counter() - started, 1),
+        "num_prompts": len(rows),
+        "num_images": len(pairs),
+    }
+    sheet = report.contact_sheet(pairs, instances, params)
+    page = report.html(metrics, rows, sheet, params, card, TRAINING / "steps.csv")
+    with whole_folder(RESULTS) as out:
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        (out / "report.html").write_text(page, encoding="utf-8")
+        evaluation.write_table(rows, out / "per_prompt.csv")
+        evaluation.write_images(pairs, out / "images")
+        sheet.save(out / "contact_sheet.jpg", quality=90)
+    print("\n".join([*report.verdicts(metrics), f"{RESULTS / 'report.html'} shows them"]))
+
+    with tracking.for_evaluation(params, TRAINING / "run.json") as tracker:
+        tracker.evaluation(params, metrics, RESULTS, ADAPTER)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
