@@ -188,7 +188,7 @@ def download(url: str, path: Path, limits: Download, *, key: str, transport: htt
         UserError: it did not come; the message names `key` and what to do.
     """
     host = urlsplit(url).hostname or ""
-    bar = tqdm(unit="B", unit_scale=True, desc=f"download {host}", leave=False)
+    bar = tqdm(unit="B", unit_scale=True, desc=f"download {host}", leave=False, disable=None)
 
     def show(count: int, total: int | None) -> None:
         bar.total = total

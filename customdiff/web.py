@@ -3,7 +3,8 @@
 import ipaddress
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import httpx
@@ -58,22 +59,36 @@ def fetch(
     started = time.monotonic()
     for _ in range(MAX_REDIRECTS + 1):
         _check_address(url, schemes, trusted_hosts)
-        try:
-            with http.stream("GET", url) as answer:
-                if answer.has_redirect_location:
-                    url = str(answer.url.join(answer.headers["location"]))
-                    continue
-                if answer.status_code != 200:
-                    again = answer.status_code == 429 or answer.status_code >= 500
-                    raise FetchError(f"the server answers {answer.status_code} {answer.reason_phrase}", again=again)
-                _receive(answer, file, max_bytes, deadline and started + deadline, on_chunk)
-                return answer.headers
-        except httpx.TimeoutException as error:
-            raise FetchError(f"no answer within {http.timeout.read:g} s", again=True) from error
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, ValueError) as error:
-            reason = f"cannot be reached ({brief(error)})"
-            raise FetchError(reason, again=isinstance(error, httpx.TransportError)) from error
+        with _answer(http, "GET", url) as answer:
+            if answer.has_redirect_location:
+                url = str(answer.url.join(answer.headers["location"]))
+                continue
+            _receive(answer, file, max_bytes, deadline and started + deadline, on_chunk)
+            return answer.headers
     raise FetchError(f"more than {MAX_REDIRECTS} redirects")
+
+
+def post_json(http: httpx.Client, url: str, body: Any, file: IO[bytes], *, max_bytes: float) -> None:
+    """POST a value as JSON and stream the answer into an open file; redirects are not followed.
+
+    Raises:
+        FetchError: as `fetch`.
+    """
+    with _answer(http, "POST", url, json=body) as answer:
+        _receive(answer, file, max_bytes, None, None)
+
+
+@contextmanager
+def _answer(http: httpx.Client, method: str, url: str, **options: Any) -> Iterator[httpx.Response]:
+    """One request, with httpx's errors told as a `FetchError`."""
+    try:
+        with http.stream(method, url, **options) as answer:
+            yield answer
+    except httpx.TimeoutException as error:
+        raise FetchError(f"no answer within {http.timeout.read:g} s", again=True) from error
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+        again = isinstance(error, httpx.TransportError)
+        raise FetchError(f"cannot be reached ({brief(error)})", again=again) from error
 
 
 def _receive(
@@ -83,6 +98,9 @@ def _receive(
     deadline: float | None,
     on_chunk: Callable[[int, int | None], None] | None,
 ) -> None:
+    if answer.status_code != 200:
+        again = answer.status_code == 429 or answer.status_code >= 500
+        raise FetchError(f"the server answers {answer.status_code} {answer.reason_phrase}", again=again)
     claimed = answer.headers.get("content-length", "")
     total = int(claimed) if claimed.isdecimal() else None
     received = 0
