@@ -65,9 +65,9 @@ def _section(pairs: Sequence[Pair], instances: Sequence[Image.Image], params: Pa
         draw.text((x, first_row - line), title, INK, _font(17))
         offset = draw.textlength(f"{title}  ", _font(17))
         draw.text((x + offset, first_row - line + 1), subject, FAINT, _font(15))
-    for row, (template, drawn) in enumerate(rows.items()):
+    for row, drawn in enumerate(rows.values()):
         top = first_row + row * (side + GAP)
-        _label(draw, (2 * GAP, top), side, template, drawn[0].prompt.kind)
+        _label(draw, (2 * GAP, top), side, drawn[0].text, drawn[0].prompt.kind)
         for column, pair in enumerate(drawn[:columns]):
             sheet.paste(_cell(pair.base, side), (left + column * (side + GAP), top))
             sheet.paste(_cell(pair.customized, side), (right + column * (side + GAP), top))
@@ -174,7 +174,7 @@ def loss_curves(columns: Mapping[str, Sequence[float]]) -> bytes:
     """SVG of the losses over steps: each step faint, and their running mean over a twentieth of the run."""
     names = [name for name in ("loss", "instance_loss", "prior_loss") if name in columns]
     steps = columns.get("step") or range(1, len(columns[names[0]]) + 1)
-    figure, axes = _figure(6.4, 3.4)
+    figure, axes = _figure(5.6, 3.4)
     for name, color in zip(names, (INK, CUSTOMIZED, "#d9822b"), strict=False):
         values = columns[name]
         axes.plot(steps, values, color=color, alpha=0.18, linewidth=0.8)
@@ -192,7 +192,7 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
 
 def alignment_plane(rows: Sequence[Mapping]) -> bytes:
     """SVG of the paper's plane (section 4): image over text alignment, a line a prompt from base to customized."""
-    figure, axes = _figure(5.2, 3.4)
+    figure, axes = _figure(5.6, 3.4)
     ends = {
         label: [(row[f"{prefix}text_alignment"], row[f"{prefix}image_alignment"]) for row in rows]
         for label, prefix in (("base model", "base_"), ("customized", ""))
