@@ -45,7 +45,7 @@ def from_pipeline(pipe: DiffusionPipeline, card: dict) -> Adapter:
     names = pipe.tokenizer.convert_ids_to_tokens(embedding.ids.tolist())
     return Adapter(
         weights={name: _plain(weight) for name, weight in attention.trainable(pipe.unet).items()},
-        rows={name: _plain(row) for name, row in zip(names, embedding.rows, strict=True)},
+        rows={name: _plain(row) for name, row in zip(names, embedding.rows.weight, strict=True)},
         card=card | {"processors": attention.processor_names(pipe.unet), "fingerprint": fingerprint(pipe)},
     )
 

@@ -24,17 +24,11 @@ def command(params: Params, script: str) -> list[str]:
             f"train.launch.config_file: {launch.config_file} does not exist; null takes accelerate's default"
         )
     config = launch.config_file or default_config()
-    on_cpu = ["--cpu"] if params.base.device == "cpu" else []
-    return [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *on_cpu),
-        *(
-            "--num_processes",
-            str(launch.num_processes),
-            "--mixed_precision",
-            params.train.mixed_precision,
-            script,
-        ),
-    ]
+    # --multi_gpu is accelerate's only way to torch's own launcher, and starts CPU processes too; without it several
+    # processes on a CPU would need MPI, and in its absence accelerate starts a single one and says nothing.
+    arguments = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--multi_gpu"]
+    arguments += ["--num_machines", "1", "--num_processes", str(launch.num_processes), "--dynamo_backend", "no"]
+    return [*arguments, "--mixed_precision", params.train.mixed_precision, script]
 
 
 def default_config(path: Path = DEFAULT_CONFIG) -> Path:

@@ -15,13 +15,18 @@ from customdiff.errors import UserError
 
 
 class ModifierEmbedding(nn.Module):
-    """An embedding table with trained rows over it: ids (B, L) int64 to vectors (B, L, D) in the table's dtype."""
+    """An embedding table with trained rows over it: ids (B, L) int64 to vectors (B, L, D) in the table's dtype.
+
+    Attributes:
+        table: the frozen vocabulary (V, D).
+        rows: the trained rows (T, D), fp32, whatever the dtype of the table.
+        ids: (T,) the token ids that the rows stand for.
+    """
 
     def __init__(self, table: nn.Embedding, ids: list[int], rows: Tensor):
-        """Rows (T, D) stand for the token ids, in order; held in fp32."""
         super().__init__()
-        self.table = table.requires_grad_(False)
-        self.rows = nn.Parameter(rows.detach().to(table.weight.device, torch.float32, copy=True))
+        self.table = table.requires_grad_(False)  # first, for transformers takes the first weight's dtype for all
+        self.rows = nn.Embedding.from_pretrained(rows.detach().to(table.weight.device, torch.float32, copy=True), False)
         self.register_buffer("ids", torch.tensor(ids, device=table.weight.device), persistent=False)
 
     @property
@@ -30,9 +35,10 @@ class ModifierEmbedding(nn.Module):
         return self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        is_row = ids.unsqueeze(-1) == self.ids
-        vectors = self.table(ids.masked_fill(is_row.any(-1), 0))
-        return torch.where(is_row.any(-1, keepdim=True), self.rows[is_row.int().argmax(-1)].to(vectors.dtype), vectors)
+        matches = ids.unsqueeze(-1) == self.ids
+        is_row = matches.any(-1)
+        vectors = self.table(ids.masked_fill(is_row, 0))
+        return torch.where(is_row.unsqueeze(-1), self.rows(matches.int().argmax(-1)).to(vectors.dtype), vectors)
 
 
 def add_tokens(pipe: DiffusionPipeline, tokens: list[str], rows: Tensor) -> ModifierEmbedding:

@@ -360,7 +360,7 @@ def _learner(params, sets, pipe, vae, scaling_factor, embedding, weights, accele
     train = params.train
     batches = Batches(sets, pipe, vae, scaling_factor, params, accelerator)
     rate = learning_rate(train, accelerator.num_processes)
-    optimizer = optimizer_for(train, weights.values(), embedding.rows, rate)
+    optimizer = optimizer_for(train, weights.values(), embedding.rows.weight, rate)
     schedule = get_scheduler(
         train.lr_scheduler,
         optimizer,
@@ -375,7 +375,7 @@ def _learner(params, sets, pipe, vae, scaling_factor, embedding, weights, accele
         noise_scheduler=DDPMScheduler.from_config(pipe.scheduler.config),
         optimizer=optimizer,
         schedule=schedule,
-        trained=[*weights.values(), embedding.rows],
+        trained=[*weights.values(), embedding.rows.weight],
         train=train,
         accelerator=accelerator,
     )

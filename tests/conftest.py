@@ -3,13 +3,19 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from customdiff import base, latents, preparation
+from customdiff.params import Params
+
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = "photo of a an the cat dog pot wooden very small far away zoomed in close up on red grass".split()
+WORDS = ["photo", "of", "a", "the", "cat", "dog", "pot", "wooden", "very", "small", "far", "away", "on", "red", "grass"]
 
 
 def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -106,3 +112,58 @@ def tiny_v_base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "tiny-v"
     tiny_pipeline(folder, "v_prediction", seed=1).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    """accelerate keeps its precision and device for the whole process; each test begins without."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def concept_values(token: str = "<new1>", name: str = "cat") -> dict:
+    """A concept's section of params.yaml."""
+    return {
+        "source": {"path": f"data/concepts/{name}"},
+        "modifier_token": token,
+        "class_prompt": name,
+        "instance_prompt": f"photo of a {{}} {name}",
+    }
+
+
+def tiny_params(base: Path, *, concepts: dict | None = None, prepare: dict | None = None, **train) -> Params:
+    """Parameters of a run on a tiny base that takes seconds."""
+    return Params.model_validate(
+        {
+            "base": {"model": str(base), "device": "cpu"},
+            "concepts": concepts or {"cat": concept_values()},
+            "prepare": {"resolution": 32, "views": 4} | (prepare or {}),
+            "train": {"max_steps": 6, "learning_rate": 1e-3, "checkpointing_steps": 2} | train,
+        }
+    )
+
+
+def write_prepared(folder: Path, params: Params) -> Path:
+    """Prepared sets of four noisy instance images and six class images for each concept; returns `folder`."""
+    vae = base.load_part(params.base, "vae", AutoencoderKL)
+    for number, (name, concept) in enumerate(params.concepts.items()):
+        images = noisy_images(folder.with_name(f"{folder.name}-images") / name, 10, seed=number)
+        (folder / name).mkdir(parents=True)
+        for kind, paths, captions, prepare in (
+            ("instance", images[:4], [concept.caption] * 4, preparation.prepare_instances),
+            ("class", images[4:], [f"a {concept.class_prompt} on red", "the grass"] * 3, preparation.prepare_classes),
+        ):
+            examples = [preparation.Example(*pair) for pair in zip(paths, captions, strict=True)]
+            seed = preparation.seed_of(params, name, kind)
+            latents.save(prepare(examples, params, vae, seed), folder / name / kind)
+    return folder
+
+
+def noisy_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
+    """PNG files of random pixels, 50 x 40."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 40, 50, 3), dtype=np.uint8)
+    paths = [folder / f"{number:03d}.png" for number in range(count)]
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image).save(path)
+    return paths
