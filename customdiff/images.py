@@ -20,8 +20,6 @@ OTHER_SUFFIXES = (
     ".avif",
 )  # photos too, but not of a format that is opened here: set aside by name
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_rgb` has a limit of its own, and refuses
-
 
 class ImageError(UserError):
     """An image that is not taken in; `reason` says why, the message also says which."""
@@ -52,6 +50,11 @@ def open_rgb(source: Path | str | bytes, max_megapixels: float = 64, *, name: st
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
         raise ImageError(name, f"cannot be read ({error.strerror or error})") from error
+    with warnings.catch_warnings(action="ignore"):  # what Pillow warns of is refused here, or harmless
+        return _decode(data, max_megapixels, name)
+
+
+def _decode(data: bytes, max_megapixels: float, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
