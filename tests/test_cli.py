@@ -1,0 +1,189 @@
+"""What a user types, and what comes of it: files, lines, exit statuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from customdiff import adapter, attention, cli, tokens
+from customdiff import base as base_model
+from customdiff.errors import UserError
+from customdiff.params import Base
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMS = """# A cat. Learned {how}.
+concepts:
+  cat:
+    source: {{path: cats}}
+    modifier_token: <new1>
+    class_prompt: cat
+    instance_prompt: photo of a {{}} cat
+"""
+
+
+def run(*arguments):
+    """One call of the command line inside this process; a UserError stays an exception."""
+    return CliRunner().invoke(cli.commands, list(arguments))
+
+
+@pytest.fixture
+def presets(tmp_path, monkeypatch):
+    """Two presets, and an empty folder to stand in."""
+    folder, work = tmp_path / "presets", tmp_path / "work"
+    folder.mkdir()
+    work.mkdir()
+    for name in ("fast", "slow"):
+        (folder / f"{name}.yaml").write_text(PARAMS.format(how=name))
+    monkeypatch.setattr(cli, "PRESETS", folder)
+    monkeypatch.chdir(work)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, tiny_base):
+    """An adapter on the tiny base, with weights far from the base's own."""
+    folder = tmp_path_factory.mktemp("learned")
+    pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
+    torch.manual_seed(0)
+    tokens.add_tokens(pipe, ["<new1>"], torch.randn(1, pipe.text_encoder.config.hidden_size))
+    for weight in attention.put_processors(pipe.unet, "crossattn_kv").values():
+        weight.data.normal_()
+    concept = {"modifier_token": "<new1>", "class_prompt": "cat"}
+    card = {"base": {"model": str(tiny_base), "revision": None, "variant": None}, "concepts": {"cat": concept}}
+    adapter.save(adapter.from_pipeline(pipe, card | {"freeze_model": "crossattn_kv"}), folder)
+    return folder
+
+
+def test_sample_draws_each_prompt_and_seed_as_the_pipeline_does(learned, tiny_base, tmp_path):
+    out = tmp_path / "samples"
+    result = run(
+        *("sample", "<new1> cat", "red pot", "--adapter", str(learned), "--out", str(out)),
+        *("--num-images", "2", "--seed", "7", "--steps", "2", "--device", "cpu", "--batch-size", "3"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "4 images" in result.output
+    names = {path.name for path in out.iterdir()}
+    files = {f"{slug}-seed{seed}.png" for slug in ("1-new1-cat", "2-red-pot") for seed in (7, 8)}
+    assert names == {"grid.png", *files}
+    assert Image.open(out / "grid.png").size == (68, 68)
+
+    pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
+    adapter.load(pipe, learned)
+    drawn = pipe(
+        "<new1> cat", num_inference_steps=2, guidance_scale=6.0, eta=1.0, generator=torch.Generator().manual_seed(8)
+    ).images[0]
+    ours = np.asarray(Image.open(out / "1-new1-cat-seed8.png"), float)
+    assert np.abs(ours - np.asarray(drawn, float)).max() <= 1
+
+
+def test_sample_notes_that_no_prompt_names_the_concept(learned, tmp_path):
+    result = run("sample", "a cat", "--adapter", str(learned), "--out", str(tmp_path), "--steps", "1")
+    assert result.exit_code == 0
+    assert "note: no prompt names what was learned; its words are <new1>" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "no/such"], "no/such/adapter.json"),
+        (["--height", "60"], "--height: must be a multiple of 8 .here: 60.; 56 would be"),
+        (["--device", "gpu"], "--device: must be auto"),
+    ],
+)
+def test_what_is_wrong_with_sample_is_a_user_error(arguments, message):
+    result = run("sample", "a cat", *arguments)
+    assert isinstance(result.exception, UserError)
+    with pytest.raises(UserError, match=message):
+        raise result.exception
+
+
+def test_an_option_out_of_range_is_named():
+    result = run("sample", "a cat", "--eta", "2")
+    assert result.exit_code == 2
+    assert "--eta" in result.output
+
+
+def test_preset_lists_prints_and_names_what_is_not_there(presets):
+    listed = run("preset").output.splitlines()
+    assert listed == ["fast  A cat.", "slow  A cat."]
+    assert run("preset", "fast").output == (presets / "fast.yaml").read_text()
+    assert "there is no fats; use one of fast, slow" in str(run("preset", "fats").exception)
+    assert not Path("params.yaml").exists()
+
+
+def test_install_writes_params_and_switches_between_presets_without_force(presets):
+    assert run("preset", "fast", "--install").output == "params.yaml is fast now\n"
+    assert run("preset", "fast", "--install").output == "params.yaml is fast already\n"
+    assert not Path("params.yaml.bak").exists()
+    assert "kept as params.yaml.bak" in run("preset", "slow", "--install").output
+    assert Path("params.yaml").read_text() == (presets / "slow.yaml").read_text()
+    assert Path("params.yaml.bak").read_text() == (presets / "fast.yaml").read_text()
+
+
+def test_an_edited_file_is_replaced_only_by_force_and_every_old_one_is_kept(presets):
+    for edit in ("first", "second"):
+        Path("params.yaml").write_text(edit)
+        refused = run("preset", "fast", "--install")
+        assert "params.yaml: has been edited; --force" in str(refused.exception)
+        assert Path("params.yaml").read_text() == edit
+        assert run("preset", "fast", "--install", "--force").exit_code == 0
+        assert Path("params.yaml").read_text() == (presets / "fast.yaml").read_text()
+    assert Path("params.yaml.bak").read_text() == "first"
+    assert Path("params.yaml.bak2").read_text() == "second"
+
+
+def test_a_preset_that_is_no_longer_valid_is_not_installed(presets):
+    (presets / "fast.yaml").write_text("concepts: {}\n")
+    assert isinstance(run("preset", "fast", "--install").exception, UserError)
+    assert not Path("params.yaml").exists()
+
+
+def test_every_preset_of_the_project_is_valid():
+    names = [path.stem for path in (ROOT / "presets").glob("*.yaml")]
+    assert {"embedded", "sd14-cat", "sd14-cat-and-wooden-pot", "faces"} <= set(names)
+    for name in names:
+        assert run("check", str(ROOT / "presets" / f"{name}.yaml")).exit_code == 0, name
+
+
+def test_check_names_each_wrong_key(presets):
+    Path("params.yaml").write_text(PARAMS.format(how="x") + "train: {learning_rte: 1, max_steps: 0}\n")
+    message = str(run("check").exception)
+    assert "train.learning_rte: unknown key; did you mean learning_rate?" in message
+    assert "train.max_steps" in message
+    Path("params.yaml").write_text(PARAMS.format(how="x"))
+    assert run("check").output == "params.yaml: good. Learns cat (<new1>) on data/base in 250 steps.\n"
+
+
+def test_the_program_ends_with_one_line_and_status_1():
+    command = [sys.executable, "-m", "customdiff.cli", "check", "no-such-file.yaml"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: no-such-file.yaml: cannot be read")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from customdiff import cli; sys.exit(bool({'torch', 'diffusers', 'mlflow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert "customdiff sample" in run("sample", "--help").output
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("<new1> cat, asleep", "new1-cat-asleep"), ("///", "image"), ("../../x", "x"), ("é" * 200, "é" * 80)],
+)
+def test_a_prompt_makes_a_harmless_file_name(prompt, expected):
+    assert cli.slug(prompt) == expected
+
+
+def test_the_grid_keeps_every_image_in_its_row():
+    images = [Image.new("RGB", (4, 2), (shade, 0, 0)) for shade in range(6)]
+    sheet = np.asarray(cli.grid(images, 3))
+    assert sheet.shape == (2 * 2 + 4, 3 * 4 + 2 * 4, 3)
+    assert [sheet[y, x, 0] for y in (0, 6) for x in (0, 8, 16)] == [0, 1, 2, 3, 4, 5]
