@@ -38,7 +38,7 @@ class PreparedSet:
 
 
 def encode(vae: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the VAE's posterior for pixels (B, 3, H, W) in [-1, 1]: two (B, C, h, w) float32."""
+    """Mean and deviation of the VAE's posterior for pixels (B, 3, H, W) in [-1, 1]: two (B, C, h, w) float32."""
     with torch.inference_mode():
         posterior = vae.encode(pixels.to(vae.device, vae.dtype, memory_format=torch.channels_last)).latent_dist
     return posterior.mean.float().cpu().contiguous(), posterior.std.float().cpu().contiguous()

@@ -59,7 +59,7 @@ def class_examples(folder: Path, concept: Concept, prepare: Prepare) -> list[Exa
 def with_token(description: str, concept: Concept) -> str:
     """A captioner's description with the modifier token before the class, where it names the class; else after ours.
 
-    `a cat on a sofa` becomes `a <new1> cat on a sofa`; `an animal on a sofa`, `photo of a <new1> cat, an animal on a sofa`.
+    `a cat on a sofa` becomes `a <new1> cat on a sofa`; `an animal` becomes `photo of a <new1> cat, an animal`.
     """
     words = description.split()
     wanted = concept.class_prompt.split()
@@ -94,7 +94,7 @@ def describe(paths: list[Path], captioner: str, device: torch.device) -> list[st
 
 
 def prepare_instances(examples: list[Example], params: Params, vae: AutoencoderKL, seed: list[int]) -> PreparedSet:
-    """`prepare.views` views of each instance image, augmented as the paper does unless `prepare.augmentation` is off."""
+    """`prepare.views` views of each instance image, resized as the paper does unless `prepare.augmentation` is off."""
     draw = views.resized_view if params.prepare.augmentation else views.plain_view
     return _prepare(examples, params.prepare, params.prepare.views, draw, vae, seed, "instance views")
 
@@ -115,7 +115,7 @@ def _prepare(
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if prepare.resolution % factor or prepare.resolution // factor < 4:
         raise UserError(
-            f"prepare.resolution: {prepare.resolution} px does not suit the base model's VAE; use a multiple of {factor}"
+            f"prepare.resolution: {prepare.resolution} px does not suit the model's VAE; use a multiple of {factor}"
         )
     drawn = _views(examples, prepare, count, draw, factor, seed)
     moments, masks, captions = [], [], []
@@ -153,7 +153,7 @@ def _sidecar(path: Path, concept: Concept) -> str:
         caption = " ".join(sidecar.read_text(encoding="utf-8").split())
     except OSError as error:
         raise UserError(
-            f"prepare.captions: sidecar, but {path.name} has no caption file beside it; add {path.stem}.txt to the source"
+            f"prepare.captions: sidecar, but {path.name} has no caption file; add {path.stem}.txt beside it in the source"
         ) from error
     caption = caption.replace("{}", concept.modifier_token)
     if concept.modifier_token not in caption:

@@ -76,7 +76,6 @@ def place(
         the mask of a shrunk image leaves out a border of one latent pixel, which mixes image and canvas. Differently
         from it, an image that fills the canvas is valid to its edge: there is no canvas to mix with.
     """
-    # reducing_gap is off: the filter then covers every source pixel, and a shrunk photo does not alias
     pixels = np.asarray(image.resize((scale, scale), Image.Resampling.BILINEAR), dtype=np.float32) / 127.5 - 1
     top, left = rng.integers(0, abs(size - scale) + 1, 2)
     latent = size // factor
