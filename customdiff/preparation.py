@@ -153,7 +153,7 @@ def _sidecar(path: Path, concept: Concept) -> str:
         caption = " ".join(sidecar.read_text(encoding="utf-8").split())
     except OSError as error:
         raise UserError(
-            f"prepare.captions: sidecar, but {path.name} has no caption file; add {path.stem}.txt beside it in the source"
+            f"prepare.captions: sidecar, but {path.name} has no caption file; add a .txt beside it in the source"
         ) from error
     caption = caption.replace("{}", concept.modifier_token)
     if concept.modifier_token not in caption:

@@ -6,6 +6,7 @@ checkpoint to the same weights, bit for bit on a CPU, as one that was not.
 
 import platform
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -200,22 +201,38 @@ class Log:
 
     tracker: Tracker
     every: int
+    images_a_step: int
     rows: list[dict[str, float]] = field(default_factory=list)
     pending: list[dict] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
 
     def add(self, row: dict) -> None:
+        """Take a step's figures, tensors or numbers; write them once `every` steps have come together."""
         self.pending.append(row)
         if len(self.pending) >= self.every:
             self.flush()
 
     def flush(self) -> None:
-        memory = peak_memory_mb() if self.pending else 0
-        for row in self.pending:
-            row |= {"peak_memory_mb": memory}
-            figures = {key: float(value) for key, value in row.items()}
-            self.rows.append(figures)
-            self.tracker.metrics({k: v for k, v in figures.items() if k != "step"}, step=int(figures["step"]))
+        """Write what has come together, with the speed since `restart_clock` or the last flush."""
+        if not self.pending:
+            return
+        figures = [
+            {key: value if key == "step" else float(value) for key, value in row.items()} for row in self.pending
+        ]
+        seconds = time.perf_counter() - self.started
+        shared = {
+            "images_per_second": self.images_a_step * len(self.pending) / seconds,
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        for row in figures:
+            self.rows.append(row | shared)
+            self.tracker.metrics({k: v for k, v in self.rows[-1].items() if k != "step"}, step=row["step"])
         self.pending.clear()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out of the speed whatever was done since the last step: validation images, a checkpoint."""
+        self.started = time.perf_counter()
 
 
 @dataclass
@@ -291,7 +308,7 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
     with tracker:
         folder.remember(tracker)
         tracker.params(params)
-        log = Log(tracker, params.tracking.log_every)
+        log = Log(tracker, params.tracking.log_every, learner.images_a_step)
         first = 0
         if checkpoint:
             first, log.rows = folder.restore(checkpoint, learner.optimizer, learner.schedule, accelerator)
@@ -299,12 +316,9 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
         seconds = _loop(learner, first, params, folder, log)
         if accelerator.is_main_process:
             learned = adapter.from_pipeline(pipe, _card(params))
-            summary = _summary(log.rows, seconds, (train.max_steps - first) * learner.images_a_step, learner.trained)
+            summary = _summary(log.rows, seconds, learner.trained)
             folder.finish(learned, log.rows, summary)
-            tracker.metrics(
-                {f"train/{key}": value for key, value in summary.items() if value is not None},
-                step=train.max_steps,
-            )
+            tracker.metrics({f"train/{key}": value for key, value in summary.items()}, step=train.max_steps)
     accelerator.wait_for_everyone()
     return folder
 
@@ -312,26 +326,26 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
 def _loop(learner: Learner, first: int, params: Params, folder: RunFolder, log: Log) -> float:
     """Steps `first` to the last, with checkpoints and validation images; returns the seconds they took."""
     train, accelerator = params.train, learner.accelerator
-    main = accelerator.is_main_process
-    bar = tqdm(total=train.max_steps, initial=first, desc="train", unit="step", disable=not main)
-    started = before = time.perf_counter()
-    for number in range(first, train.max_steps):
-        figures = learner.step(number)
-        now = time.perf_counter()
-        speed, before = learner.images_a_step / (now - before), now
-        rate = learner.schedule.get_last_lr()[0]
-        log.add({"step": number + 1, **figures, "learning_rate": rate, "images_per_second": speed})
+    bar = tqdm(total=train.max_steps, initial=first, desc="train", unit="step", disable=not accelerator.is_main_process)
+    started = time.perf_counter()
+    log.restart_clock()
+    for done in range(first + 1, train.max_steps + 1):
+        figures = learner.step(done - 1)
+        log.add({"step": done, **figures, "learning_rate": learner.schedule.get_last_lr()[0]})
         bar.update()
         if not log.pending:
-            bar.set_postfix({"loss": f"{log.rows[-1]['loss']:.4f}", "images/s": f"{speed:.1f}"})
-        done = number + 1
-        if main and train.validation.prompts and done % train.validation.every == 0:
-            _validate(learner.pipe, params, folder, log.tracker, done)
-        if main and (done % train.checkpointing_steps == 0 or done == train.max_steps):
+            bar.set_postfix(loss=f"{log.rows[-1]['loss']:.4f}", images_s=f"{log.rows[-1]['images_per_second']:.1f}")
+        validate = bool(train.validation.prompts) and done % train.validation.every == 0
+        checkpoint = done % train.checkpointing_steps == 0 or done == train.max_steps
+        if accelerator.is_main_process and (validate or checkpoint):
             log.flush()
-            learned = adapter.from_pipeline(learner.pipe, _card(params))
-            folder.save(done, learned, learner.optimizer, learner.schedule, accelerator, log.rows)
-            folder.prune(train.checkpoints_total_limit)
+            if validate:
+                _validate(learner.pipe, params, folder, log.tracker, done)
+            if checkpoint:
+                learned = adapter.from_pipeline(learner.pipe, _card(params))
+                folder.save(done, learned, learner.optimizer, learner.schedule, accelerator, log.rows)
+                folder.prune(train.checkpoints_total_limit)
+            log.restart_clock()
     bar.close()
     accelerator.wait_for_everyone()
     return time.perf_counter() - started
@@ -496,14 +510,14 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {library.__name__: library.__version__ for library in libraries}
 
 
-def _summary(rows: list[dict], seconds: float, images: int, trained: list[nn.Parameter]) -> dict:
+def _summary(rows: list[dict], seconds: float, trained: list[nn.Parameter]) -> dict:
     """Figures of the whole run; the losses are means over its last tenth, since those of single steps scatter."""
     last = rows[-max(1, len(rows) // 10) :]
     keys = [key for key in ("loss", "instance_loss", "prior_loss") if key in last[0]]
     return {f"final_{key}": sum(row[key] for row in last) / len(last) for key in keys} | {
         "steps": len(rows),
         "seconds": round(seconds, 2),
-        "images_per_second": round(images / seconds, 2) if images else None,
+        "images_per_second": round(statistics.median(row["images_per_second"] for row in rows), 2),
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "trained_parameters": sum(parameter.numel() for parameter in trained),
     }
