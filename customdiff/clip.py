@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from customdiff.errors import UserError
 
@@ -46,6 +47,8 @@ class Clip:
             UserError: nothing there can be loaded as a whole CLIP.
         """
         name = str(name_or_path)
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         try:
             model, loading = CLIPModel.from_pretrained(
                 name, dtype=torch.float32, use_safetensors=True, output_loading_info=True

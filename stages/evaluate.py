@@ -23,9 +23,9 @@ def main() -> None:
     prompts = {name: evaluation.read_prompts(settings.prompts, c.class_prompt) for name, c in params.concepts.items()}
     instances = {name: evaluation.read_instances(Path("data/instances", name)) for name in params.concepts}
     device = base.device(params.base.device)
-    judge = Clip.load(settings.clip, device)
     pipe = base.load_pipeline(params.base, dtype=base.DTYPES[settings.precision], device=device)
     sampling.set_scheduler(pipe, settings.scheduler)
+    judge = Clip.load(settings.clip, device)
 
     started = time.perf_counter()
     pairs = evaluation.draw(pipe, partial(customdiff.load, folder=ADAPTER), params, prompts)

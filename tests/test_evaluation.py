@@ -1,15 +1,20 @@
 """The stage's parts: prompts as they are written, base before adapter, figures as numpy computes them."""
 
 import csv
+import json
+import runpy
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from PIL import Image
 
-from customdiff import evaluation
+from customdiff import adapter, attention, clip, evaluation, tokens
+from customdiff import base as base_model
 from customdiff.errors import UserError
 from customdiff.evaluation import COLUMNS, Pair, Prompt, read_prompts
-from customdiff.params import Params
+from customdiff.params import Base, Params
 from customdiff.sampling import image_seed
 
 
@@ -201,3 +206,66 @@ def test_instances_are_read_in_order_and_none_is_an_error(tmp_path):
     assert [image.getpixel((0, 0))[0] for image in evaluation.read_instances(tmp_path)] == [3, 9]
     with pytest.raises(UserError, match="holds no images"):
         evaluation.read_instances(tmp_path / "absent")
+
+
+@pytest.fixture
+def project(tiny_base, tmp_path, monkeypatch, pytestconfig):
+    """A project folder with all that the stage reads: adapter, instance images, prompts, params.yaml."""
+    monkeypatch.chdir(tmp_path)
+    pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
+    torch.manual_seed(0)
+    tokens.add_tokens(pipe, ["<new1>"], torch.randn(1, pipe.text_encoder.config.hidden_size))
+    for weight in attention.put_processors(pipe.unet, "crossattn_kv").values():
+        weight.data.normal_()
+    concept = {"modifier_token": "<new1>", "class_prompt": "cat", "instance_prompt": "photo of a {} cat"}
+    card = {"base": {"model": str(tiny_base)}, "concepts": {"tom": concept}, "freeze_model": "crossattn_kv"}
+    adapter.save(adapter.from_pipeline(pipe, card), "models/adapter")
+    (tmp_path / "data/instances/tom").mkdir(parents=True)
+    red(30).save(tmp_path / "data/instances/tom/1.png")
+    (tmp_path / "data/prompts").mkdir()
+    (tmp_path / "data/prompts/cat.txt").write_text("scene: a {} on the grass\nstyle: a red {}\n")
+    settings = {
+        "base": {"model": str(tiny_base), "device": "cpu"},
+        "concepts": {"tom": {**concept, "source": {"path": "x"}}},
+        "evaluate": {"steps": 2, "num_images": 2, "bootstrap": 100},
+        "tracking": {"enabled": False},
+    }
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
+    stub = Judge()
+    stub.text = lambda texts: stub.at([10.0 * len(text) for text in texts])
+    monkeypatch.setattr(clip.Clip, "load", lambda *arguments, **options: stub)
+    return lambda: runpy.run_path(str(pytestconfig.rootpath / "stages/evaluate.py"), run_name="__main__")
+
+
+def test_the_stage_writes_all_of_its_results_twice_the_same(project, tmp_path):
+    project()
+    results = tmp_path / "results/evaluate"
+    files = {path.name for path in results.iterdir()}
+    assert files == {"metrics.json", "per_prompt.csv", "contact_sheet.jpg", "report.html", "images"}
+    metrics = json.loads((results / "metrics.json").read_text())
+    figures = {f"{prefix}{name}" for prefix in ("", "base_") for name in evaluation.FIGURES}
+    figures |= {f"{name}_delta{suffix}" for name in evaluation.FIGURES for suffix in ("", "_ci95")}
+    assert set(metrics) == {*figures, "concepts", "seconds", "num_prompts", "num_images"}
+    assert set(metrics["concepts"]["tom"]) == figures
+    assert (metrics["num_prompts"], metrics["num_images"]) == (2, 4)
+    first = {path.relative_to(results): path.read_bytes() for path in results.rglob("*.png")}
+    assert len(first) == 8
+    names = {path.relative_to(results / "images/base") for path in (results / "images/base").rglob("*.png")}
+    for name in names:
+        assert first["images/base" / name] != first["images/customized" / name], "the adapter must change the image"
+    project()
+    assert {path.relative_to(results): path.read_bytes() for path in results.rglob("*.png")} == first
+    del metrics["seconds"]
+    assert json.loads((results / "metrics.json").read_text()).items() >= metrics.items()
+
+
+def test_a_stage_that_fails_leaves_the_results_that_were_there(project, tmp_path, capsys):
+    kept = tmp_path / "results/evaluate/metrics.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("old")
+    (tmp_path / "data/prompts/cat.txt").write_text("a cat\n")
+    with pytest.raises(SystemExit) as stop:
+        project()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("error: data/prompts/cat.txt: line 1: lacks {}")
+    assert kept.read_text() == "old"
