@@ -23,7 +23,7 @@ from customdiff.errors import UserError
 from customdiff.folders import Refused, SourceImage
 from customdiff.params import Download, Params
 
-QUERY_TEMPLATES = ("{}",)
+QUERY_TEMPLATES = ("a photo of a {}",)  # section 3.1.4 of Radford et al. 2021: a label alone is rarely a caption
 
 
 @dataclass(frozen=True)
