@@ -29,7 +29,7 @@ from customdiff.params import Params
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
-EVALUATED = "evaluate/text_alignment"  # a run that has this metric has been evaluated
+EVALUATED = "text_alignment"  # a run that has this metric has been evaluated
 TRAINING_RUN = "customdiff.training_run"
 DATA_STAGES = ("download-data", "retrieve-class-images", "prepare")
 
@@ -131,14 +131,20 @@ class Tracker:
 
         self._put(log)
 
-    def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log figures of one step; figures of several steps travel together."""
+    def metrics(self, metrics: Mapping[str, float], step: int = 0, *, group: str = "train/") -> None:
+        """Log figures of one step; figures of several steps travel together.
+
+        Args:
+            metrics: by name.
+            step: counted from 1.
+            group: goes before each name. MLflow's page shows a group together, and those without one last.
+        """
         if self._thread is None:
             return
         now = int(time.time() * 1000)
         with self._lock:
             waiting = bool(self._metrics)
-            self._metrics += [(name, float(value), now, step) for name, value in metrics.items()]
+            self._metrics += [(group + name, float(value), now, step) for name, value in metrics.items()]
         if not waiting:
             self._put(self._flush)
 
@@ -172,13 +178,12 @@ class Tracker:
 
         Args:
             params: all sections; those that the training has logged stay.
-            metrics: as in metrics.json; each figure becomes `evaluate/<name>`, a concept's
-                `evaluate/<concept>/<name>`, an interval its two ends.
+            metrics: as in metrics.json.
             results: results/evaluate.
             adapter: models/adapter; the pickled twins of its files are left out.
         """
         self.params(params, Params.model_fields)
-        self.metrics(evaluation_metrics(metrics))
+        self.metrics(evaluation_metrics(metrics), group="")
         for name in ("report.html", "contact_sheet.jpg", "metrics.json", "per_prompt.csv"):
             self.artifact(results / name, "evaluate")
         for file in sorted(adapter.iterdir()):
@@ -247,17 +252,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def evaluation_metrics(metrics: Mapping[str, Any], prefix: str = "evaluate/") -> dict[str, float]:
-    """metrics.json as MLflow's flat figures: intervals as `_low` and `_high`, concepts as `<concept>/...`."""
+def evaluation_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The alignments of metrics.json, flat: intervals as `_low` and `_high`, of several concepts each as `.<name>`."""
+    concepts = metrics["concepts"] if len(metrics["concepts"]) > 1 else {}
     flat = {}
-    for name, value in metrics.items():
-        if name == "concepts":
-            for concept, own in value.items():
-                flat |= evaluation_metrics(own, f"{prefix}{concept}/")
-        elif isinstance(value, Sequence):
-            flat |= {f"{prefix}{name}_low": value[0], f"{prefix}{name}_high": value[1]}
-        else:
-            flat[prefix + name] = value
+    for suffix, figures in {"": metrics, **{f".{name}": own for name, own in concepts.items()}}.items():
+        for name, value in figures.items():
+            if "alignment" in name and isinstance(value, Sequence):
+                flat |= {f"{name}_low{suffix}": value[0], f"{name}_high{suffix}": value[1]}
+            elif "alignment" in name:
+                flat[name + suffix] = value
     return flat
 
 

@@ -72,7 +72,7 @@ def test_what_is_logged_is_read_back(store, read, tmp_path):
     assert run.data.params["concepts.cat.modifier_token"] == "<new1>"
     assert not any(key.startswith("evaluate.") for key in run.data.params)
     assert run.data.tags.items() >= {"kind": "test", "more": "yes"}.items()
-    history = read.get_metric_history(tracker.run_id, "loss")
+    history = read.get_metric_history(tracker.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in range(1, 2501)]
     names = {item.path for item in read.list_artifacts(tracker.run_id)}
     assert names == {"report.html", "adapter", "images"}
@@ -88,7 +88,7 @@ def test_evaluation_adds_to_the_training_run_once_and_then_opens_its_own(store, 
         training.write_card(card)
     with tracking.for_evaluation(params(evaluate={"steps": 7}), card, store=store) as first:
         first.params(params(evaluate={"steps": 7}), ["evaluate"])
-        first.metrics({tracking.EVALUATED: 0.7})
+        first.metrics({tracking.EVALUATED: 0.7}, group="")
     assert first.run_id == training.run_id
     run = read.get_run(first.run_id)
     assert run.data.params["evaluate.steps"] == "7"
@@ -108,20 +108,16 @@ def test_an_evaluation_is_logged_with_all_that_belongs_to_it(store, read, monkey
     Path("adapter").mkdir()
     for name in ("adapter.json", "weights.safetensors", "weights.bin"):
         Path("adapter", name).write_text("x")
-    metrics = {"text_alignment": 0.5, "text_alignment_delta_ci95": [-0.1, 0.2], "num_images": 8}
+    figures = {"text_alignment": 0.5, "text_alignment_delta_ci95": [-0.1, 0.2]}
+    metrics = {**figures, "num_images": 8, "concepts": {"cat": figures}}
     with tracking.start(params(), store=store) as tracker:
-        tracker.evaluation(params(), {**metrics, "concepts": {"cat": metrics}}, Path("results"), Path("adapter"))
+        tracker.evaluation(params(), metrics, Path("results"), Path("adapter"))
     run = read.get_run(tracker.run_id)
     assert run.data.params["evaluate.scheduler"] == "ddim"
     assert run.data.metrics == {
-        "evaluate/text_alignment": 0.5,
-        "evaluate/text_alignment_delta_ci95_low": -0.1,
-        "evaluate/text_alignment_delta_ci95_high": 0.2,
-        "evaluate/num_images": 8,
-        "evaluate/cat/text_alignment": 0.5,
-        "evaluate/cat/text_alignment_delta_ci95_low": -0.1,
-        "evaluate/cat/text_alignment_delta_ci95_high": 0.2,
-        "evaluate/cat/num_images": 8,
+        "text_alignment": 0.5,
+        "text_alignment_delta_ci95_low": -0.1,
+        "text_alignment_delta_ci95_high": 0.2,
     }
     assert tracking.EVALUATED in run.data.metrics
     folders = (None, "adapter", "evaluate")
@@ -154,8 +150,21 @@ def test_a_resumed_run_goes_on_and_keeps_the_parameters_it_began_with(store, rea
     assert second.run_id == first.run_id
     run = read.get_run(first.run_id)
     assert run.data.params["tracking.log_every"] == "10"
-    assert [point.value for point in read.get_metric_history(first.run_id, "loss")] == [2.0, 1.0]
+    assert [point.value for point in read.get_metric_history(first.run_id, "train/loss")] == [2.0, 1.0]
     assert tracking.resume(params(), "f" * 32, store=store).run_id != "f" * 32
+
+
+def test_figures_of_several_concepts_are_told_apart():
+    metrics = {
+        "image_alignment": 0.5,
+        "seconds": 9,
+        "concepts": {"cat": {"image_alignment": 0.4}, "pot": {"image_alignment": 0.6}},
+    }
+    assert tracking.evaluation_metrics(metrics) == {
+        "image_alignment": 0.5,
+        "image_alignment.cat": 0.4,
+        "image_alignment.pot": 0.6,
+    }
 
 
 def test_a_run_that_fails_or_is_interrupted_says_so(store, read):
