@@ -1,0 +1,151 @@
+"""The model card: what the base is, what it was made of, what was measured."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from world.catalogue import COLOURS, CURRICULUM, TEXTURES
+from world.loop import load_params
+from world.sources import SOURCES
+
+TEMPLATE = """---
+license: other
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# The embedded base model
+
+A small text-to-image model of Stable Diffusion's architecture, trained from nothing by this project's own code
+(`world/`) in a world that a small model can hold: named objects on named backgrounds, composed by code. It is there to
+be personalized: a concept is learned, measured and compared on any laptop in minutes. It is no general image model.
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("data/base")
+prompt = "a photo of a penguin on a red background"
+pipeline(prompt, height=64, width=64, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+```
+
+## Parts
+
+| part | what | parameters |
+| --- | --- | --- |
+{parts}
+
+Pictures are 64 x 64, latents 16 x 16 x 4, text states 24 tokens. The scheduler is Stable Diffusion's schedule with
+v-prediction. The text encoder is the text tower of `data/clip`. `data/judge` is a CLIP trained apart (other seed,
+widths and scenes) and saw nothing that the base was trained on: it grades. All weights are fp16.
+
+## What it knows
+
+The UNet was trained on a first phase of the world: {subjects} subjects as 3D renders, one in a picture nine times of
+ten, large and near the middle, on {colours} plain colours (80 %) and {textures} textures.
+
+- Subjects: {subject_list}.
+- Plain backgrounds ("on a red background"): {colour_list}.
+- Textures: {texture_list}.
+- Wordings: "a photo of a cat on the grass", "photo of a cat", "a 3d render of a cat on a red background", "a cat at
+  night"; and Custom Diffusion's own: "very small photo of a cat", "a far away photo of a cat", "zoomed in photo of a
+  cat", "close up photo of a cat".
+
+Both CLIPs and the VAE were trained on the whole world: {everything} subjects, also as "emoji" and "drawing", in all sizes,
+two or three in a picture.
+
+## Measured
+
+{table}
+
+Generated pictures were asked for by {graded} captions over (subject, background) pairs that the UNet never saw, subjects
+and backgrounds drawn from what it was trained on; {steps} steps of DDIM, guidance {guidance}. Real scenes are of the
+held-out split.
+{notes}
+## Training
+
+{training}
+
+AdamW for vectors, Muon for matrices; min-SNR weights (gamma 5), 10 % caption dropout, EMA {ema}. Each training goes on
+from its checkpoint, anywhere: raise its `minutes` in `world/params.yaml` and run it again.
+
+## Sources
+
+{sources}
+
+Two individuals, a cat and a teapot, are held out of every training and of the pool: `data/concepts`,
+`data/kept-aside`. The scenes are composed by this project's code (Apache-2.0).
+"""
+
+
+def percent(share: float) -> str:
+    """0.512 as "51 %"."""
+    return f"{100 * share:.0f} %"
+
+
+def table(figures: dict) -> str:
+    """The figures of grade.json beside what was aimed at on a CPU."""
+    rows = [("VAE, PSNR on held-out scenes", f"{figures['vae_psnr']:.1f} dB", "23 dB")]
+    for name in ("clip", "judge"):
+        found = figures[name]
+        rows += [
+            (f"{name}, caption retrieval among 1024, R@1 / R@5", f"{percent(found['R@1'])} / {percent(found['R@5'])}",
+             "50 % / 90 %"),
+            (f"{name}, subject / background of real scenes, zero-shot",
+             f"{percent(found['subject'])} / {percent(found['background'])}", "70 % / 90 %"),
+        ]  # fmt: skip
+    if "generated" in figures:
+        made, real = figures["generated"], figures["real"]
+        rows += [
+            ("generated: subject recognised by the judge among all subjects (real scenes of the same pairs)",
+             f"{percent(made['subject'])} ({percent(real['subject'])})", "50 %"),
+            ("the same, among the subjects that the UNet was trained on",
+             f"{percent(made['subject_among_trained'])} ({percent(real['subject_among_trained'])})", "-"),
+            ("generated: background recognised (real)",
+             f"{percent(made['background'])} ({percent(real['background'])})", "80 %"),
+            ("judge text alignment, generated over real", f"{figures['alignment']['ratio']:.2f}", "0.70"),
+            (f"one image, {figures['sampling']['steps']} steps with guidance, 2 cores",
+             f"{figures['seconds_an_image']:.2f} s", "1 s"),
+        ]  # fmt: skip
+    lines = ["| figure | measured | aim |", "| --- | --- | --- |"]
+    return "\n".join(lines + [f"| {figure} | {measured} | {aim} |" for figure, measured, aim in rows])
+
+
+def training_table(work: Path) -> str:
+    """Steps and minutes of each training, from its checkpoints."""
+    notes = json.loads((work / "history.json").read_text()) if (work / "history.json").exists() else {}
+    lines = ["| training | steps | batch | minutes | on |", "| --- | --- | --- | --- | --- |"]
+    for name in ("vae", "clip", "judge", "unet"):
+        state = torch.load(work / name / "checkpoint.pt", map_location="cpu", weights_only=True)
+        minutes = notes.get(name, {}).get("minutes", 0) + state["seconds"] / 60
+        where = notes.get(name, {}).get("on", "one core of a CPU")
+        lines.append(f"| {name} | {state['step']} | {load_params(name)['batch']} | {minutes:.0f} | {where} |")
+    return "\n".join(lines)
+
+
+def card(work: Path, pipeline, everything: int) -> str:
+    """The card's text, of what was measured last."""
+    figures = json.loads((work / "grade.json").read_text())
+    sampling = figures.get("sampling", {"steps": 25, "guidance": load_params("grade")["guidance"]})
+    names = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
+    parts = [
+        f"| {part} | {kind} | {sum(p.numel() for p in getattr(pipeline, part).parameters()) / 1e6:.2f} M |"
+        for part, kind in names.items()
+    ]
+    return TEMPLATE.format(
+        **sampling,
+        parts="\n".join(parts),
+        subjects=len(CURRICULUM),
+        colours=len(COLOURS),
+        textures=len(TEXTURES),
+        subject_list=", ".join(CURRICULUM),
+        colour_list=", ".join(COLOURS),
+        texture_list=", ".join(f'"{phrase}"' for phrase in TEXTURES.values()),
+        everything=everything,
+        table=table(figures),
+        graded=figures.get("graded", 0),
+        notes=figures.get("notes", ""),
+        training=training_table(work),
+        ema=load_params("unet")["ema"],
+        sources="\n".join(f"- {s.credit}: {s.name}, {s.licence}." for s in SOURCES),
+    )

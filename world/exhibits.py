@@ -1,0 +1,153 @@
+"""What ships beside the weights: the pool of class images and the photos of the example concepts."""
+
+import io
+import json
+import shutil
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from world.backgrounds import background
+from world.catalogue import CONCEPTS, SUBJECTS
+from world.scenes import SPLITS, Distribution, Sprites, compose, pasted
+
+CONCEPT_SIDE = 256
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One photo of a concept: where, how large (share of the frame), where in it, how turned."""
+
+    background: str
+    share: float
+    centre: tuple[float, float] = (0.5, 0.5)
+    degrees: float = 0
+    mirrored: bool = False
+
+
+SHOTS: dict[str, tuple[tuple[Shot, ...], tuple[Shot, ...]]] = {
+    # concept -> (photos to learn from, photos kept aside for grading)
+    "cat": (
+        (
+            Shot("grass", 0.74),
+            Shot("yellow", 0.80, (0.48, 0.52), 3),
+            Shot("wood", 0.66, (0.55, 0.56)),
+            Shot("white", 0.72, (0.47, 0.47), -4),
+            Shot("sand", 0.60, (0.42, 0.58), mirrored=True),
+        ),
+        (Shot("green", 0.74), Shot("snow", 0.66, (0.54, 0.5), 3), Shot("orange", 0.7, (0.47, 0.53), -3)),
+    ),
+    "teapot": (
+        (
+            Shot("wood", 0.76),
+            Shot("red", 0.80, (0.5, 0.52), 3),
+            Shot("grass", 0.68, (0.46, 0.56)),
+            Shot("brown", 0.74, (0.53, 0.48), -4),
+            Shot("bricks", 0.62, (0.56, 0.58), mirrored=True),
+        ),
+        (Shot("green", 0.74), Shot("sand", 0.66, (0.46, 0.5), 3), Shot("purple", 0.72, (0.53, 0.53), -3)),
+    ),
+}
+
+
+def photograph(sprite: Image.Image, shot: Shot, seed: int) -> Image.Image:
+    """A concept's sprite (RGBA) on a background, 256 x 256; the background is a scene's own, enlarged."""
+    rng = np.random.default_rng([SPLITS["concept"], seed])
+    small = Image.fromarray(np.clip(background(shot.background, rng), 0, 255).astype(np.uint8))
+    canvas = np.asarray(small.resize((CONCEPT_SIDE, CONCEPT_SIDE), Image.Resampling.BICUBIC), np.float32).copy()
+    sprite = sprite.convert("RGBa")
+    if shot.mirrored:
+        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if shot.degrees:
+        sprite = sprite.rotate(shot.degrees, Image.Resampling.BICUBIC, expand=True)
+    centre = (shot.centre[0] * CONCEPT_SIDE, shot.centre[1] * CONCEPT_SIDE)
+    pasted(canvas, sprite, shot.share * CONCEPT_SIDE, centre)
+    return Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8))
+
+
+CONCEPT_README = """# {name}
+
+{count} pictures of one individual {name}, which is in no training scene of the base model and in no image of the pool.
+{purpose}
+
+Source: {source}.
+Licence: {licence}. Backgrounds: made by this project's code, Apache-2.0.
+"""
+CREDITS = {
+    "cat": (
+        "Fluent Emoji (copyright Microsoft Corporation), npm package @lobehub/fluent-emoji-3d 1.1.0",
+        "MIT",
+    ),
+    "teapot": (
+        "Open Clip Art (`teapot_ganson`), Debian package openclipart-png",
+        "public domain (Creative Commons Public Domain Dedication)",
+    ),
+}
+
+
+def export_concepts(work: Path, data: Path) -> None:
+    """Write data/concepts/<name>/ and data/kept-aside/<name>/."""
+    for number, name in enumerate(CONCEPTS):
+        sprite = Image.open(work / "concepts" / f"{name}.png")
+        purposes = ("They are what users teach the base model.", "Kept aside for grading: never learned from.")
+        for part, (folder, shots) in enumerate(zip(("concepts", "kept-aside"), SHOTS[name], strict=True)):
+            to = data / folder / name
+            shutil.rmtree(to, ignore_errors=True)
+            to.mkdir(parents=True)
+            for i, shot in enumerate(shots):
+                photograph(sprite, shot, 1000 * number + 100 * part + i).save(to / f"{i + 1:02d}.png", optimize=True)
+            source, licence = CREDITS[name]
+            text = CONCEPT_README.format(
+                name=name, count=len(shots), purpose=purposes[part], source=source, licence=licence
+            )
+            (to / "README.md").write_text(text)
+
+
+def tar_entry(name: str, content: bytes) -> tuple[tarfile.TarInfo, io.BytesIO]:
+    """A tar entry that is the same on every machine and every day."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = len(content), 0o644, 0
+    return info, io.BytesIO(content)
+
+
+def pool_distribution() -> Distribution:
+    """All subjects, but the concepts' classes about a sixth each: class images are looked for among them."""
+    return Distribution(
+        subjects=(*SUBJECTS, *(25 * tuple(CONCEPTS))),
+        styles=("3d render", "emoji"),
+        plain=0.7,
+        pairs=0.1,
+        counts=0.05,
+        very_small=0.08,
+        close_up=0.08,
+        normal="large",
+    )
+
+
+def export_pool(sprites: Sprites, count: int, data: Path) -> None:
+    """Write data/pool/pool.tar, a webdataset: NNNNNN.png, NNNNNN.txt (caption), NNNNNN.json (what is there)."""
+    of = pool_distribution()
+    folder = data / "pool"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "pool.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i in range(count):
+            scene = compose(sprites, of, "pool", i)
+            picture = io.BytesIO()
+            Image.fromarray(scene.image).save(picture, "PNG", optimize=True)
+            facts = {"subjects": scene.subjects, "background": scene.background, "count": scene.count}
+            for suffix, content in (
+                ("json", json.dumps(facts).encode()),
+                ("png", picture.getvalue()),
+                ("txt", scene.caption.encode()),
+            ):
+                tar.addfile(*tar_entry(f"{i:06d}.{suffix}", content))
+    (folder / "README.md").write_text(
+        f"# The pool of class images\n\n`pool.tar` is a webdataset of {count} captioned scenes, 64 x 64: "
+        "`NNNNNN.png`, `NNNNNN.txt` (caption), `NNNNNN.json` (subjects, background). None of them was seen in any "
+        "training; the example concepts' individuals are in none of them.\n\n"
+        "Sources: Fluent Emoji (copyright Microsoft Corporation, MIT), Noto Color Emoji (copyright Google Inc., "
+        "OFL-1.1), Open Clip Art (public domain); composed by `world/`.\n"
+    )

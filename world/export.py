@@ -1,0 +1,106 @@
+"""Export what the project ships, to data/: the base model, both CLIPs, the pool, the example concepts."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from world.card import card
+from world.catalogue import SUBJECTS
+from world.exhibits import export_concepts, export_pool
+from world.latents import load_clip, load_vae, text_model
+from world.loop import load_params
+from world.scenes import SIDE, Sprites
+from world.train_unet import build as build_unet
+from world.train_unet import scheduler
+
+
+def image_processor() -> CLIPImageProcessorPil:
+    """64 px, 0..255 to -1..1: the range that both CLIPs are trained on."""
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+
+
+def export_clip(work: Path, name: str, folder: Path) -> None:
+    """A CLIP as transformers loads it: model, tokenizer, image processor; fp16."""
+    clip, tokenizer = load_clip(work, name)
+    shutil.rmtree(folder, ignore_errors=True)
+    clip.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+
+
+def scaling_factor(work: Path) -> float:
+    """The measured factor that the UNet was trained with."""
+    return float(np.load(work / f"latents-{load_params('latents')['distribution']}.npz")["scaling_factor"])
+
+
+def assemble(work: Path) -> StableDiffusionPipeline:
+    """The pipeline of everything trained so far, in fp32."""
+    vae = load_vae(work)
+    vae.register_to_config(scaling_factor=scaling_factor(work))
+    clip, tokenizer = load_clip(work)
+    unet = build_unet(load_params("unet"), clip.config.text_config.hidden_size)
+    unet.load_state_dict(torch.load(work / "unet/checkpoint.pt", map_location="cpu", weights_only=True)["ema"])
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_model(clip),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def export_base(work: Path, folder: Path) -> None:
+    """The base model as a diffusers pipeline folder, fp16, with its card."""
+    pipeline = assemble(work)
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    pipeline.to(dtype=torch.float16).save_pretrained(beside)
+    if (work / "grade.json").exists():
+        (beside / "README.md").write_text(card(work, pipeline, len(SUBJECTS)))
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def main() -> None:
+    """Export the parts asked for, all by default."""
+    parts = ("concepts", "pool", "clip", "judge", "base")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(parts)}; all by default")
+    parser.add_argument("--work", type=Path, default=Path("build/world"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    arguments = parser.parse_args()
+    work, data = arguments.work, arguments.data
+    if unknown := set(arguments.parts) - set(parts):
+        parser.error(f"no part {', '.join(unknown)}; the parts are {', '.join(parts)}")
+    wanted = arguments.parts or parts
+    if "concepts" in wanted:
+        export_concepts(work, data)
+    if "pool" in wanted:
+        export_pool(Sprites.load(work / "sprites"), load_params("pool")["scenes"], data)
+    for name in ("clip", "judge"):
+        if name in wanted:
+            export_clip(work, name, data / name)
+    if "base" in wanted:
+        export_base(work, data / "base")
+    sizes = {part: sum(f.stat().st_size for f in (data / part).rglob("*") if f.is_file()) for part in parts}
+    for file in data.rglob("*.safetensors"):
+        file.chmod(0o644)  # written readable by their owner alone
+    print(json.dumps({part: f"{size / 2**20:.2f} MiB" for part, size in sizes.items()}))
+
+
+if __name__ == "__main__":
+    main()

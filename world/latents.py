@@ -1,0 +1,125 @@
+"""Cache what the UNet trains on: VAE moments of composed scenes, and the text states of their captions.
+
+`latents-<distribution>.npz`: moments (N, 8, 16, 16) fp16 (mean and log-variance, not scaled), captions (N,), and the
+scaling factor measured on them. `states-<distribution>.npz`: states (C, 24, width) fp16 of the different captions,
+row 0 that of the empty one, and caption (N,), each scene's row.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from world.loop import load_params
+from world.scenes import DISTRIBUTIONS, Scene, Sprites, compose, to_tensor
+from world.train_clip import build as build_clip
+from world.train_vae import build as build_vae
+
+FIRST_SCENE = 20_000_000  # of the base's split; the VAE and the CLIP learn from others
+
+
+def load_vae(work: Path):
+    """The VAE as trained so far: its decoder's later training where there is one."""
+    vae = build_vae(load_params("vae"))
+    later = work / "decoder/checkpoint.pt"
+    path = later if later.exists() else work / "vae/checkpoint.pt"
+    vae.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+    return vae.eval()
+
+
+def load_clip(work: Path, name: str = "clip"):
+    """A CLIP as trained so far, and the tokenizer."""
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    clip = build_clip(load_params(name), tokenizer)
+    state = torch.load(work / name / "checkpoint.pt", map_location="cpu", weights_only=True)["model"]
+    clip.load_state_dict({key[5:]: value for key, value in state.items() if key.startswith("clip.")})
+    return clip.eval(), tokenizer
+
+
+def text_model(clip) -> CLIPTextModel:
+    """The CLIP's text tower as the pipeline holds it."""
+    model = CLIPTextModel(clip.config.text_config)
+    # transformers has moved the tower's weights in and out of a `text_model` prefix; accept both layouts
+    prefixed = next(iter(model.state_dict())).startswith("text_model.")
+    state = {("text_model." if prefixed else "") + key: value for key, value in clip.text_model.state_dict().items()}
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@torch.no_grad()
+def text_states(model: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], batch: int = 256) -> np.ndarray:
+    """Last hidden states (N, 24, width) fp16, padded as the pipeline pads, without a mask."""
+    states = []
+    for i in range(0, len(captions), batch):
+        tokens = tokenizer(captions[i : i + batch], padding="max_length", truncation=True, return_tensors="pt")
+        states.append(model(tokens.input_ids).last_hidden_state.half().numpy())
+    return np.concatenate(states)
+
+
+@torch.no_grad()
+def encode(vae, images: list[np.ndarray]) -> np.ndarray:
+    """Moments (N, 8, 16, 16) fp16 of uint8 pictures."""
+    batch = to_tensor(images).to(memory_format=torch.channels_last)
+    return vae.encode(batch).latent_dist.parameters.half().numpy()
+
+
+def cache_moments(vae, scenes_at: Callable[[int], Scene], count: int, path: Path) -> None:
+    """Compose and encode `count` scenes; save moments, captions and the scaling factor."""
+    moments = np.empty((count, 8, 16, 16), np.float16)
+    captions = []
+    for start in tqdm(range(0, count, 64), desc="latents", mininterval=10):
+        scenes = [scenes_at(i) for i in range(start, min(start + 64, count))]
+        moments[start : start + len(scenes)] = encode(vae, [scene.image for scene in scenes])
+        captions += [scene.caption for scene in scenes]
+    # Rombach et al. 2022, D.1: latents are divided by their standard deviation
+    scaling_factor = 1 / float(moments[:, :4].astype(np.float32).std())
+    save_arrays(path, moments=moments, captions=np.array(captions), scaling_factor=scaling_factor)
+    print(json.dumps({"scenes": count, "scaling_factor": scaling_factor}))
+
+
+def cache_states(model: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], path: Path) -> None:
+    """Save the text states of the different captions, the empty one first, and which caption each scene has."""
+    ids = {caption: i for i, caption in enumerate(dict.fromkeys(["", *captions]))}
+    states = text_states(model, tokenizer, list(ids))
+    save_arrays(path, states=states, caption=np.array([ids[caption] for caption in captions], np.int32))
+
+
+def save_arrays(path: Path, **arrays: np.ndarray | float) -> None:
+    """np.savez beside the target, then rename."""
+    beside = path.with_name("part-" + path.name)
+    np.savez(beside, **arrays)
+    os.replace(beside, path)
+
+
+def main() -> None:
+    """Compose, encode, cache."""
+    params = load_params("latents")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("build/world"))
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), default=params["distribution"])
+    parser.add_argument("--scenes", type=int, default=params["scenes"])
+    parser.add_argument("--states-only", action="store_true", help="the text encoder alone has changed")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    work = arguments.work
+    sprites = Sprites.load(work / "sprites")
+    of = DISTRIBUTIONS[arguments.distribution](sprites)
+    latents = work / f"latents-{arguments.distribution}.npz"
+    if not arguments.states_only:
+        vae = load_vae(work).to(memory_format=torch.channels_last)
+        cache_moments(vae, lambda i: compose(sprites, of, "base", FIRST_SCENE + i), arguments.scenes, latents)
+    clip, tokenizer = load_clip(work)
+    captions = np.load(latents)["captions"].tolist()
+    cache_states(text_model(clip), tokenizer, captions, work / f"states-{arguments.distribution}.npz")
+
+
+if __name__ == "__main__":
+    main()
