@@ -12,6 +12,7 @@ from PIL import Image
 
 from world.catalogue import CONCEPTS, CURRICULUM, DRAWINGS, SUBJECTS, article, plural
 from world.exhibits import SHOTS, photograph, tar_entry
+from world.loop import fit, lr_share
 from world.muon import orthogonalised
 from world.scenes import (
     BACKGROUNDS,
@@ -166,6 +167,39 @@ def test_orthogonalised_has_singular_values_near_one():
         values = np.linalg.svd(orthogonalised(torch.randn(shape)).numpy(), compute_uv=False)
         assert values.min() > 0.3
         assert values.max() < 1.3
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    assert lr_share(0.0, 0, 100) == pytest.approx(0.01)
+    assert lr_share(0.5, 5000, 100) == 1
+    assert lr_share(0.825, 5000, 100) == pytest.approx(0.5)
+    assert lr_share(1.0, 5000, 100) == 0
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_training_goes_on_where_it_stopped(tmp_path, muon):
+    """Weights, optimizer, step number and clock come back: the second run starts where the first one ended."""
+    seen: list[int] = []
+
+    def train(minutes: float) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+
+        def loss_at(step: int) -> dict[str, torch.Tensor]:
+            seen.append(step)
+            return {"loss": (model(torch.ones(2, 4)) - 1).square().mean()}
+
+        fit(tmp_path / "run", model, loss_at, minutes=minutes, peak_lr=1e-2, muon=muon)
+        return model
+
+    first = train(0.002)
+    stopped = len(seen)
+    again = train(0.002)  # its minutes are used up: nothing happens but loading
+    assert len(seen) == stopped
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    train(0.004)
+    assert len(seen) > stopped
+    assert seen == list(range(len(seen)))
 
 
 def test_heads_must_divide_every_width():

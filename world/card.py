@@ -51,16 +51,16 @@ ten, large and near the middle, on {colours} plain colours (80 %) and {textures}
   night"; and Custom Diffusion's own: "very small photo of a cat", "a far away photo of a cat", "zoomed in photo of a
   cat", "close up photo of a cat".
 
-Both CLIPs and the VAE were trained on the whole world: {everything} subjects, also as "emoji" and "drawing", in all sizes,
-two or three in a picture.
+Both CLIPs and the VAE were trained on the whole world: {everything} subjects, also as "emoji" and "drawing", in all
+sizes, two or three in a picture.
 
 ## Measured
 
 {table}
 
-Generated pictures were asked for by {graded} captions over (subject, background) pairs that the UNet never saw, subjects
-and backgrounds drawn from what it was trained on; {steps} steps of DDIM, guidance {guidance}. Real scenes are of the
-held-out split.
+Generated pictures were asked for by {graded} captions over (subject, background) pairs that the UNet never saw,
+subjects and backgrounds drawn from what it was trained on; {steps} steps of DDIM, guidance {guidance}. Real scenes are
+of the held-out split.
 {notes}
 ## Training
 
