@@ -105,6 +105,7 @@ class Tracker:
     def __init__(self, client: Any = None, run_id: str | None = None) -> None:
         self.run_id = run_id
         self._client = client
+        self._store = getattr(client, "tracking_uri", "")
         self._metrics: list = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -206,7 +207,7 @@ class Tracker:
         self._tasks.put(None)
         self._thread.join(LAST_SECONDS)
         if self._thread.is_alive():
-            _warn(f"no answer in {LAST_SECONDS} s; the end of this run is not tracked")
+            _warn(self._store, f"no answer in {LAST_SECONDS} s", "the end of this run is not tracked")
         self._thread = None
 
     def __enter__(self) -> "Tracker":
@@ -228,7 +229,7 @@ class Tracker:
                     task(self._client)
             except Exception as error:
                 alive = False
-                _warn(f"{_reason(error)}; the rest of this run is not tracked")
+                _warn(self._store, error, "the rest of this run is not tracked")
 
     def _flush(self, client: Any) -> None:
         from mlflow.entities import Metric
@@ -322,16 +323,16 @@ def _open(params: Params, folder: Path | str | None, find: Callable[[Any, _Store
         return Tracker()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    store = _Store.of(folder)
     try:
         from mlflow import MlflowClient
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        store = _Store.of(folder)
         client = MlflowClient(store.uri)
         return Tracker(client, find(client, store))
     except Exception as error:
-        _warn(f"{_reason(error)}; this run is not tracked")
+        _warn(store.uri, error, "this run is not tracked")
         return Tracker()
 
 
@@ -387,11 +388,10 @@ def _timeout(seconds: int) -> Iterator[None]:
         os.environ[name] = before
 
 
-def _reason(error: Exception) -> str:
-    """An error in one line, cut short, without the password that an address may hold."""
-    line = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()))
-    return line[:160] or type(error).__name__
-
-
-def _warn(message: str) -> None:
-    tqdm.write(f"warning: MLflow: {message}", file=sys.stderr)  # keeps a progress bar whole
+def _warn(store: str, problem: BaseException | str, consequence: str) -> None:
+    """One line: which store, what went wrong at the root of it, and what that means. No password of an address."""
+    while isinstance(problem, BaseException) and (problem.__cause__ or problem.__context__):
+        problem = problem.__cause__ or problem.__context__
+    reason = " ".join(str(problem).split())[:160] or type(problem).__name__
+    line = re.sub(r"//[^/@\s]+@", "//", f"warning: MLflow at {store}: {reason}; {consequence}")
+    tqdm.write(line, file=sys.stderr)  # keeps a progress bar whole
