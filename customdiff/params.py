@@ -124,6 +124,9 @@ class Retrieve(Section):
     num_class_images: int = Field(200, ge=1)
     minimum: int = Field(50, ge=1, description="fewer found than this is an error; between the two a warning")
     duplicate_similarity: Fraction = Field(0.98, description="cosine at and above which two images are one")
+    caption_weight: Fraction = Field(
+        0.0, description="backend index: the caption's share in the ranking; 0: the image alone, as in the reference"
+    )
     index: Index = Index()
     service: Service = Service()
     generate: Generate = Generate()

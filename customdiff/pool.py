@@ -13,7 +13,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -304,16 +304,35 @@ def _nested_processor(path: Path) -> dict[str, Any]:
         raise UserError(f"retrieve.index.clip: {path} has no preprocessor_config.json") from error
 
 
+def read_rows(index: Path) -> list[dict[str, str]]:
+    """Name in the pool and caption of each row of an index.
+
+    Raises:
+        UserError: there is no index.
+    """
+    try:
+        return json.loads((index / "rows.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{index}: holds no index; run `dvc repro index-pool` with retrieve.backend: index") from error
+
+
 @dataclass(frozen=True)
 class Hit:
     """One row of the index that answers a query."""
 
     row: int
-    similarity: float  # cosine to the query
+    similarity: float  # cosine of its image to the query
 
 
 def query_index(
-    index: Path, query: np.ndarray, *, duplicate_similarity: float, exclude: np.ndarray | None = None, first: int = 1000
+    index: Path,
+    query: np.ndarray,
+    *,
+    duplicate_similarity: float,
+    exclude: np.ndarray | None = None,
+    first: int = 1000,
+    caption_weight: float = 0.0,
+    embed: Callable[[list[str]], np.ndarray] | None = None,
 ) -> Iterator[Hit]:
     """Rows of an index by falling cosine to a query, without near-duplicates.
 
@@ -324,11 +343,14 @@ def query_index(
         query: (D,) float32 of norm 1.
         exclude: (M, D) float32 of norm 1.
         first: candidates that faiss is asked for at first; four times as many whenever they are used up.
+        caption_weight: w of the ranking (1 - w) * cosine to the image + w * cosine to its caption, of the candidates.
+        embed: texts to (N, D) float32 of norm 1, the captions' side of that; needed where the weight is above 0.
     """
     import faiss
 
     searcher = faiss.read_index(str(index / "image.index"))
     embeddings = np.load(index / "embeddings.npy", mmap_mode="r")
+    names = read_rows(index)
     if embeddings.shape[1] != len(query):
         raise UserError(
             f"retrieve.index.clip: embeds in {len(query)} dimensions, {index} was made with {embeddings.shape[1]}; "
@@ -344,7 +366,11 @@ def query_index(
         vectors = embeddings[fresh].astype(np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         cosines = vectors @ query
-        for place in np.lexsort((fresh, -cosines)):  # equal cosines in the order of the pool
+        ranks = cosines
+        if caption_weight and embed:
+            captions = embed([names[row]["caption"] for row in fresh])
+            ranks = (1 - caption_weight) * cosines + caption_weight * (captions @ query)
+        for place in np.lexsort((fresh, -ranks)):  # equal cosines in the order of the pool
             seen.add(int(fresh[place]))
             if len(taken) and float((taken @ vectors[place]).max()) >= duplicate_similarity:
                 continue

@@ -170,9 +170,7 @@ def from_index(
     """Images of the pool by falling similarity to the class prompt; near-duplicates and instance images left out."""
     from customdiff.clip import Clip
 
-    if not (index / "rows.json").is_file():
-        raise UserError(f"{index}: holds no index; run `dvc repro index-pool` with retrieve.backend: index")
-    rows = json.loads((index / "rows.json").read_text(encoding="utf-8"))
+    rows = pool.read_rows(index)
     name = params.retrieve.index.clip
     clip = Clip.load(pool.OPENAI_NAMES.get(name, name), key="retrieve.index.clip")
     hits = pool.query_index(
@@ -180,6 +178,8 @@ def from_index(
         query_vector(clip, class_prompt),
         duplicate_similarity=params.retrieve.duplicate_similarity,
         exclude=clip.images(own),
+        caption_weight=params.retrieve.caption_weight,
+        embed=clip.text,
     )
     where = Path(params.retrieve.index.pool)
     while batch := list(islice(hits, params.retrieve.num_class_images)):

@@ -182,6 +182,24 @@ def test_a_query_gives_what_brute_force_gives(tmp_path, first):
         assert np.allclose([hit.similarity for hit in hits], [exact[hit.row] @ query for hit in hits], atol=1e-3)
 
 
+def test_captions_take_their_share_in_the_ranking(tmp_path):
+    random = np.random.default_rng(5)
+    vectors, captions = (unit(unit(random.normal(size=(50, 16))).astype(np.float16)) for _ in range(2))
+    query = unit(random.normal(size=16))
+    write_index(tmp_path / "index", vectors, [str(number) for number in range(50)])
+
+    def embed(texts):
+        return captions[[int(text.removeprefix("about ")) for text in texts]]
+
+    for weight in (0.0, 0.3, 1.0):
+        hits = list(
+            pool.query_index(tmp_path / "index", query, duplicate_similarity=2, caption_weight=weight, embed=embed)
+        )
+        score = (1 - weight) * (vectors.astype(np.float64) @ query) + weight * (captions.astype(np.float64) @ query)
+        assert [hit.row for hit in hits] == np.argsort(-score).tolist()
+        assert np.allclose([hit.similarity for hit in hits], [vectors[hit.row] @ query for hit in hits], atol=1e-3)
+
+
 def test_an_approximate_index_still_gives_exact_cosines(tmp_path):
     random = np.random.default_rng(4)
     vectors = unit(random.normal(size=(200, 16)))
