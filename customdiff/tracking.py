@@ -132,20 +132,23 @@ class Tracker:
 
         self._put(log)
 
-    def metrics(self, metrics: Mapping[str, float], step: int = 0, *, group: str = "train/") -> None:
+    def metrics(self, metrics: Mapping[str, float | None], step: int = 0, *, group: str = "train/") -> None:
         """Log figures of one step; figures of several steps travel together.
 
         Args:
-            metrics: by name.
+            metrics: by name; those that are None are left out.
             step: counted from 1.
-            group: goes before each name. MLflow's page shows a group together, and those without one last.
+            group: goes before each name that has no / in it. MLflow's page shows a group together, and figures
+                without one last.
         """
         if self._thread is None:
             return
         now = int(time.time() * 1000)
         with self._lock:
             waiting = bool(self._metrics)
-            self._metrics += [(group + name, float(value), now, step) for name, value in metrics.items()]
+            for name, value in metrics.items():
+                if value is not None:
+                    self._metrics.append((name if "/" in name else group + name, float(value), now, step))
         if not waiting:
             self._put(self._flush)
 

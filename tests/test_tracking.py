@@ -60,7 +60,7 @@ def test_what_is_logged_is_read_back(store, read, tmp_path):
     with tracking.start(params(), store=store, tags={"kind": "test"}) as tracker:
         tracker.params(params())
         for step in range(1, 2501):  # more than MLflow takes in one batch
-            tracker.metrics({"loss": 1 / step, "images_per_second": 2.0}, step)
+            tracker.metrics({"loss": 1 / step, "train/images_per_second": 2.0, "unknown": None}, step)
         tracker.image(Image.new("RGB", (8, 8), "red"), "validation/<new1> cat", 50)
         tracker.artifact(file)
         tracker.artifact(folder)
@@ -74,6 +74,7 @@ def test_what_is_logged_is_read_back(store, read, tmp_path):
     assert run.data.tags.items() >= {"kind": "test", "more": "yes"}.items()
     history = read.get_metric_history(tracker.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in range(1, 2501)]
+    assert set(run.data.metrics) == {"train/loss", "train/images_per_second"}
     names = {item.path for item in read.list_artifacts(tracker.run_id)}
     assert names == {"report.html", "adapter", "images"}
     assert Path(store / "mlartifacts") in Path(run.info.artifact_uri.removeprefix("file://")).parents
