@@ -117,7 +117,7 @@ def pool_distribution() -> Distribution:
     """All subjects, but the concepts' classes about a sixth each: class images are looked for among them."""
     return Distribution(
         subjects=(*SUBJECTS, *(25 * tuple(CONCEPTS))),
-        styles=("3d render", "emoji"),
+        styles=("3d render",),  # what the UNet knows so far: other class images would teach it, not keep it
         plain=0.7,
         pairs=0.1,
         counts=0.05,

@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -13,7 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from world.card import card
 from world.catalogue import SUBJECTS
 from world.exhibits import export_concepts, export_pool
-from world.latents import load_clip, load_vae, text_model
+from world.latents import load_clip, load_vae, scaling_factor, text_model
 from world.loop import load_params
 from world.scenes import SIDE, Sprites
 from world.train_unet import build as build_unet
@@ -37,11 +36,6 @@ def export_clip(work: Path, name: str, folder: Path) -> None:
     clip.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     image_processor().save_pretrained(folder)
-
-
-def scaling_factor(work: Path) -> float:
-    """The measured factor that the UNet was trained with."""
-    return float(np.load(work / f"latents-{load_params('latents')['distribution']}.npz")["scaling_factor"])
 
 
 def assemble(work: Path) -> StableDiffusionPipeline:

@@ -1,7 +1,7 @@
 """Cache what the UNet trains on: VAE moments of composed scenes, and the text states of their captions.
 
-`latents-<distribution>.npz`: moments (N, 8, 16, 16) fp16 (mean and log-variance, not scaled), captions (N,), and the
-scaling factor measured on them. `states-<distribution>.npz`: states (C, 24, width) fp16 of the different captions,
+`latents-<distribution>.npz`: moments (N, 8, 16, 16) fp16 (mean and log-variance, not scaled), captions (N,).
+`states-<distribution>.npz`: states (C, 24, width) fp16 of the different captions,
 row 0 that of the empty one, and caption (N,), each scene's row.
 """
 
@@ -69,18 +69,29 @@ def encode(vae, images: list[np.ndarray]) -> np.ndarray:
     return vae.encode(batch).latent_dist.parameters.half().numpy()
 
 
+def scaling_factor(work: Path, latents: np.ndarray | None = None) -> float:
+    """What latents are multiplied by: one over their standard deviation (Rombach et al. 2022, D.1).
+
+    Measured once, on the first latents (N, 4, 16, 16) that are cached, and kept: a UNet was trained with it.
+    """
+    path = work / "scaling_factor.json"
+    if not path.exists():
+        if latents is None:
+            raise FileNotFoundError(f"{path}: not measured yet; run `python -m world.latents` first")
+        path.write_text(json.dumps(1 / float(latents.astype(np.float32).std())) + "\n")
+    return json.loads(path.read_text())
+
+
 def cache_moments(vae, scenes_at: Callable[[int], Scene], count: int, path: Path) -> None:
-    """Compose and encode `count` scenes; save moments, captions and the scaling factor."""
+    """Compose and encode `count` scenes; save moments and captions."""
     moments = np.empty((count, 8, 16, 16), np.float16)
     captions = []
     for start in tqdm(range(0, count, 64), desc="latents", mininterval=10):
         scenes = [scenes_at(i) for i in range(start, min(start + 64, count))]
         moments[start : start + len(scenes)] = encode(vae, [scene.image for scene in scenes])
         captions += [scene.caption for scene in scenes]
-    # Rombach et al. 2022, D.1: latents are divided by their standard deviation
-    scaling_factor = 1 / float(moments[:, :4].astype(np.float32).std())
-    save_arrays(path, moments=moments, captions=np.array(captions), scaling_factor=scaling_factor)
-    print(json.dumps({"scenes": count, "scaling_factor": scaling_factor}))
+    save_arrays(path, moments=moments, captions=np.array(captions))
+    print(json.dumps({"scenes": count, "scaling_factor": scaling_factor(path.parent, moments[:, :4])}))
 
 
 def cache_states(model: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], path: Path) -> None:

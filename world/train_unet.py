@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from world.latents import scaling_factor
 from world.loop import fit, load_params
 
 
@@ -97,7 +98,7 @@ class LatentSet:
         latents = np.load(work / f"latents-{distribution}.npz")
         states = np.load(work / f"states-{distribution}.npz")
         self.moments = torch.from_numpy(latents["moments"]).to(device)
-        self.scaling_factor = float(latents["scaling_factor"])
+        self.scaling_factor = scaling_factor(work)
         self.states = torch.from_numpy(states["states"]).to(device)
         self.caption = torch.from_numpy(states["caption"]).long().to(device)
         self._pass, self._order = -1, torch.empty(0)
