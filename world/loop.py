@@ -134,7 +134,7 @@ def fit(
             seconds += time.monotonic() - began
             bar.update(round(seconds) - bar.n)
             if step % 20 == 0:
-                row = {name: round(float(value), 5) for name, value in values.items()}
+                row = {name: round(value.item(), 5) for name, value in values.items()}
                 bar.set_postfix(row | {"step": step}, refresh=False)
                 writer.writerow([step, round(seconds, 1), *(f"{k}={v}" for k, v in row.items())])
                 file.flush()

@@ -22,6 +22,7 @@ from world.scenes import (
     to_tensor,
     world_distribution,
 )
+from world.sprites import turned
 
 
 def build(params: dict, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -118,6 +119,24 @@ def few_backgrounds(of: Distribution, step: int, count: int) -> Distribution:
     return replace(of, backgrounds=tuple(BACKGROUNDS[i] for i in rng.choice(len(BACKGROUNDS), count, replace=False)))
 
 
+def in_other_hues(sprites: Sprites, hues: dict[str, list[int]]) -> Sprites:
+    """The pack with further individuals: pictures of the subjects in `hues` with their hue turned by those degrees.
+
+    A judge that has seen cats of one colour alone takes the colour for the class, and would count a well-learned cat
+    of another colour as a failure.
+    """
+    pictures = {
+        subject: {style: list(found) for style, found in styles.items()} for subject, styles in sprites.pictures.items()
+    }
+    for subject, degrees in hues.items():
+        for style, found in sprites.pictures[subject].items():
+            for name, picture in found:
+                if "@" not in name:
+                    whole = picture.convert("RGBA")
+                    pictures[subject][style] += [(f"{name}@{d}", turned(whole, d).convert("RGBa")) for d in degrees]
+    return Sprites(pictures)
+
+
 def main() -> None:
     """Train, or continue."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -134,7 +153,7 @@ def main() -> None:
     params = load_params(arguments.name)
     torch.manual_seed(params["seed"])
     tokenizer = CLIPTokenizer.from_pretrained(arguments.work / "tokenizer")
-    sprites = Sprites.load(arguments.work / "sprites")
+    sprites = in_other_hues(Sprites.load(arguments.work / "sprites"), params.get("hues", {}))
     of = world_distribution(sprites)
     learner = Learner(build(params, tokenizer), of.subjects).to(arguments.device)
     if arguments.freeze_text:
