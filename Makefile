@@ -35,7 +35,7 @@ format: install ## mend style
 	ruff format .
 
 lock: $(VENV)/installed ## resolve the locks anew
-	uv pip compile $(LOCK) --extra pipeline --extra dev --extra world pyproject.toml -o requirements/lock.txt
+	uv pip compile $(LOCK) --extra pipeline --extra dev pyproject.toml -o requirements/lock.txt
 	uv pip compile $(LOCK) requirements/clip-retrieval.in -o requirements/clip-retrieval.txt
 LOCK := --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 

@@ -426,7 +426,6 @@ def _load_base(params: Params, device: torch.device) -> tuple[DiffusionPipeline,
     vae_config = AutoencoderKL.load_config(params.base.model, subfolder="vae", revision=params.base.revision)
     parts = {} if needs_vae else {"vae": None}
     pipe = base.load_pipeline(params.base, dtype=dtype, device=device, **parts)
-    pipe.unet.to(memory_format=torch.channels_last)
     attention.use_backend(pipe.unet, train.attention)
     if train.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
