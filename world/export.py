@@ -74,7 +74,7 @@ def main() -> None:
     parts = ("concepts", "pool", "clip", "judge", "base")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(parts)}; all by default")
-    parser.add_argument("--work", type=Path, default=Path("build/world"))
+    parser.add_argument("--work", type=Path, default=Path("world/build"))
     parser.add_argument("--data", type=Path, default=Path("data"))
     arguments = parser.parse_args()
     work, data = arguments.work, arguments.data

@@ -112,7 +112,7 @@ def main() -> None:
     """Compose, encode, cache."""
     params = load_params("latents")
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/world"))
+    parser.add_argument("--work", type=Path, default=Path("world/build"))
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), default=params["distribution"])
     parser.add_argument("--scenes", type=int, default=params["scenes"])

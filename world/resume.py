@@ -23,9 +23,9 @@ def checkpoint(weights: dict[str, torch.Tensor], **more: object) -> dict[str, ob
 
 
 def main() -> None:
-    """Write build/world/{vae,unet,clip,judge}/checkpoint.pt and the tokenizer; refuse to overwrite a training."""
+    """Write world/build/{vae,unet,clip,judge}/checkpoint.pt and the tokenizer; refuse to overwrite a training."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/world"))
+    parser.add_argument("--work", type=Path, default=Path("world/build"))
     parser.add_argument("--data", type=Path, default=Path("data"))
     arguments = parser.parse_args()
     work, data = arguments.work, arguments.data

@@ -247,7 +247,7 @@ def contact_sheet(images: list[np.ndarray], columns: int = 8, scale: int = 2) ->
 def main() -> None:
     """Write a contact sheet of scenes and print their captions: look at them before training."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/world"))
+    parser.add_argument("--work", type=Path, default=Path("world/build"))
     parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), default="world")
     parser.add_argument("--count", type=int, default=64)
     arguments = parser.parse_args()

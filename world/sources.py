@@ -86,7 +86,7 @@ def unpack(package: Path, folder: Path) -> None:
 def main() -> None:
     """Fetch and unpack every source; write sources.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/world"))
+    parser.add_argument("--work", type=Path, default=Path("world/build"))
     folder = parser.parse_args().work / "sources"
     folder.mkdir(parents=True, exist_ok=True)
     for source in SOURCES:

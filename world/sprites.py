@@ -84,7 +84,7 @@ def contact_sheet(pack: Path, cell: int = 48, columns: int = 24) -> Image.Image:
 def main() -> None:
     """Cut every sprite of the catalogue, and the concepts' apart from them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/world"))
+    parser.add_argument("--work", type=Path, default=Path("world/build"))
     work = parser.parse_args().work
     pack, concepts = work / "sprites", work / "concepts"
     shutil.rmtree(pack, ignore_errors=True)

@@ -50,7 +50,7 @@ def build(captions: list[str], size: int, length: int) -> CLIPTokenizer:
 def main() -> None:
     """Learn the tokenizer from the captions of the base's split and save it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/world"))
+    parser.add_argument("--work", type=Path, default=Path("world/build"))
     work = parser.parse_args().work
     params = load_params("tokenizer")
     sprites = Sprites.load(work / "sprites")

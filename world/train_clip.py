@@ -141,7 +141,7 @@ def main() -> None:
     """Train, or continue."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", choices=["clip", "judge"], required=True)
-    parser.add_argument("--work", type=Path, default=Path("build/world"))
+    parser.add_argument("--work", type=Path, default=Path("world/build"))
     parser.add_argument("--device", default=load_params("device"))
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--minutes", type=float, default=None)

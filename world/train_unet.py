@@ -121,7 +121,7 @@ def main() -> None:
     """Train, or continue."""
     params = load_params("unet")
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/world"))
+    parser.add_argument("--work", type=Path, default=Path("world/build"))
     parser.add_argument("--distribution", default=load_params("latents")["distribution"])
     parser.add_argument("--device", default=load_params("device"))
     parser.add_argument("--threads", type=int, default=None)

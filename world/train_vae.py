@@ -51,7 +51,7 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor, kl_weight: float, frozen:
 def main() -> None:
     """Train, or continue."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/world"))
+    parser.add_argument("--work", type=Path, default=Path("world/build"))
     parser.add_argument("--device", default=load_params("device"))
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--minutes", type=float, default=None)
