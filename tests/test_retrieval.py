@@ -13,6 +13,7 @@ import faiss
 import httpx
 import numpy as np
 import pytest
+from conftest import ROOT, concept_values, noisy_images, tiny_tokenizer
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -20,7 +21,6 @@ from customdiff import pool, retrieval, service
 from customdiff.clip import Clip
 from customdiff.errors import UserError
 from customdiff.params import Params, Service
-from tests.conftest import ROOT, concept_values, noisy_images, tiny_tokenizer
 
 
 def settings(retrieve: dict, base: str = "none") -> Params:
