@@ -63,13 +63,16 @@ def test_what_is_wrong_with_prompts_is_said_in_one_line(tmp_path, text, message)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("folder", ["data/prompts", "data/prompts/sd"])
-def test_our_own_prompt_files_hold_every_kind(folder, pytestconfig):
+@pytest.mark.parametrize(
+    ("folder", "missing"),
+    [("data/prompts", {"companion"}), ("data/prompts/sd", set())],  # the embedded base cannot draw two subjects yet
+)
+def test_our_own_prompt_files_hold_every_kind(folder, missing, pytestconfig):
     files = sorted((pytestconfig.rootpath / folder).glob("*.txt"))
     assert "default" in {file.stem for file in files}
     for file in files:
         prompts = read_prompts(file.parent, file.stem)
-        assert {prompt.kind for prompt in prompts} == set(evaluation.KINDS), file
+        assert {prompt.kind for prompt in prompts} == set(evaluation.KINDS) - missing, file
         assert len(prompts) >= 12, file
         assert all(prompt.template.count("{}") == 1 for prompt in prompts)
 
