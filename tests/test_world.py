@@ -212,7 +212,7 @@ def test_heads_must_divide_every_width():
 def pipeline():
     from diffusers import StableDiffusionPipeline
 
-    return StableDiffusionPipeline.from_pretrained(DATA / "base").to(torch.float32)
+    return StableDiffusionPipeline.from_pretrained(DATA / "base")
 
 
 @shipped

@@ -63,6 +63,9 @@ def export_base(work: Path, folder: Path) -> None:
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     pipeline.to(dtype=torch.float16).save_pretrained(beside)
+    # transformers would load what is stored as fp16 in fp16, and diffusers the rest in fp32: a plain call then fails
+    config = beside / "text_encoder/config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     if (work / "grade.json").exists():
         (beside / "README.md").write_text(card(work, pipeline, len(SUBJECTS)))
     shutil.rmtree(folder, ignore_errors=True)
