@@ -216,8 +216,8 @@ def test_options_of_the_reference_train(tiny_v_base, tmp_path):
         assert not torch.equal(learned_adapter.rows[token], table[pipe.tokenizer.convert_tokens_to_ids(word)])
 
 
-def test_gradient_checkpointing_and_pixels_change_nothing(tiny_base, tmp_path):
-    """Two ways to the same numbers: recomputing activations, and encoding the kept pixels at every step."""
+def test_gradient_checkpointing_changes_nothing(tiny_base, tmp_path):
+    """Activations are computed again in the backward pass: the same numbers by another way."""
     plain = train(tiny_params(tiny_base, max_steps=2), tmp_path / "a")
     recomputed = train(tiny_params(tiny_base, max_steps=2, gradient_checkpointing=True), tmp_path / "b")
     for name, weight in adapter.read(plain.path / "adapter").weights.items():
