@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import concept_values, tiny_params, write_prepared
 from diffusers import DDPMScheduler
 
@@ -266,8 +265,3 @@ def test_launching_asks_no_question(tiny_base, tmp_path, monkeypatch):
     assert json.loads(Path(command[command.index("--config_file") + 1]).read_text())["num_machines"] == 1
     with pytest.raises(UserError, match=r"train\.launch\.config_file: nowhere\.yaml does not exist"):
         launch.command(tiny_params(tiny_base, launch={"num_processes": 3, "config_file": "nowhere.yaml"}), "train.py")
-
-
-def test_the_accelerator_takes_the_cpu_where_params_say_so(tiny_base):
-    assert isinstance(training._accelerator(tiny_params(tiny_base)), Accelerator)
-    assert training._accelerator(tiny_params(tiny_base)).device.type == "cpu"
