@@ -5,6 +5,9 @@ On disk it is a folder that diffusers' own loaders read as well:
     pytorch_custom_diffusion_weights.safetensors / .bin   cross-attention weights, named as diffusers names them
     <new1>.safetensors / .bin                             one modifier token's embedding
     adapter.json                                          base model, concepts, what trained, seed, versions
+
+The baselines of `methods` have `pytorch_lora_weights.safetensors` in place of the first, or no weights at all; a
+compressed adapter has `compressed_weights.safetensors`, which diffusers does not know.
 """
 
 import json
@@ -17,11 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from customdiff import attention, tokens
+from customdiff import attention, base, methods, tokens
 from customdiff.errors import UserError
+from customdiff.tokens import Rows
 
 CARD = "adapter.json"
 WEIGHTS = "pytorch_custom_diffusion_weights"
+LORA_WEIGHTS = "pytorch_lora_weights"
+COMPRESSED_WEIGHTS = "compressed_weights"
+# what SDXL's community calls the embeddings of its two text encoders in one file
+SDXL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
 @dataclass(frozen=True)
@@ -29,24 +37,29 @@ class Adapter:
     """What was learned.
 
     Attributes:
-        weights: fp32 tensors by diffusers' names, `down_blocks....attn2.processor.to_k_custom_diffusion.weight`.
-        rows: fp32 embedding (D,) by modifier token.
-        card: base model, concepts, freeze_model, seed, versions, and `fingerprint` of the base's own weights.
+        weights: fp32 tensors by diffusers' names, `down_blocks....attn2.processor.to_k_custom_diffusion.weight`. In a
+            compressed adapter `....to_k_custom_diffusion.up` (out, r) and `.down` (r, in) stand for the weight: their
+            product is what is added to the base's own.
+        rows: fp32 embedding (D,) by modifier token and text encoder (`text_encoder`; in SDXL `text_encoder_2` too).
+        card: base model, concepts, method, freeze_model, seed, versions, and `fingerprint` of the base's own weights.
     """
 
     weights: dict[str, Tensor]
-    rows: dict[str, Tensor]
+    rows: dict[str, Rows]
     card: dict
 
 
 def from_pipeline(pipe: DiffusionPipeline, card: dict) -> Adapter:
-    """Copy out what a pipeline with processors and modifier tokens has learned, to the CPU in fp32."""
-    embedding = pipe.text_encoder.get_input_embeddings()
-    names = pipe.tokenizer.convert_ids_to_tokens(embedding.ids.tolist())
+    """Copy out what a pipeline with a method's weights and modifier tokens has learned, to the CPU in fp32."""
     return Adapter(
-        weights={name: _plain(weight) for name, weight in attention.trainable(pipe.unet).items()},
-        rows={name: _plain(row) for name, row in zip(names, embedding.rows.weight, strict=True)},
-        card=card | {"processors": attention.processor_names(pipe.unet), "fingerprint": fingerprint(pipe)},
+        weights={name: _plain(weight) for name, weight in methods.trainable(pipe.unet).items()},
+        rows=tokens.learned_rows(pipe),
+        card=card
+        | {
+            "family": base.family(pipe),
+            "processors": attention.processor_names(pipe.unet),
+            "fingerprint": fingerprint(pipe),
+        },
     )
 
 
@@ -58,18 +71,18 @@ def save(adapter: Adapter, folder: Path | str, *, pickle_too: bool = True) -> No
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    name, bare = weights_name(adapter.card), _bare_layers(adapter)
     # diffusers demands an entry for each self-attention layer. A zero-length tensor is one that safetensors can hold
     # and that `load_attn_procs` takes for empty; in the .bin it is the empty dict that diffusers itself writes.
-    bare = [
-        name for name in adapter.card["processors"] if not any(key.startswith(f"{name}.") for key in adapter.weights)
-    ]
-    save_file(adapter.weights | {name: torch.zeros(0) for name in bare}, folder / f"{WEIGHTS}.safetensors")
-    for token, row in adapter.rows.items():
-        save_file({token: row}, folder / f"{token_file(token)}.safetensors")
-    if pickle_too:
-        torch.save(adapter.weights | {name: {} for name in bare}, folder / f"{WEIGHTS}.bin")
-        for token, row in adapter.rows.items():
-            torch.save({token: row}, folder / f"{token_file(token)}.bin")
+    if adapter.weights:
+        save_file(adapter.weights | {layer: torch.zeros(0) for layer in bare}, folder / f"{name}.safetensors")
+    if adapter.weights and pickle_too and name == WEIGHTS:
+        torch.save(adapter.weights | {layer: {} for layer in bare}, folder / f"{name}.bin")
+    for token, rows in adapter.rows.items():
+        named = {token: rows["text_encoder"]} if len(rows) == 1 else {SDXL_KEYS[key]: row for key, row in rows.items()}
+        save_file(named, folder / f"{token_file(token)}.safetensors")
+        if pickle_too:
+            torch.save(named, folder / f"{token_file(token)}.bin")
     (folder / CARD).write_text(json.dumps(adapter.card, indent=2) + "\n", encoding="utf-8")
 
 
@@ -82,18 +95,23 @@ def read(folder: Path | str) -> Adapter:
     folder = Path(folder)
     card = read_card(folder)
     try:
-        weights = load_file(folder / f"{WEIGHTS}.safetensors")
-        rows = {
-            concept["modifier_token"]: load_file(folder / f"{token_file(concept['modifier_token'])}.safetensors")
-            for concept in card["concepts"].values()
-        }
+        weights = {}
+        if methods.trains_unet(card):
+            weights = load_file(folder / f"{weights_name(card)}.safetensors")
         return Adapter(
             weights={name: weight for name, weight in weights.items() if weight.numel()},
-            rows={token: row[token] for token, row in rows.items()},
+            rows={concept["modifier_token"]: _read_rows(folder, concept) for concept in card["concepts"].values()},
             card=card,
         )
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{folder}: not a whole adapter ({error}); train it again with `dvc repro`") from error
+
+
+def weights_name(card: dict) -> str:
+    """Name, without its ending, of the file that holds an adapter's weights."""
+    if card["method"] == "lora":
+        return LORA_WEIGHTS
+    return COMPRESSED_WEIGHTS if card.get("compressed") else WEIGHTS
 
 
 def read_card(folder: Path | str) -> dict:
@@ -104,10 +122,10 @@ def read_card(folder: Path | str) -> dict:
     """
     path = Path(folder) / CARD
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return {"method": "custom_diffusion"} | json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: there is no adapter here; `dvc repro` makes one in models/adapter") from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); train it again with `dvc repro`") from error
 
 
@@ -131,12 +149,27 @@ def load(pipe: DiffusionPipeline, folder: Path | str) -> Adapter:
 def put(pipe: DiffusionPipeline, adapter: Adapter) -> None:
     """Put an adapter into a pipeline of its base model; see `load`."""
     _check_base(pipe, adapter)
-    tokens.add_tokens(pipe, list(adapter.rows), torch.stack(list(adapter.rows.values())))
-    attention.put_processors(pipe.unet, adapter.card["freeze_model"])
+    tokens.add_tokens(pipe, adapter.rows)
+    methods.put(pipe.unet, adapter.card)
+    weights = full_weights(adapter, pipe)
     with torch.no_grad():
-        for name, parameter in attention.trainable(pipe.unet).items():
-            parameter.copy_(adapter.weights[name])
+        for name, parameter in methods.trainable(pipe.unet).items():
+            parameter.copy_(weights[name])
     verify(pipe, adapter)
+
+
+def full_weights(adapter: Adapter, pipe: DiffusionPipeline) -> dict[str, Tensor]:
+    """An adapter's weights, those of a compressed one multiplied out and added to the base's: fp32, on the CPU."""
+    if not adapter.card.get("compressed"):
+        return adapter.weights
+    weights = {}
+    for name, original in attention.originals(pipe.unet, adapter.card["freeze_model"]).items():
+        stem = name.removesuffix("weight")
+        if f"{stem}up" in adapter.weights:
+            weights[name] = _plain(original) + adapter.weights[f"{stem}up"] @ adapter.weights[f"{stem}down"]
+        else:
+            weights[name] = adapter.weights[name]
+    return weights
 
 
 def verify(pipe: DiffusionPipeline, adapter: Adapter) -> None:
@@ -145,15 +178,16 @@ def verify(pipe: DiffusionPipeline, adapter: Adapter) -> None:
     Raises:
         UserError: names the first that is missing or different.
     """
-    placed = attention.trainable(pipe.unet)
-    for name, weight in adapter.weights.items():
+    placed = methods.trainable(pipe.unet)
+    for name, weight in full_weights(adapter, pipe).items():
         if name not in placed or not torch.equal(_plain(placed[name]), weight):
             raise UserError(f"the adapter is not in place: {name} is missing from the pipeline, or differs")
-    embedding = pipe.text_encoder.get_input_embeddings()
-    for token, row in adapter.rows.items():
-        ids = pipe.tokenizer(token, add_special_tokens=False, return_tensors="pt").input_ids.to(embedding.weight.device)
-        if not torch.equal(_plain(embedding(ids)[0, 0]), _plain(row.to(embedding.weight.dtype))):
-            raise UserError(f"the adapter is not in place: {token} does not have its embedding")
+    for name, (tokenizer, encoder) in base.text_encoders(pipe).items():
+        embedding = encoder.get_input_embeddings()
+        for token, rows in adapter.rows.items():
+            ids = tokenizer(token, add_special_tokens=False, return_tensors="pt").input_ids.to(embedding.weight.device)
+            if not torch.equal(_plain(embedding(ids)[0, 0]), _plain(rows[name].to(embedding.weight.dtype))):
+                raise UserError(f"the adapter is not in place: {token} does not have its embedding in {name}")
 
 
 def fingerprint(pipe: DiffusionPipeline) -> list[float]:
@@ -173,7 +207,7 @@ def token_file(token: str) -> str:
 
 def _check_base(pipe: DiffusionPipeline, adapter: Adapter) -> None:
     learned_on = adapter.card["base"]["model"]
-    if attention.trainable(pipe.unet):
+    if methods.trainable(pipe.unet):
         raise UserError("the pipeline holds an adapter already; load the base model afresh")
     expected = torch.tensor(adapter.card["fingerprint"])
     here = torch.tensor(fingerprint(pipe))
@@ -182,6 +216,22 @@ def _check_base(pipe: DiffusionPipeline, adapter: Adapter) -> None:
         raise UserError(
             f"this adapter was learned on {learned_on}; the pipeline is of another base model, so it is refused"
         )
+
+
+def _bare_layers(adapter: Adapter) -> list[str]:
+    """The attention layers that a whole file of Custom Diffusion weights has nothing for: those of self-attention."""
+    if weights_name(adapter.card) != WEIGHTS:
+        return []
+    held = {name.partition(".processor.")[0] + ".processor" for name in adapter.weights}
+    return [name for name in adapter.card["processors"] if name not in held]
+
+
+def _read_rows(folder: Path, concept: dict) -> Rows:
+    token = concept["modifier_token"]
+    found = load_file(folder / f"{token_file(token)}.safetensors")
+    if token in found:
+        return {"text_encoder": found[token]}
+    return {name: found[key] for name, key in SDXL_KEYS.items()}
 
 
 def _plain(tensor: Tensor) -> Tensor:

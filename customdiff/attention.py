@@ -97,6 +97,17 @@ def trainable(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
     }
 
 
+def originals(unet: UNet2DConditionModel, freeze_model: FreezeModel) -> dict[str, Tensor]:
+    """The base's own weights under the names of those that train in their place; not copies. See `put_processors`."""
+    modules = dict(unet.named_modules())
+    return {
+        f"{name}.{key}": weight
+        for name in unet.attn_processors
+        if (attn := modules[name.removesuffix(".processor")]).is_cross_attention
+        for key, weight in _replaced(attn, freeze_model == "crossattn").items()
+    }
+
+
 def processor_names(unet: UNet2DConditionModel) -> list[str]:
     """Names of all attention processors, those of self-attention included, in the UNet's order."""
     return list(unet.attn_processors)
@@ -117,6 +128,12 @@ def _processor_from(attn: Attention, train_q_out: bool, backend: Backend) -> Cro
         attn.to_out[0].bias is not None,
         backend,
     )
+    processor.load_state_dict(_replaced(attn, train_q_out))
+    return processor.to(attn.to_k.weight.device)
+
+
+def _replaced(attn: Attention, train_q_out: bool) -> dict[str, Tensor]:
+    """The layer's own weights by the names of the processor's that stand in for them."""
     weights = {
         "to_k_custom_diffusion.weight": attn.to_k.weight,
         "to_v_custom_diffusion.weight": attn.to_v.weight,
@@ -124,8 +141,7 @@ def _processor_from(attn: Attention, train_q_out: bool, backend: Backend) -> Cro
     if train_q_out:
         weights["to_q_custom_diffusion.weight"] = attn.to_q.weight
         weights |= {f"to_out_custom_diffusion.0.{key}": value for key, value in attn.to_out[0].named_parameters()}
-    processor.load_state_dict(weights)
-    return processor.to(attn.to_k.weight.device)
+    return weights
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

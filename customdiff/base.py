@@ -1,9 +1,9 @@
 """The base model: its parts, wherever they lie, loaded without pickle and refused in one line where they do not fit."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -99,40 +99,90 @@ def _loading(base: Base) -> Iterator[None]:
         ) from error
 
 
+def text_encoders(pipe: DiffusionPipeline) -> dict[str, tuple[Any, torch.nn.Module]]:
+    """Tokenizer and text encoder by the encoder's name in the pipeline: one in Stable Diffusion, two in SDXL."""
+    names = [name for name in ("text_encoder", "text_encoder_2") if pipe.components.get(name) is not None]
+    return {name: (pipe.components[name.replace("text_encoder", "tokenizer")], pipe.components[name]) for name in names}
+
+
+def family(pipe: DiffusionPipeline) -> str:
+    """What the pipeline's parts show it to be, never its name: `Stable Diffusion 1.x`, `2.x` or `XL`.
+
+    1.x and 2.x differ in nothing that the code asks for; the width of the text states tells them apart for readers.
+    """
+    if len(text_encoders(pipe)) == 2:
+        return "Stable Diffusion XL"
+    return f"Stable Diffusion {'2.x' if pipe.unet.config.cross_attention_dim == 1024 else '1.x'}"
+
+
 def check_family(pipe: DiffusionPipeline) -> None:
-    """Refuse, in one line, a pipeline without a cross-attention UNet and one CLIP text encoder.
+    """Refuse, in one line, a pipeline that is not text to image by a UNet with cross-attention to CLIP text encoders.
 
     Raises:
         UserError: the pipeline's parts, not its name, show another family.
     """
-    parts = pipe.components
-    if parts.get("text_encoder_2") is not None:
-        raise UserError(
-            "base.model: has two text encoders (SDXL); Stable Diffusion 1.x and 2.x can be personalized so far"
-        )
-    unet = parts.get("unet")
-    if unet is None or parts.get("text_encoder") is None or not any("attn2" in name for name in unet.attn_processors):
+    unet = pipe.components.get("unet")
+    has_text = unet is not None and pipe.components.get("text_encoder") is not None
+    if not has_text or not any("attn2" in name for name in unet.attn_processors):
         raise UserError(
             f"base.model: {type(pipe).__name__} has no UNet with cross-attention to a text encoder; "
-            "use a Stable Diffusion 1.x or 2.x model"
+            "use a Stable Diffusion 1.x, 2.x or XL base model"
+        )
+    if unet.config.in_channels != unet.config.out_channels:
+        raise UserError(
+            f"base.model: its UNet takes {unet.config.in_channels} channels and gives {unet.config.out_channels}, as "
+            "for inpainting or editing; use the text-to-image model that it was made from"
         )
 
 
-def text_states(tokenizer: Any, text_encoder: torch.nn.Module, captions: list[str]) -> torch.Tensor:
-    """Hidden states of captions, padded to the tokenizer's length, as the UNet reads them: (N, L, D).
+class Text(NamedTuple):
+    """Captions as a UNet reads them.
 
-    Gradients flow to whatever trains in `text_encoder`. A caption too long for the tokenizer is cut at its end.
+    Attributes:
+        states: (N, L, D); in SDXL those of both encoders side by side.
+        pooled: (N, P), which SDXL adds to the timestep's embedding; None in Stable Diffusion.
     """
-    ids = token_ids(tokenizer, captions).to(text_encoder.device)
-    return text_encoder(ids)[0]
+
+    states: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def rows(self, index: torch.Tensor) -> "Text":
+        """The captions at `index` (M,)."""
+        return Text(*(None if part is None else part[index] for part in self))
+
+    def followed_by(self, other: "Text") -> "Text":
+        """These captions, then `other`, in the dtype of these."""
+        pairs = zip(self, other, strict=True)
+        return Text(*(None if one is None else torch.cat([one, two.to(one.dtype)]) for one, two in pairs))
 
 
-def token_ids(tokenizer: Any, captions: list[str]) -> torch.Tensor:
-    """Token ids of captions, padded and cut to the tokenizer's length: (N, L) int64."""
-    return tokenizer(
-        captions,
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids
+def token_ids(pipe: DiffusionPipeline, captions: list[str]) -> list[torch.Tensor]:
+    """Token ids of captions for each text encoder, padded and cut to its length: (N, L) int64, on the CPU."""
+    return [
+        tokenizer(
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
+        for tokenizer, _ in text_encoders(pipe).values()
+    ]
+
+
+def encode_text(encoders: Sequence[torch.nn.Module], ids: Sequence[torch.Tensor]) -> Text:
+    """What the UNet reads of captions given as `token_ids`; gradients flow to whatever trains in the encoders.
+
+    Stable Diffusion takes the last hidden states; SDXL the last but one of both encoders, and the second's pooled
+    projection (Podell et al. 2023, section 2.1; diffusers' `encode_prompt`).
+    """
+    if len(encoders) == 1:
+        return Text(encoders[0](ids[0])[0])
+    found = [encoder(each, output_hidden_states=True) for encoder, each in zip(encoders, ids, strict=True)]
+    return Text(torch.cat([one.hidden_states[-2] for one in found], -1), found[-1].text_embeds)
+
+
+def text_of(pipe: DiffusionPipeline, captions: list[str]) -> Text:
+    """`encode_text` of captions, on the pipeline's device."""
+    encoders = [encoder for _, encoder in text_encoders(pipe).values()]
+    return encode_text(encoders, [ids.to(encoders[0].device) for ids in token_ids(pipe, captions)])

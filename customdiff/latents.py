@@ -15,6 +15,8 @@ from torch import Tensor
 
 from customdiff.errors import UserError
 
+TENSORS = ("mean", "std", "pixels", "mask", "framing")
+
 
 @dataclass(frozen=True)
 class PreparedSet:
@@ -24,10 +26,12 @@ class PreparedSet:
         mean, std: (N, C, h, w) float32, moments of the VAE's posterior, unscaled; None where pixels are kept.
         pixels: (N, 3, H, W) uint8, in place of the moments with `cache_latents: false`.
         mask: (N, 1, h, w) bool, the valid region.
+        framing: (N, 4) int32, px: height and width of the photo, top and left of the view in it; see `views.View`.
         captions: N strings.
     """
 
     mask: Tensor
+    framing: Tensor
     captions: list[str]
     mean: Tensor | None = None
     std: Tensor | None = None
@@ -61,7 +65,7 @@ def to_pixels(values: Tensor) -> Tensor:
 
 def save(prepared: PreparedSet, path: Path) -> None:
     """Write a prepared set as `path`.safetensors and `path`.json (its captions)."""
-    tensors = {name: getattr(prepared, name) for name in ("mean", "std", "pixels", "mask")}
+    tensors = {name: getattr(prepared, name) for name in TENSORS}
     save_file(
         {name: tensor for name, tensor in tensors.items() if tensor is not None},
         path.with_suffix(".safetensors"),
@@ -95,7 +99,7 @@ def join(sets: list[PreparedSet]) -> PreparedSet:
         captions=[caption for one in sets for caption in one.captions],
         **{
             name: torch.cat([getattr(one, name) for one in sets])
-            for name in ("mean", "std", "pixels", "mask")
+            for name in TENSORS
             if getattr(sets[0], name) is not None
         },
     )

@@ -175,12 +175,16 @@ class Launch(Section):
 
 
 class Train(Section):
-    """train: Custom Diffusion (sections 3.1 and 3.2 of the paper)."""
+    """train: Custom Diffusion (sections 3.1 and 3.2 of the paper), or a baseline to compare it with."""
 
+    method: Literal["custom_diffusion", "textual_inversion", "lora"] = Field(
+        "custom_diffusion", description="textual_inversion: tokens alone; lora: DreamBooth with low-rank attention"
+    )
     freeze_model: Literal["crossattn_kv", "crossattn"] = Field(
         "crossattn_kv",
         description="what trains: cross-attention keys and values, or all of cross-attention (faces)",
     )
+    lora_rank: int = Field(4, ge=1, description="method lora: rank of the change of each projection")
     max_steps: int = Field(250, ge=1, description="optimizer steps")
     batch_size: int = Field(2, ge=1, description="instance images a step and process; as many class images beside")
     gradient_accumulation_steps: int = Field(1, ge=1)
@@ -207,6 +211,16 @@ class Train(Section):
     checkpoints_total_limit: int | None = Field(None, ge=1, description="older ones are removed")
     validation: Validation = Validation()
     launch: Launch = Launch()
+
+    @property
+    def how(self) -> dict[str, str | int]:
+        """What trains, as `methods` and an adapter's card take it."""
+        return {"method": self.method, "freeze_model": self.freeze_model, "lora_rank": self.lora_rank}
+
+    @property
+    def preserves_prior(self) -> bool:
+        """Whether class images train beside the instance images; textual inversion changes nothing they could keep."""
+        return self.with_prior_preservation and self.method != "textual_inversion"
 
 
 class Evaluate(Section):

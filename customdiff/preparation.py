@@ -118,18 +118,20 @@ def _prepare(
             f"prepare.resolution: {prepare.resolution} px does not suit the model's VAE; use a multiple of {factor}"
         )
     drawn = _views(examples, prepare, count, draw, factor, seed)
-    moments, masks, captions = [], [], []
+    moments, masks, framing, captions = [], [], [], []
     bar = tqdm(total=len(examples) * count, desc=what, unit="view")
     for batch in _batches(drawn, prepare.batch_size):
         pixels = torch.from_numpy(np.stack([view.pixels for view, _ in batch]))
         moments.append(latents.encode(vae, pixels) if prepare.cache_latents else (latents.to_bytes(pixels),))
         masks += [torch.from_numpy(view.mask)[None] for view, _ in batch]
+        framing += [view.framing for view, _ in batch]
         captions += [view.prefix + caption for view, caption in batch]
         bar.update(len(batch))
     bar.close()
     names = ("mean", "std") if prepare.cache_latents else ("pixels",)
     tensors = {name: torch.cat(parts) for name, parts in zip(names, zip(*moments, strict=True), strict=True)}
-    return PreparedSet(mask=torch.stack(masks), captions=captions, **tensors)
+    framing = torch.tensor(framing, dtype=torch.int32)
+    return PreparedSet(mask=torch.stack(masks), framing=framing, captions=captions, **tensors)
 
 
 def _batches(items: Iterator, size: int) -> Iterator[tuple]:

@@ -11,7 +11,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from customdiff.base import text_encoders
 from customdiff.errors import UserError
+
+Rows = dict[str, Tensor]  # one word's embedding (D,) by text encoder
 
 
 class ModifierEmbedding(nn.Module):
@@ -41,29 +44,48 @@ class ModifierEmbedding(nn.Module):
         return torch.where(is_row.unsqueeze(-1), self.rows(matches.int().argmax(-1)).to(vectors.dtype), vectors)
 
 
-def add_tokens(pipe: DiffusionPipeline, tokens: list[str], rows: Tensor) -> ModifierEmbedding:
-    """Add words to the tokenizer, and trained rows for them to the text encoder; the pipeline is changed in place.
+def add_tokens(pipe: DiffusionPipeline, rows: dict[str, Rows]) -> dict[str, ModifierEmbedding]:
+    """Add words to every tokenizer, and trained rows for them to every text encoder; the pipeline is changed in place.
 
     Args:
-        tokens: new words, such as `<new1>`.
-        rows: (T, D), their embeddings.
+        rows: for each new word, such as `<new1>`, its embedding (D,) by text encoder: `text_encoder`, and in SDXL
+            `text_encoder_2` too.
+
+    Returns:
+        The embedding that is now in place, by text encoder.
 
     Raises:
         UserError: a token is in the vocabulary already, or the rows have another width than the text encoder.
     """
-    table = pipe.text_encoder.get_input_embeddings()
-    if isinstance(table, ModifierEmbedding):
-        raise UserError("the pipeline holds modifier tokens already; load the base model afresh")
-    if rows.shape != (len(tokens), table.weight.shape[1]):
-        raise UserError(
-            f"the modifier tokens are {rows.shape[-1]} wide, the base model's text encoder {table.weight.shape[1]}: "
-            "they were learned on another base model"
-        )
-    check_new(pipe.tokenizer, tokens)
-    pipe.tokenizer.add_tokens(tokens)
-    embedding = ModifierEmbedding(table, pipe.tokenizer.convert_tokens_to_ids(tokens), rows)
-    pipe.text_encoder.set_input_embeddings(embedding)
-    return embedding
+    embeddings = {}
+    for name, (tokenizer, encoder) in text_encoders(pipe).items():
+        table = encoder.get_input_embeddings()
+        if isinstance(table, ModifierEmbedding):
+            raise UserError("the pipeline holds modifier tokens already; load the base model afresh")
+        for token, row in rows.items():
+            width = len(row[name]) if name in row else 0
+            if width != table.weight.shape[1]:
+                raise UserError(
+                    f"the modifier token {token} is {width} wide for {name}, the base model {table.weight.shape[1]}: "
+                    "it was learned on another base model"
+                )
+        check_new(tokenizer, list(rows))
+        tokenizer.add_tokens(list(rows))
+        ids = tokenizer.convert_tokens_to_ids(list(rows))
+        embeddings[name] = ModifierEmbedding(table, ids, torch.stack([row[name] for row in rows.values()]))
+        encoder.set_input_embeddings(embeddings[name])
+    return embeddings
+
+
+def learned_rows(pipe: DiffusionPipeline) -> dict[str, Rows]:
+    """Copies of the rows that `add_tokens` put in, as they are now: fp32 on the CPU, by token and text encoder."""
+    rows: dict[str, Rows] = {}
+    for name, (tokenizer, encoder) in text_encoders(pipe).items():
+        embedding = encoder.get_input_embeddings()
+        words = tokenizer.convert_ids_to_tokens(embedding.ids.tolist())
+        for word, row in zip(words, embedding.rows.weight, strict=True):
+            rows.setdefault(word, {})[name] = row.detach().to("cpu", torch.float32, copy=True)
+    return rows
 
 
 def check_new(tokenizer: Any, tokens: list[str]) -> None:
@@ -80,16 +102,19 @@ def check_new(tokenizer: Any, tokens: list[str]) -> None:
             )
 
 
-def initial_row(pipe: DiffusionPipeline, words: str) -> Tensor:
+def initial_rows(pipe: DiffusionPipeline, words: str) -> Rows:
     """The embedding (D,) that a modifier token starts from: the mean over the tokens that `words` splits into.
 
     The reference refuses words of several tokens; their mean is the usual answer (textual inversion) and needs no
     knowledge of the vocabulary. A single token gives its own row exactly.
 
     Raises:
-        UserError: the tokenizer finds no token in `words`.
+        UserError: a tokenizer finds no token in `words`.
     """
-    ids = pipe.tokenizer(words, add_special_tokens=False).input_ids
-    if not ids:
-        raise UserError(f"initializer_token {words!r}: the base model's tokenizer finds no token in it")
-    return pipe.text_encoder.get_input_embeddings().weight[torch.tensor(ids)].float().mean(0)
+    rows = {}
+    for name, (tokenizer, encoder) in text_encoders(pipe).items():
+        ids = tokenizer(words, add_special_tokens=False).input_ids
+        if not ids:
+            raise UserError(f"initializer_token {words!r}: the base model's tokenizer finds no token in it")
+        rows[name] = encoder.get_input_embeddings().weight[torch.tensor(ids)].detach().float().mean(0)
+    return rows

@@ -4,6 +4,7 @@ Everything random in step n follows from (base.seed, n) alone. A run that was ki
 checkpoint to the same weights, bit for bit on a CPU, as one that was not.
 """
 
+import functools
 import platform
 import resource
 import statistics
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import accelerate
 import diffusers
@@ -26,7 +28,8 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from customdiff import adapter, attention, base, latents, tokens
+from customdiff import adapter, attention, base, latents, methods, tokens
+from customdiff.base import Text
 from customdiff.checkpoints import RunFolder
 from customdiff.errors import UserError
 from customdiff.files import sha256
@@ -36,27 +39,31 @@ from customdiff.tracking import Tracker
 
 
 class Denoiser(nn.Module):
-    """Text encoder and UNet as one module, so that accelerate wraps, shards and autocasts them together."""
+    """Text encoders and UNet as one module, so that accelerate wraps, shards and autocasts them together."""
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
+    def __init__(self, unet: nn.Module, text_encoders: Iterable[nn.Module]):
         super().__init__()
         self.unet = unet
-        self.text_encoder = text_encoder
+        self.text_encoders = nn.ModuleList(text_encoders)
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, class_states: Tensor | None) -> Tensor:
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, ids: list[Tensor], class_text: Text | None, time_ids: Tensor
+    ) -> Tensor:
         """Predict noise or velocity for noisy latents (B, C, h, w).
 
         Args:
             timesteps: (B,) int64.
-            ids: (I, L) token ids of the instance captions, which come first in the batch.
-            class_states: (B - I, L, D) text states of the class captions, computed beforehand; None where B is I.
+            ids: (I, L) token ids of the instance captions, which come first in the batch, for each text encoder.
+            class_text: text states of the class captions, computed beforehand; None where B is I.
+            time_ids: (B, 6), SDXL's size and crop conditioning; no other model reads it.
         """
-        states = self.text_encoder(ids)[0]
-        if class_states is not None:
-            states = torch.cat([states, class_states.to(states.dtype)])
+        text = base.encode_text(self.text_encoders, ids)
+        if class_text is not None:
+            text = text.followed_by(class_text)
         dtype = self.unet.dtype
         noisy = noisy.to(dtype, memory_format=torch.channels_last)
-        return self.unet(noisy, timesteps, states.to(dtype)).sample
+        added = {} if text.pooled is None else {"text_embeds": text.pooled.to(dtype), "time_ids": time_ids}
+        return self.unet(noisy, timesteps, text.states.to(dtype), added_cond_kwargs=added).sample
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,9 @@ class Batch:
     noise: Tensor  # (B, C, h, w) fp32, standard normal
     timesteps: Tensor  # (B,) int64
     mask: Tensor  # (I, 1, h, w) fp32, 1 on the valid region
-    ids: Tensor  # (I, L) int64
-    class_states: Tensor | None  # (B - I, L, D)
+    ids: list[Tensor]  # (I, L) int64 for each text encoder
+    class_text: Text | None  # of B - I captions
+    time_ids: Tensor  # (B, 6) fp32: height and width of the photo, top and left of the crop, height and width here
 
 
 class Batches:
@@ -93,13 +101,14 @@ class Batches:
             accelerator.process_index,
             accelerator.device,
         )
-        self.ids = base.token_ids(pipe.tokenizer, sets[0].captions).to(self.device)
+        self.target_size = torch.tensor([params.prepare.resolution] * 2)
+        self.ids = [ids.to(self.device) for ids in base.token_ids(pipe, sets[0].captions)]
         if len(sets) > 1:
             # Class captions hold no modifier token, so their states are the same at every step.
             unique = sorted(set(sets[1].captions))
             with torch.no_grad():
-                parts = [unique[at : at + 64] for at in range(0, len(unique), 64)]
-                self.class_states = torch.cat([base.text_states(pipe.tokenizer, pipe.text_encoder, x) for x in parts])
+                parts = [base.text_of(pipe, unique[at : at + 64]) for at in range(0, len(unique), 64)]
+            self.class_text = functools.reduce(Text.followed_by, parts)
             places = {caption: place for place, caption in enumerate(unique)}
             self.class_place = torch.tensor([places[caption] for caption in sets[1].captions])
 
@@ -114,23 +123,25 @@ class Batches:
         drawn = [
             self._draw_set(one, index, mine, size, generator) for one, index in zip(self.sets, chosen, strict=True)
         ]
-        clean, noise, timesteps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        clean, noise, timesteps, time_ids = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         return Batch(
             latents=clean,
             noise=noise,
             timesteps=timesteps,
             mask=self.sets[0].mask[chosen[0]].to(self.device, torch.float32, non_blocking=True),
-            ids=self.ids[chosen[0]],
-            class_states=self.class_states[self.class_place[chosen[1]]] if len(chosen) > 1 else None,
+            ids=[ids[chosen[0]] for ids in self.ids],
+            class_text=self.class_text.rows(self.class_place[chosen[1]]) if len(chosen) > 1 else None,
+            time_ids=time_ids,
         )
 
     def _draw_set(self, prepared: PreparedSet, index: list[int], mine: slice, size: int, generator: torch.Generator):
-        """Latents, noise and timesteps of one set; all processes draw for the global batch, and keep their part."""
+        """Latents, noise, timesteps and framing of one set; all processes draw the global batch and keep their part."""
         mean, std = self._moments(prepared, index)
         posterior, noise = torch.randn(2, size, *mean.shape[1:], generator=generator)[:, mine]
         timesteps = torch.randint(0, self.num_timesteps, (size,), generator=generator)[mine]
         clean = latents.sample(mean, std, self.scaling_factor, posterior)
-        return [x.to(self.device, non_blocking=True) for x in (clean, noise, timesteps)]
+        time_ids = torch.cat([prepared.framing[index], self.target_size.expand(len(index), 2)], 1).float()
+        return [x.to(self.device, non_blocking=True) for x in (clean, noise, timesteps, time_ids)]
 
     def _moments(self, prepared: PreparedSet, index: list[int]) -> tuple[Tensor, Tensor]:
         if prepared.pixels is None:
@@ -171,20 +182,21 @@ def learning_rate(train: Train, num_processes: int) -> float:
     if not train.scale_lr:
         return train.learning_rate
     factor = train.gradient_accumulation_steps * train.batch_size * num_processes
-    return train.learning_rate * factor * (2 if train.with_prior_preservation else 1)
+    return train.learning_rate * factor * (2 if train.preserves_prior else 1)
 
 
 def optimizer_for(
-    train: Train, weights: Iterable[nn.Parameter], rows: nn.Parameter, rate: float
+    train: Train, weights: Iterable[nn.Parameter], rows: Iterable[nn.Parameter], rate: float
 ) -> torch.optim.Optimizer:
-    """AdamW over the attention weights and the token rows.
+    """AdamW over the UNet's trained weights and the token rows.
 
     Rows do not decay: the reference decays the whole token table, and shrinks every word a little at each step.
     """
     groups = [
         {"params": list(weights), "weight_decay": train.adam_weight_decay},
-        {"params": [rows], "weight_decay": 0.0},
+        {"params": list(rows), "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     options = {"lr": rate, "betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
     if train.optimizer == "adamw_8bit":
         try:
@@ -235,6 +247,13 @@ class Log:
         self.started = time.perf_counter()
 
 
+class Trained(NamedTuple):
+    """The parameters that train: of the UNet, and the rows of the modifier tokens in each text encoder."""
+
+    weights: list[nn.Parameter]
+    rows: list[nn.Parameter]
+
+
 @dataclass
 class Learner:
     """All that a training step needs."""
@@ -263,7 +282,7 @@ class Learner:
             batch = self.batches.draw(number * train.gradient_accumulation_steps + micro)
             with accelerator.accumulate(self.denoiser):
                 noisy = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-                prediction = self.denoiser(noisy, batch.timesteps, batch.ids, batch.class_states)
+                prediction = self.denoiser(noisy, batch.timesteps, batch.ids, batch.class_text, batch.time_ids)
                 instance_loss, prior_loss = losses(prediction, target_of(self.noise_scheduler, batch), batch.mask)
                 loss = instance_loss if prior_loss is None else instance_loss + train.prior_loss_weight * prior_loss
                 accelerator.backward(loss)
@@ -301,8 +320,8 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
     folder = RunFolder.open(runs, run_identity(params, prepared, accelerator.num_processes), accelerator)
     checkpoint = folder.last_checkpoint()
     pipe, vae, scaling_factor = _load_base(params, accelerator.device)
-    embedding, weights = _make_trainable(pipe, params, checkpoint)
-    learner = _learner(params, _load_sets(params, prepared), pipe, vae, scaling_factor, embedding, weights, accelerator)
+    trained = _make_trainable(pipe, params, checkpoint)
+    learner = _learner(params, _load_sets(params, prepared), pipe, vae, scaling_factor, trained, accelerator)
 
     tracker = tracker_for(folder.run_id()) if accelerator.is_main_process else Tracker()
     with tracker:
@@ -366,22 +385,23 @@ def _accelerator(params: Params) -> Accelerator:
 
 def _load_sets(params: Params, prepared: Path) -> list[PreparedSet]:
     """Instance sets of all concepts as one, and their class sets as another where there is a prior to preserve."""
-    kinds = ["instance", "class"] if params.train.with_prior_preservation else ["instance"]
+    kinds = ["instance", "class"] if params.train.preserves_prior else ["instance"]
     return [latents.join([latents.load(prepared / name / kind) for name in params.concepts]) for kind in kinds]
 
 
-def _learner(params, sets, pipe, vae, scaling_factor, embedding, weights, accelerator) -> Learner:
+def _learner(params, sets, pipe, vae, scaling_factor, trained: Trained, accelerator) -> Learner:
     train = params.train
     batches = Batches(sets, pipe, vae, scaling_factor, params, accelerator)
     rate = learning_rate(train, accelerator.num_processes)
-    optimizer = optimizer_for(train, weights.values(), embedding.rows.weight, rate)
+    optimizer = optimizer_for(train, trained.weights, trained.rows, rate)
     schedule = get_scheduler(
         train.lr_scheduler,
         optimizer,
         num_warmup_steps=train.lr_warmup_steps,
         num_training_steps=train.max_steps,
     )
-    denoiser, optimizer = accelerator.prepare(Denoiser(pipe.unet.train(), pipe.text_encoder.train()), optimizer)
+    encoders = [encoder.train() for _, encoder in base.text_encoders(pipe).values()]
+    denoiser, optimizer = accelerator.prepare(Denoiser(pipe.unet.train(), encoders), optimizer)
     return Learner(
         pipe=pipe,
         denoiser=denoiser,
@@ -389,7 +409,7 @@ def _learner(params, sets, pipe, vae, scaling_factor, embedding, weights, accele
         noise_scheduler=DDPMScheduler.from_config(pipe.scheduler.config),
         optimizer=optimizer,
         schedule=schedule,
-        trained=[*weights.values(), embedding.rows.weight],
+        trained=[*trained.weights, *trained.rows],
         train=train,
         accelerator=accelerator,
     )
@@ -429,30 +449,35 @@ def _load_base(params: Params, device: torch.device) -> tuple[DiffusionPipeline,
     attention.use_backend(pipe.unet, train.attention)
     if train.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-        pipe.text_encoder.gradient_checkpointing_enable()
+        for _, encoder in base.text_encoders(pipe).values():
+            encoder.gradient_checkpointing_enable()
     if needs_vae:
         pipe.vae.requires_grad_(False)
     return pipe, pipe.vae if needs_vae else None, vae_config.get("scaling_factor", 0.18215)
 
 
-def _make_trainable(pipe: DiffusionPipeline, params: Params, checkpoint: Path | None):
-    """Put modifier tokens and processors in, freeze all else, and take over a checkpoint's weights."""
-    concepts = params.concepts.values()
+def _make_trainable(pipe: DiffusionPipeline, params: Params, checkpoint: Path | None) -> Trained:
+    """Put modifier tokens and the method's weights in, freeze all else, and take over a checkpoint's weights."""
+    how = params.train.how
     saved = adapter.read(checkpoint) if checkpoint else None
-    rows = [
-        saved.rows[concept.modifier_token]
+    rows = {
+        concept.modifier_token: saved.rows[concept.modifier_token]
         if saved
-        else tokens.initial_row(pipe, concept.initializer_token or concept.class_prompt)
-        for concept in concepts
-    ]
-    pipe.text_encoder.requires_grad_(False)
-    embedding = tokens.add_tokens(pipe, [concept.modifier_token for concept in concepts], torch.stack(rows))
-    weights = attention.put_processors(pipe.unet, params.train.freeze_model, params.train.attention)
+        else tokens.initial_rows(pipe, concept.initializer_token or concept.class_prompt)
+        for concept in params.concepts.values()
+    }
+    for _, encoder in base.text_encoders(pipe).values():
+        encoder.requires_grad_(False)
+    embeddings = tokens.add_tokens(pipe, rows).values()
+    for embedding in embeddings:
+        embedding.rows.requires_grad_(methods.trains_tokens(how))
+    weights = methods.put(pipe.unet, how, params.train.attention)
     if saved:
         with torch.no_grad():
             for name, parameter in weights.items():
                 parameter.copy_(saved.weights[name])
-    return embedding, weights
+    trained_rows = [embedding.rows.weight for embedding in embeddings if embedding.rows.weight.requires_grad]
+    return Trained(list(weights.values()), trained_rows)
 
 
 def _validate(pipe: DiffusionPipeline, params: Params, folder: RunFolder, tracker: Tracker, step: int) -> None:
@@ -496,7 +521,7 @@ def _card(params: Params) -> dict:
             }
             for name, concept in params.concepts.items()
         },
-        "freeze_model": params.train.freeze_model,
+        **params.train.how,
         "resolution": params.prepare.resolution,
         "steps": params.train.max_steps,
         "seed": params.base.seed,

@@ -22,11 +22,14 @@ class View:
         pixels: (3, size, size) float32 in [-1, 1]; the canvas is 0, mid-grey.
         mask: (size // factor, size // factor) bool, True on the latent pixels that show the image.
         prefix: words that go before the caption; empty, or with a space at the end.
+        framing: px: height and width of the image as it came, then top and left of the view's corner in the image as
+            it was scaled for the view; 0 where the view holds all of it. SDXL is told (Podell et al. 2023, 2.2).
     """
 
     pixels: np.ndarray
     mask: np.ndarray
     prefix: str
+    framing: tuple[int, int, int, int]
 
 
 def resized_view(
@@ -51,14 +54,12 @@ def resized_view(
         prefix = str(rng.choice(FAR))
     elif scale > size:
         prefix = str(rng.choice(NEAR))
-    pixels, mask = place(_square(image, rng, center_crop), scale, size, factor, rng)
-    return View(pixels, mask, prefix)
+    return _view(image, scale, size, factor, rng, center_crop, prefix)
 
 
 def plain_view(image: Image.Image, size: int, factor: int, rng: np.random.Generator, center_crop: bool = False) -> View:
     """A square crop of the image at `size`, all of it valid: class images, and instance images without augmentation."""
-    pixels, mask = place(_square(image, rng, center_crop), size, size, factor, rng)
-    return View(pixels, mask, "")
+    return _view(image, size, size, factor, rng, center_crop)
 
 
 def flipped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -68,40 +69,43 @@ def flipped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def place(
     image: Image.Image, scale: int, size: int, factor: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """Scale a square image to `scale` px and put it at a random place on, or crop it from, `size` px.
 
     Returns:
-        Pixels (3, size, size) float32 in [-1, 1] and mask (size // factor, size // factor) bool. As in the reference,
-        the mask of a shrunk image leaves out a border of one latent pixel, which mixes image and canvas. Differently
-        from it, an image that fills the canvas is valid to its edge: there is no canvas to mix with.
+        Pixels (3, size, size) float32 in [-1, 1]; mask (size // factor, size // factor) bool; top and left of the crop,
+        px. As in the reference, the mask of a shrunk image leaves out a border of one latent pixel, which mixes image
+        and canvas. Differently from it, an image that fills the canvas is valid to its edge: there is no canvas to mix
+        with.
     """
     pixels = np.asarray(image.resize((scale, scale), Image.Resampling.BILINEAR), dtype=np.float32) / 127.5 - 1
-    top, left = rng.integers(0, abs(size - scale) + 1, 2)
+    top, left = (int(x) for x in rng.integers(0, abs(size - scale) + 1, 2))
     latent = size // factor
     if scale >= size:
-        return np.ascontiguousarray(pixels[top : top + size, left : left + size].transpose(2, 0, 1)), np.ones(
-            (latent, latent), bool
-        )
+        cropped = pixels[top : top + size, left : left + size].transpose(2, 0, 1)
+        return np.ascontiguousarray(cropped), np.ones((latent, latent), bool), (top, left)
     canvas = np.zeros((size, size, 3), np.float32)
     canvas[top : top + scale, left : left + scale] = pixels
     mask = np.zeros((latent, latent), bool)
     mask[_inside(top, scale, factor), _inside(left, scale, factor)] = True
-    return np.ascontiguousarray(canvas.transpose(2, 0, 1)), mask
+    return np.ascontiguousarray(canvas.transpose(2, 0, 1)), mask, (0, 0)
 
 
-def _inside(start: int, length: int, factor: int) -> slice:
-    """Latent pixels inside [start, start + length) px without its border; at least one."""
-    first, end = start // factor + 1, (start + length) // factor - 1
-    return slice(first, max(end, first + 1))
-
-
-def _square(image: Image.Image, rng: np.random.Generator, center_crop: bool) -> Image.Image:
-    """The largest square of the image, at its centre or at random.
+def _view(image: Image.Image, scale: int, size: int, factor: int, rng, center_crop: bool, prefix: str = "") -> View:
+    """The largest square of the image, at its centre or at random, scaled and placed.
 
     The reference squashes an instance image to a square instead, and with it the subject; we keep its proportions.
     """
     side = min(image.size)
     slack = np.array(image.size) - side
     left, top = slack // 2 if center_crop else [int(rng.integers(0, s + 1)) for s in slack]
-    return image.crop((left, top, left + side, top + side))
+    square = image.crop((left, top, left + side, top + side))
+    pixels, mask, crop = place(square, scale, size, factor, rng)
+    corner = (crop[0] + round(top * scale / side), crop[1] + round(left * scale / side))
+    return View(pixels, mask, prefix, (image.height, image.width, *corner))
+
+
+def _inside(start: int, length: int, factor: int) -> slice:
+    """Latent pixels inside [start, start + length) px without its border; at least one."""
+    first, end = start // factor + 1, (start + length) // factor - 1
+    return slice(first, max(end, first + 1))

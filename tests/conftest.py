@@ -7,9 +7,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from customdiff import base, latents, preparation
 from customdiff.params import Params
@@ -47,14 +54,12 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     )
 
 
-def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
-    """A Stable Diffusion of random weights: 32 px, a factor of 4, two levels of cross-attention."""
-    torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer(folder / "source-tokenizer")
-    text_encoder = CLIPTextModel(
+def tiny_text_encoder(tokenizer: CLIPTokenizer, width: int, kind: type = CLIPTextModel, **changes):
+    """A CLIP text encoder of random weights."""
+    return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=32,
+            hidden_size=width,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -62,9 +67,14 @@ def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0)
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            **changes,
         )
     )
-    vae = AutoencoderKL(
+
+
+def tiny_vae() -> AutoencoderKL:
+    """An autoencoder of random weights: 32 px, a factor of 4."""
+    return AutoencoderKL(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -73,34 +83,86 @@ def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0)
         norm_num_groups=4,
         sample_size=32,
         scaling_factor=0.7,
+        force_upcast=False,
     )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4,
-        cross_attention_dim=32,
-        norm_num_groups=8,
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
+
+
+def tiny_unet(**changes) -> UNet2DConditionModel:
+    """A UNet of random weights: two levels of cross-attention."""
+    shape = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 4,
+        "cross_attention_dim": 32,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**shape | changes)
+
+
+# Stable Diffusion's noise schedule, as every model of the family has it
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def tiny_pipeline(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
+    """A Stable Diffusion 1.x of random weights."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer(folder / "source-tokenizer")
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
     return StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        tiny_vae(),
+        tiny_text_encoder(tokenizer, 32),
+        tokenizer,
+        tiny_unet(),
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+
+
+def tiny_v_pipeline(folder: Path, seed: int = 1) -> StableDiffusionPipeline:
+    """A Stable Diffusion 2.x: v-prediction, OpenCLIP's activation, linear projections, heads that grow with width."""
+    pipe = tiny_pipeline(folder, seed)
+    pipe.register_modules(
+        text_encoder=tiny_text_encoder(pipe.tokenizer, 48, hidden_act="gelu"),
+        unet=tiny_unet(cross_attention_dim=48, use_linear_projection=True, attention_head_dim=[2, 4]),
+        scheduler=DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction"),
+    )
+    return pipe
+
+
+def tiny_xl_pipeline(folder: Path, seed: int = 2) -> StableDiffusionXLPipeline:
+    """An SDXL: two text encoders and tokenizers, pooled embeddings, size and crop conditioning, Euler's scheduler."""
+    torch.manual_seed(seed)
+    first, second = (tiny_tokenizer(folder / f"source-tokenizer-{number}") for number in (1, 2))
+    return StableDiffusionXLPipeline(
+        vae=tiny_vae(),
+        text_encoder=tiny_text_encoder(first, 32),
+        text_encoder_2=tiny_text_encoder(second, 40, CLIPTextModelWithProjection, projection_dim=24),
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=tiny_unet(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            cross_attention_dim=72,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 24,
+        ),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE),
+        add_watermarker=False,
     )
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
-    """Folder of a random epsilon-predicting Stable Diffusion."""
+    """Folder of a random epsilon-predicting Stable Diffusion 1.x."""
     folder = tmp_path_factory.mktemp("bases") / "tiny"
     tiny_pipeline(folder).save_pretrained(folder)
     return folder
@@ -108,9 +170,17 @@ def tiny_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_v_base(tmp_path_factory) -> Path:
-    """Folder of a random v-predicting Stable Diffusion, with other weights than `tiny_base`."""
+    """Folder of a random v-predicting Stable Diffusion 2.x."""
     folder = tmp_path_factory.mktemp("bases") / "tiny-v"
-    tiny_pipeline(folder, "v_prediction", seed=1).save_pretrained(folder)
+    tiny_v_pipeline(folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_base(tmp_path_factory) -> Path:
+    """Folder of a random SDXL."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-xl"
+    tiny_xl_pipeline(folder).save_pretrained(folder)
     return folder
 
 

@@ -22,12 +22,17 @@ def learned(request, tiny_base, tmp_path):
     params = tiny_params(tiny_base)
     pipe = base.load_pipeline(params.base)
     torch.manual_seed(7)
-    tokens.add_tokens(pipe, ["<new1>", "<new2>"], torch.randn(2, 32))
+    tokens.add_tokens(pipe, {token: {"text_encoder": torch.randn(32)} for token in ("<new1>", "<new2>")})
     with torch.no_grad():
         for weight in attention.put_processors(pipe.unet, request.param).values():
             weight += 0.3 * torch.randn_like(weight)
     concepts = {"cat": concept_values(), "dog": concept_values("<new2>", "dog")}
-    card = {"base": params.base.model_dump(), "concepts": concepts, "freeze_model": request.param, "seed": 42}
+    card = {
+        "base": params.base.model_dump(),
+        "concepts": concepts,
+        "method": "custom_diffusion",
+        "freeze_model": request.param,
+    }
     folder = tmp_path / "adapter"
     adapter.save(adapter.from_pipeline(pipe, card), folder)
     return pipe, folder
@@ -129,19 +134,19 @@ def test_missing_and_damaged_files_are_one_line(learned, tmp_path):
 def test_a_word_of_the_vocabulary_is_no_modifier_token(tiny_base):
     pipe = base.load_pipeline(tiny_params(tiny_base).base)
     with pytest.raises(UserError, match="modifier_token cat is in the base model's vocabulary"):
-        tokens.add_tokens(pipe, ["cat"], torch.zeros(1, 32))
+        tokens.add_tokens(pipe, {"cat": {"text_encoder": torch.zeros(32)}})
 
 
 def test_an_initial_row_is_the_mean_of_its_tokens(tiny_base):
     pipe = base.load_pipeline(tiny_params(tiny_base).base)
     table = pipe.text_encoder.get_input_embeddings().weight.detach().numpy().astype(np.float64)
     ids = pipe.tokenizer.convert_tokens_to_ids(["wooden</w>", "pot</w>"])
-    np.testing.assert_allclose(tokens.initial_row(pipe, "wooden pot").detach(), table[ids].mean(0), rtol=1e-6)
-    np.testing.assert_array_equal(tokens.initial_row(pipe, "pot").detach(), table[ids[1]].astype(np.float32))
+    np.testing.assert_allclose(tokens.initial_rows(pipe, "wooden pot")["text_encoder"], table[ids].mean(0), rtol=1e-6)
+    np.testing.assert_array_equal(tokens.initial_rows(pipe, "pot")["text_encoder"], table[ids[1]].astype(np.float32))
 
 
 def test_rows_leave_every_other_word_alone(tiny_base):
     pipe = base.load_pipeline(tiny_params(tiny_base).base)
-    before = base.text_states(pipe.tokenizer, pipe.text_encoder, ["photo of a cat"])
-    tokens.add_tokens(pipe, ["<new1>"], torch.randn(1, 32))
-    torch.testing.assert_close(base.text_states(pipe.tokenizer, pipe.text_encoder, ["photo of a cat"]), before)
+    before = base.text_of(pipe, ["photo of a cat"])
+    tokens.add_tokens(pipe, {"<new1>": {"text_encoder": torch.randn(32)}})
+    torch.testing.assert_close(base.text_of(pipe, ["photo of a cat"]).states, before.states)

@@ -44,7 +44,7 @@ def test_gradients_of_a_step_equal_those_of_diffusers_with_a_full_table(tiny_bas
     oracle = copy.deepcopy(pipe)
     row = torch.linspace(-0.1, 0.1, 32)
 
-    embedding = tokens.add_tokens(pipe, ["<new1>"], row[None])
+    embedding = tokens.add_tokens(pipe, {"<new1>": {"text_encoder": row}})["text_encoder"]
     embedding.rows.double()
     attention.put_processors(pipe.unet, freeze_model)
     for processor in pipe.unet.attn_processors.values():
@@ -64,7 +64,7 @@ def test_gradients_of_a_step_equal_those_of_diffusers_with_a_full_table(tiny_bas
     noise = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
     steps = torch.tensor([10, 700])
     for one in (pipe, oracle):
-        states = base.text_states(one.tokenizer, one.text_encoder, ["photo of a <new1> cat", "a far away <new1> dog"])
+        states = base.text_of(one, ["photo of a <new1> cat", "a far away <new1> dog"]).states
         ((one.unet(noisy, steps, states).sample - noise) ** 2).mean().backward()
 
     expected = {

@@ -51,19 +51,28 @@ def test_a_model_without_text_is_refused(tmp_path):
         base.load_pipeline(Base(model=str(tmp_path)))
 
 
-def test_two_text_encoders_are_refused_by_what_they_are(tiny_base):
+def test_a_model_for_inpainting_is_refused(tiny_base):
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
-    pipe.components["text_encoder_2"] = None
-    base.check_family(pipe)
-
-    class WithTwo(type(pipe)):
-        @property
-        def components(self):
-            return super().components | {"text_encoder_2": self.text_encoder}
-
-    pipe.__class__ = WithTwo
-    with pytest.raises(UserError, match="two text encoders"):
+    pipe.unet.register_to_config(in_channels=9)
+    with pytest.raises(UserError, match="takes 9 channels and gives 4, as for inpainting"):
         base.check_family(pipe)
+
+
+@pytest.mark.parametrize("model", ["tiny_base", "tiny_v_base", "tiny_xl_base"])
+def test_text_is_encoded_as_diffusers_encodes_it(request, model):
+    """The oracle is each pipeline's own `encode_prompt`."""
+    pipe = base.load_pipeline(Base(model=str(request.getfixturevalue(model))))
+    captions = ["photo of a cat", "a very small dog on the grass"]
+    text = base.text_of(pipe, captions)
+    states, _, *pooled = pipe.encode_prompt(
+        captions, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    torch.testing.assert_close(text.states, states, rtol=0, atol=0)
+    if model == "tiny_xl_base":
+        torch.testing.assert_close(text.pooled, pooled[0], rtol=0, atol=0)
+        assert base.family(pipe) == "Stable Diffusion XL"
+    else:
+        assert text.pooled is None
 
 
 def test_a_device_that_is_not_here_is_refused():
@@ -75,6 +84,6 @@ def test_a_device_that_is_not_here_is_refused():
 
 def test_captions_are_cut_to_the_tokenizers_length(tiny_base):
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
-    states = base.text_states(pipe.tokenizer, pipe.text_encoder, ["cat", "a cat on the grass " * 20])
+    states = base.text_of(pipe, ["cat", "a cat on the grass " * 20]).states
     assert states.shape == (2, 16, 32)
     assert json.loads((tiny_base / "tokenizer/tokenizer_config.json").read_text())["model_max_length"] == 16

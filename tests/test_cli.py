@@ -39,7 +39,7 @@ def presets(tmp_path, monkeypatch):
     work.mkdir()
     for name in ("fast", "slow"):
         (folder / f"{name}.yaml").write_text(PARAMS.format(how=name))
-    monkeypatch.setattr(cli, "PRESETS", folder)
+    monkeypatch.setattr(cli.preset, "PRESETS", folder)
     monkeypatch.chdir(work)
     return folder
 
@@ -50,12 +50,14 @@ def learned(tmp_path_factory, tiny_base):
     folder = tmp_path_factory.mktemp("learned")
     pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
     torch.manual_seed(0)
-    tokens.add_tokens(pipe, ["<new1>"], torch.randn(1, pipe.text_encoder.config.hidden_size))
+    tokens.add_tokens(pipe, {"<new1>": {"text_encoder": torch.randn(pipe.text_encoder.config.hidden_size)}})
     for weight in attention.put_processors(pipe.unet, "crossattn_kv").values():
         weight.data.normal_()
     concept = {"modifier_token": "<new1>", "class_prompt": "cat"}
     card = {"base": {"model": str(tiny_base), "revision": None, "variant": None}, "concepts": {"cat": concept}}
-    adapter.save(adapter.from_pipeline(pipe, card | {"freeze_model": "crossattn_kv"}), folder)
+    adapter.save(
+        adapter.from_pipeline(pipe, card | {"method": "custom_diffusion", "freeze_model": "crossattn_kv"}), folder
+    )
     return folder
 
 
@@ -179,11 +181,11 @@ def test_help_does_not_wait_for_torch():
     [("<new1> cat, asleep", "new1-cat-asleep"), ("///", "image"), ("../../x", "x"), ("é" * 200, "é" * 80)],
 )
 def test_a_prompt_makes_a_harmless_file_name(prompt, expected):
-    assert cli.slug(prompt) == expected
+    assert cli.sample.slug(prompt) == expected
 
 
 def test_the_grid_keeps_every_image_in_its_row():
     images = [Image.new("RGB", (4, 2), (shade, 0, 0)) for shade in range(6)]
-    sheet = np.asarray(cli.grid(images, 3))
+    sheet = np.asarray(cli.sample.grid(images, 3))
     assert sheet.shape == (2 * 2 + 4, 3 * 4 + 2 * 4, 3)
     assert [sheet[y, x, 0] for y in (0, 6) for x in (0, 8, 16)] == [0, 1, 2, 3, 4, 5]

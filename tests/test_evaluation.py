@@ -217,7 +217,7 @@ def project(tiny_base, tmp_path, monkeypatch, pytestconfig):
     monkeypatch.chdir(tmp_path)
     pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
     torch.manual_seed(0)
-    tokens.add_tokens(pipe, ["<new1>"], torch.randn(1, pipe.text_encoder.config.hidden_size))
+    tokens.add_tokens(pipe, {"<new1>": {"text_encoder": torch.randn(pipe.text_encoder.config.hidden_size)}})
     for weight in attention.put_processors(pipe.unet, "crossattn_kv").values():
         weight.data.normal_()
     concept = {"modifier_token": "<new1>", "class_prompt": "cat", "instance_prompt": "photo of a {} cat"}

@@ -3,15 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from customdiff.errors import UserError
 from customdiff.sampling import generate, image_seed, set_scheduler
@@ -26,34 +18,8 @@ def pipe(tiny_base):
 
 
 @pytest.fixture
-def xl(tiny_base):
-    """A random SDXL: the tiny base's parts, and two text encoders of 32 and 32 channels."""
-    base = StableDiffusionPipeline.from_pretrained(tiny_base)
-    torch.manual_seed(3)
-    config = CLIPTextConfig(**{**base.text_encoder.config.to_dict(), "projection_dim": 32})
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-        cross_attention_dim=64,
-        norm_num_groups=8,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=8 * 6 + 32,
-    )
-    return StableDiffusionXLPipeline(
-        vae=AutoencoderKL(**{**base.vae.config, "force_upcast": False}),
-        text_encoder=base.text_encoder,
-        text_encoder_2=CLIPTextModelWithProjection(config),
-        tokenizer=base.tokenizer,
-        tokenizer_2=base.tokenizer,
-        unet=unet,
-        scheduler=base.scheduler,
-        add_watermarker=False,
-    )
+def xl(tiny_xl_base):
+    return StableDiffusionXLPipeline.from_pretrained(tiny_xl_base, add_watermarker=False)
 
 
 def draw(pipe, prompts=PROMPTS, seeds=SEEDS, **changes):

@@ -13,7 +13,7 @@ import torch
 from conftest import concept_values, tiny_params, write_prepared
 from diffusers import DDPMScheduler
 
-from customdiff import adapter, base, launch, training
+from customdiff import adapter, attention, base, launch, training
 from customdiff.errors import UserError
 from customdiff.files import sha256
 from customdiff.params import Params, Train
@@ -54,7 +54,7 @@ def test_losses_against_numpy():
 def test_targets_against_the_formula(kind):
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind)
     clean, noise = torch.randn(2, 2, 4, 8, 8)
-    batch = training.Batch(clean, noise, torch.tensor([3, 900]), None, None, None)
+    batch = training.Batch(clean, noise, torch.tensor([3, 900]), None, None, None, None)
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     signal = np.cumprod(1 - betas)[[3, 900]].reshape(2, 1, 1, 1)
     velocity = np.sqrt(signal) * noise.numpy() - np.sqrt(1 - signal) * clean.numpy()
@@ -96,7 +96,7 @@ def test_a_first_step_against_adamw_by_hand(tiny_base, tmp_path):
     assert moved.max() < 1.01
     assert moved.median() > 0.9
     start = pipe.text_encoder.get_input_embeddings().weight[pipe.tokenizer.convert_tokens_to_ids("cat</w>")]
-    row = (after.rows["<new1>"].double() - start.detach().double()).abs() / 1e-3
+    row = (after.rows["<new1>"]["text_encoder"].double() - start.detach().double()).abs() / 1e-3
     assert 0.9 < row.median() < row.max() < 1.01
 
 
@@ -111,10 +111,11 @@ def test_only_what_should_train_moves(tiny_base, tmp_path, freeze_model):
         for part in ("unet", "text_encoder")
         for name, weight in getattr(pipe, part).state_dict().items()
     }
-    embedding, weights = training._make_trainable(pipe, params, None)
+    trained = training._make_trainable(pipe, params, None)
+    weights = attention.trainable(pipe.unet)
     first = {name: weight.detach().clone() for name, weight in weights.items()}
     sets = training._load_sets(params, tmp_path / "prepared")
-    learner = training._learner(params, sets, pipe, vae, scale, embedding, weights, accelerator)
+    learner = training._learner(params, sets, pipe, vae, scale, trained, accelerator)
     for number in range(3):
         learner.step(number)
     now = {
@@ -212,7 +213,9 @@ def test_options_of_the_reference_train(tiny_v_base, tmp_path):
     pipe = base.load_pipeline(params.base)
     table = pipe.text_encoder.get_input_embeddings().weight.detach()
     for token, word in (("<new1>", "cat</w>"), ("<new2>", "dog</w>")):
-        assert not torch.equal(learned_adapter.rows[token], table[pipe.tokenizer.convert_tokens_to_ids(word)])
+        assert not torch.equal(
+            learned_adapter.rows[token]["text_encoder"], table[pipe.tokenizer.convert_tokens_to_ids(word)]
+        )
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_base, tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,16 @@ def curriculum_distribution() -> Distribution:
     )
 
 
-DISTRIBUTIONS = {"world": world_distribution, "curriculum": lambda sprites: curriculum_distribution()}
+def company_distribution() -> Distribution:
+    """The UNet's second phase: the same subjects, often two of them in one picture."""
+    return replace(curriculum_distribution(), plain=0.7, pairs=0.4, very_small=0.06, close_up=0.06)
+
+
+DISTRIBUTIONS = {
+    "world": world_distribution,
+    "curriculum": lambda sprites: curriculum_distribution(),
+    "company": lambda sprites: company_distribution(),
+}
 
 
 def is_held_out(subject: str, background: str) -> bool:

@@ -1,14 +1,7 @@
-"""The command line: `customdiff sample`, `customdiff preset`, `customdiff check`.
-
-Light to import: torch and diffusers are loaded by the commands that draw.
-"""
+"""`customdiff sample`: draw images with an adapter."""
 
 import re
-import shutil
-import textwrap
-from collections.abc import Iterable
 from enum import StrEnum
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,30 +9,10 @@ import typer
 from pydantic import ValidationError
 
 from customdiff import params as params_file
-from customdiff.errors import UserError, one_line_errors
-from customdiff.files import whole_file
+from customdiff.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
-
-PRESETS = Path(__file__).resolve().parent.parent / "presets"
-
-commands = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="""Custom Diffusion: teach a text-to-image model a subject from a few pictures.
-
-    The pipeline itself is DVC's: edit params.yaml, then run `dvc repro`. These commands are for before and after.""",
-)
-
-
-def app() -> None:
-    """Run the command line. A mistake of the user's ends in one line on stderr and exit status 1."""
-    with one_line_errors():
-        commands()
 
 
 class Scheduler(StrEnum):
@@ -60,7 +33,7 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
-SAMPLE_EXAMPLES = """Examples:
+EXAMPLES = """Examples:
 
 \b
   customdiff sample "<new1> cat sitting in a bucket"
@@ -71,7 +44,6 @@ Quote the prompts: a shell takes < and > for redirections.
 """
 
 
-@commands.command(epilog=SAMPLE_EXAMPLES, short_help="Draw images with an adapter.")
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One or more, with tokens written out.")],
     adapter: Annotated[Path, typer.Option(help="Folder of what was learned.")] = Path("models/adapter"),
@@ -138,75 +110,6 @@ def sample(
     typer.echo(f"{len(images)} images in {out}, all of them in {out / 'grid.png'}")
 
 
-PRESET_EXAMPLES = """Examples:
-
-\b
-  customdiff preset                       list them
-  customdiff preset sd14-cat              print one
-  customdiff preset sd14-cat --install    make it params.yaml; then `dvc repro`
-"""
-
-
-@commands.command(epilog=PRESET_EXAMPLES)
-def preset(
-    name: Annotated[str | None, typer.Argument(help="Which one; none: list them.")] = None,
-    install: Annotated[bool, typer.Option("--install", help="Write it to params.yaml in this folder.")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Even where params.yaml has been edited; kept as .bak.")
-    ] = False,
-) -> None:
-    """List, print or install ready params.yaml files."""
-    known = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
-    if not known:
-        raise UserError(
-            f"{PRESETS}: holds no presets; run in a checkout of the project, installed with `pip install -e`"
-        )
-    if name is None:
-        width = max(map(len, known)) + 2
-        for each, path in known.items():
-            typer.echo(textwrap.fill(f"{each:<{width}}{_first_sentence(path)}", 100, subsequent_indent=" " * width))
-        return
-    if name not in known:
-        raise UserError(f"preset: there is no {name}; use one of {', '.join(known)}")
-    if install:
-        typer.echo(install_preset(known[name], Path("params.yaml"), known.values(), force=force))
-    else:
-        typer.echo(known[name].read_text(encoding="utf-8"), nl=False)
-
-
-@commands.command(short_help="Check params.yaml.")
-def check(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="The file to check.")] = Path("params.yaml"),
-) -> None:
-    """Check params.yaml: every unknown key, wrong type and value out of range, before any work starts."""
-    params = params_file.load(path)
-    concepts = ", ".join(f"{name} ({concept.modifier_token})" for name, concept in params.concepts.items())
-    typer.echo(f"{path}: good. Learns {concepts} on {params.base.model} in {params.train.max_steps} steps.")
-
-
-def install_preset(source: Path, target: Path, presets: Iterable[Path], *, force: bool = False) -> str:
-    """Write a preset to `target`, and say in a line what was done. Nothing is lost: an old file is kept beside it.
-
-    Raises:
-        UserError: `target` is no preset as it came, so somebody's work, and `force` is not given.
-    """
-    params_file.load(source)
-    new = source.read_bytes()
-    if not target.exists():
-        kept = ""
-    elif target.read_bytes() == new:
-        return f"{target} is {source.stem} already"
-    elif not force and target.read_bytes() not in [path.read_bytes() for path in presets]:
-        raise UserError(f"{target}: has been edited; --force replaces it and keeps it as {_free_backup(target)}")
-    else:
-        backup = _free_backup(target)
-        shutil.copy2(target, backup)
-        kept = f"; the old one is kept as {backup}"
-    with whole_file(target) as incoming:
-        incoming.write_bytes(new)
-    return f"{target} is {source.stem} now{kept}"
-
-
 def slug(prompt: str) -> str:
     """A file name for a prompt: "<new1> cat, asleep" -> "new1-cat-asleep"."""
     return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "image"
@@ -222,21 +125,3 @@ def grid(images: "list[Image.Image]", columns: int) -> "Image.Image":
     for place, image in enumerate(images):
         sheet.paste(image, (place % columns * (width + 4), place // columns * (height + 4)))
     return sheet
-
-
-def _free_backup(target: Path) -> Path:
-    """`params.yaml.bak`, or `.bak2`, `.bak3` where that is taken."""
-    first = target.with_name(f"{target.name}.bak")
-    taken = (first.with_name(f"{first.name}{number}") for number in range(2, 1000))
-    return first if not first.exists() else next(path for path in taken if not path.exists())
-
-
-def _first_sentence(path: Path) -> str:
-    """Of the comment that a preset begins with."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
-    return re.split(r"(?<=\.)\s", comment)[0]
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,5 @@
+"""`python -m customdiff.cli`."""
+
+from customdiff.cli import app
+
+app()
