@@ -6,36 +6,43 @@ import numpy as np
 import pytest
 import torch
 from conftest import concept_values, tiny_params
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
+from safetensors.torch import load_file
 
 import customdiff
-from customdiff import adapter, attention, base, tokens
+from customdiff import adapter, attention, base, methods, tokens
 from customdiff.errors import UserError
 
 PROMPT = "photo of a <new1> cat"
 
 
-@pytest.fixture(params=["crossattn_kv", "crossattn"])
-def learned(request, tiny_base, tmp_path):
-    """A pipeline whose K/V and two tokens were moved at random, and the folder it was saved to."""
-    params = tiny_params(tiny_base)
+@pytest.fixture(params=["tiny_base", "tiny_v_base", "tiny_xl_base"])
+def any_base(request):
+    """Folder of a base model of each family."""
+    return request.getfixturevalue(request.param)
+
+
+def teach(model, folder, method="custom_diffusion", freeze_model="crossattn_kv"):
+    """A pipeline whose trained weights and two tokens were moved at random, saved to `folder`."""
+    params = tiny_params(model, method=method, freeze_model=freeze_model, lora_rank=3)
     pipe = base.load_pipeline(params.base)
     torch.manual_seed(7)
-    tokens.add_tokens(pipe, {token: {"text_encoder": torch.randn(32)} for token in ("<new1>", "<new2>")})
+    widths = {name: encoder.config.hidden_size for name, (_, encoder) in base.text_encoders(pipe).items()}
+    rows = {token: {name: torch.randn(width) for name, width in widths.items()} for token in ("<new1>", "<new2>")}
+    tokens.add_tokens(pipe, rows)
     with torch.no_grad():
-        for weight in attention.put_processors(pipe.unet, request.param).values():
+        for weight in methods.put(pipe.unet, params.train.how).values():
             weight += 0.3 * torch.randn_like(weight)
     concepts = {"cat": concept_values(), "dog": concept_values("<new2>", "dog")}
-    card = {
-        "base": params.base.model_dump(),
-        "concepts": concepts,
-        "method": "custom_diffusion",
-        "freeze_model": request.param,
-    }
-    folder = tmp_path / "adapter"
+    card = {"base": params.base.model_dump(), "concepts": concepts, **params.train.how}
     adapter.save(adapter.from_pipeline(pipe, card), folder)
     return pipe, folder
+
+
+@pytest.fixture(params=["crossattn_kv", "crossattn"])
+def learned(request, tiny_base, tmp_path):
+    return teach(tiny_base, tmp_path / "adapter", freeze_model=request.param)
 
 
 def draw(pipe, prompt=PROMPT):
@@ -44,15 +51,16 @@ def draw(pipe, prompt=PROMPT):
     return pipe(prompt, num_inference_steps=3, guidance_scale=6.0, generator=generator, output_type="np").images[0]
 
 
-def plain(tiny_base):
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
+def plain(model):
+    pipe = DiffusionPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def test_our_loader_draws_the_same_image(learned, tiny_base):
-    pipe, folder = learned
-    loaded = base.load_pipeline(tiny_params(tiny_base).base)
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_our_loader_draws_the_same_image(any_base, tmp_path, method):
+    pipe, folder = teach(any_base, tmp_path / "adapter", method)
+    loaded = base.load_pipeline(tiny_params(any_base).base)
     before = draw(loaded)
     customdiff.load(loaded, folder)
     np.testing.assert_array_equal(draw(loaded), draw(pipe))
@@ -60,16 +68,44 @@ def test_our_loader_draws_the_same_image(learned, tiny_base):
     np.testing.assert_array_equal(draw(loaded, "<new1> cat on <new2> grass"), draw(pipe, "<new1> cat on <new2> grass"))
 
 
-@pytest.mark.parametrize("ending", ["bin", "safetensors"])
-def test_plain_diffusers_draws_the_same_image(learned, tiny_base, ending):
-    """The form that works: load_attn_procs with `_pipeline`, on files that name the self-attention layers too."""
-    pipe, folder = learned
-    other = plain(tiny_base)
-    other.unet.load_attn_procs(folder, weight_name=f"pytorch_custom_diffusion_weights.{ending}", _pipeline=other)
+def load_tokens(pipe, folder, ending):
+    """As diffusers' documentation has it: one call a token, in SDXL one a token and text encoder."""
     for token in ("<new1>", "<new2>"):
-        other.load_textual_inversion(str(folder), weight_name=f"{token}.{ending}")
+        if not hasattr(pipe, "text_encoder_2"):
+            pipe.load_textual_inversion(str(folder), weight_name=f"{token}.{ending}")
+            continue
+        path = folder / f"{token}.{ending}"
+        rows = load_file(path) if ending == "safetensors" else torch.load(path, weights_only=True)
+        pipe.load_textual_inversion(
+            rows["clip_l"], token=token, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer
+        )
+        pipe.load_textual_inversion(
+            rows["clip_g"], token=token, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
+        )
+
+
+@pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_plain_diffusers_draws_the_same_image(any_base, tmp_path, ending, freeze_model):
+    """The form that works: load_attn_procs with `_pipeline`, on files that name the self-attention layers too."""
+    pipe, folder = teach(any_base, tmp_path / "adapter", freeze_model=freeze_model)
+    other = plain(any_base)
+    other.unet.load_attn_procs(folder, weight_name=f"pytorch_custom_diffusion_weights.{ending}", _pipeline=other)
+    load_tokens(other, folder, ending)
     np.testing.assert_allclose(draw(other), draw(pipe), atol=1e-4)
-    assert np.abs(draw(other) - draw(plain(tiny_base))).max() > 0.01
+    assert np.abs(draw(other) - draw(plain(any_base))).max() > 0.01
+
+
+@pytest.mark.parametrize("method", ["textual_inversion", "lora"])
+def test_plain_diffusers_draws_the_baselines_images(any_base, tmp_path, method):
+    """The baselines' files are what diffusers calls a LoRA and a textual inversion."""
+    pipe, folder = teach(any_base, tmp_path / "adapter", method)
+    other = plain(any_base)
+    if method == "lora":
+        other.load_lora_weights(folder)
+    load_tokens(other, folder, "safetensors")
+    np.testing.assert_allclose(draw(other), draw(pipe), atol=1e-4)
+    assert np.abs(draw(other) - draw(plain(any_base))).max() > 0.01
 
 
 def test_the_documented_call_of_diffusers_still_loads_nothing(learned, tiny_base):

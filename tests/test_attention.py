@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention, CustomDiffusionAttnProcessor
 from torch import nn
 
-from customdiff import attention, base, tokens
+from customdiff import attention, base, tokens, training
 from customdiff.errors import UserError
 from customdiff.params import Base
 
@@ -38,46 +38,57 @@ def oracle_processors(unet, train_q_out):
     unet.set_attn_processor(processors)
 
 
+@pytest.mark.parametrize("model", ["tiny_base", "tiny_v_base", "tiny_xl_base"])
 @pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
-def test_gradients_of_a_step_equal_those_of_diffusers_with_a_full_table(tiny_base, freeze_model):
-    pipe = base.load_pipeline(Base(model=str(tiny_base)), dtype=torch.float64)
+def test_gradients_of_a_step_equal_those_of_diffusers_with_a_full_table(request, model, freeze_model):
+    """The oracle is diffusers throughout: its processors, whole resized tables, `encode_prompt`, SDXL's time ids."""
+    pipe = base.load_pipeline(Base(model=str(request.getfixturevalue(model))), dtype=torch.float64)
     oracle = copy.deepcopy(pipe)
-    row = torch.linspace(-0.1, 0.1, 32)
+    encoders = base.text_encoders(oracle)
+    rows = {name: torch.linspace(-0.1, 0.1, encoder.config.hidden_size) for name, (_, encoder) in encoders.items()}
 
-    embedding = tokens.add_tokens(pipe, {"<new1>": {"text_encoder": row}})["text_encoder"]
-    embedding.rows.double()
+    embeddings = tokens.add_tokens(pipe, {"<new1>": rows})
+    for embedding in embeddings.values():
+        embedding.rows.double()
     attention.put_processors(pipe.unet, freeze_model)
     for processor in pipe.unet.attn_processors.values():
         if isinstance(processor, nn.Module):
             processor.double()
 
-    oracle.tokenizer.add_tokens(["<new1>"])
-    oracle.text_encoder.resize_token_embeddings(len(oracle.tokenizer), mean_resizing=False)
-    table = oracle.text_encoder.get_input_embeddings().weight
-    new = oracle.tokenizer.convert_tokens_to_ids("<new1>")
-    table.data[new] = row.double()
+    tables = {}
+    for name, (tokenizer, encoder) in encoders.items():
+        tokenizer.add_tokens(["<new1>"])
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        tables[name] = encoder.get_input_embeddings().weight
+        tables[name].data[-1] = rows[name].double()
     oracle_processors(oracle.unet, freeze_model == "crossattn")
     oracle.unet.double()
 
-    generator = torch.Generator().manual_seed(3)
-    noisy = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
-    noise = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
-    steps = torch.tensor([10, 700])
-    for one in (pipe, oracle):
-        states = base.text_of(one, ["photo of a <new1> cat", "a far away <new1> dog"]).states
-        ((one.unet(noisy, steps, states).sample - noise) ** 2).mean().backward()
+    noisy, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    steps, captions = torch.tensor([10, 700]), ["photo of a <new1> cat", "a far away <new1> dog"]
+    time_ids = torch.tensor([[64.0, 48.0, 3.0, 0.0, 32.0, 32.0]] * 2, dtype=torch.float64)
+    denoiser = training.Denoiser(pipe.unet, [encoder for _, encoder in base.text_encoders(pipe).values()])
+    ((denoiser(noisy, steps, base.token_ids(pipe, captions), None, time_ids) - noise) ** 2).mean().backward()
+
+    states, _, *pooled = oracle.encode_prompt(
+        captions, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    added = {"text_embeds": pooled[0], "time_ids": time_ids} if pooled else None
+    ((oracle.unet(noisy, steps, states, added_cond_kwargs=added).sample - noise) ** 2).mean().backward()
 
     expected = {
         name: parameter.grad for name, parameter in oracle.unet.named_parameters() if "_custom_diffusion" in name
     }
     found = attention.trainable(pipe.unet)
-    assert len(found) == len(expected) == 7 * (2 if freeze_model == "crossattn_kv" else 5)
+    layers = 8 if model == "tiny_xl_base" else 7
+    assert len(found) == len(expected) == layers * (2 if freeze_model == "crossattn_kv" else 5)
     for name, parameter in found.items():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-14)
         assert parameter.grad.abs().max() > 0
-    torch.testing.assert_close(embedding.rows.weight.grad[0], table.grad[new], rtol=1e-9, atol=1e-14)
-    assert embedding.rows.weight.grad.abs().max() > 0
-    assert embedding.table.weight.grad is None
+    for name, embedding in embeddings.items():
+        torch.testing.assert_close(embedding.rows.weight.grad[0], tables[name].grad[-1], rtol=1e-9, atol=1e-14)
+        assert embedding.rows.weight.grad.abs().max() > 0
+        assert embedding.table.weight.grad is None
 
 
 def test_putting_processors_in_changes_no_output(tiny_base):

@@ -13,7 +13,7 @@ import torch
 from conftest import concept_values, tiny_params, write_prepared
 from diffusers import DDPMScheduler
 
-from customdiff import adapter, attention, base, launch, training
+from customdiff import adapter, attention, base, latents, launch, methods, tokens, training
 from customdiff.errors import UserError
 from customdiff.files import sha256
 from customdiff.params import Params, Train
@@ -136,9 +136,18 @@ def test_the_same_run_ends_with_the_same_bits_and_another_seed_does_not(tiny_bas
     assert learned(train(other, tmp_path, "c")) != first
 
 
-@pytest.mark.parametrize("scheduler", ["constant", "cosine"])
-def test_a_killed_run_continues_to_the_same_bits(tiny_base, tmp_path, scheduler):
-    params = tiny_params(tiny_base, lr_scheduler=scheduler, gradient_accumulation_steps=2)
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("tiny_base", {}),
+        ("tiny_base", {"lr_scheduler": "cosine"}),
+        ("tiny_base", {"method": "lora"}),
+        ("tiny_xl_base", {}),
+        ("tiny_xl_base", {"method": "textual_inversion"}),
+    ],
+)
+def test_a_killed_run_continues_to_the_same_bits(request, tmp_path, model, options):
+    params = tiny_params(request.getfixturevalue(model), gradient_accumulation_steps=2, **options)
     whole = train(params, tmp_path, "whole")
     killed = train(params, tmp_path, "killed")
     (killed.path / "complete").unlink()
@@ -150,7 +159,8 @@ def test_a_killed_run_continues_to_the_same_bits(tiny_base, tmp_path, scheduler)
     assert learned(continued) == learned(whole)
     rows = [path.joinpath("steps.csv").read_text().splitlines() for path in (whole.path, continued.path)]
     assert len(rows[0]) == len(rows[1]) == 7
-    assert [row.split(",")[:6] for row in rows[0]] == [row.split(",")[:6] for row in rows[1]]
+    columns = rows[0][0].split(",").index("images_per_second")
+    assert [row.split(",")[:columns] for row in rows[0]] == [row.split(",")[:columns] for row in rows[1]]
 
 
 def test_an_edited_parameter_never_continues_a_strangers_run(tiny_base, tmp_path):
@@ -216,6 +226,66 @@ def test_options_of_the_reference_train(tiny_v_base, tmp_path):
         assert not torch.equal(
             learned_adapter.rows[token]["text_encoder"], table[pipe.tokenizer.convert_tokens_to_ids(word)]
         )
+
+
+@pytest.mark.parametrize("model", ["tiny_base", "tiny_v_base", "tiny_xl_base"])
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_learns_on_every_family(request, tmp_path, model, method):
+    """What a method trains moves, what it does not stays, and the adapter loads into a fresh pipeline."""
+    params = tiny_params(request.getfixturevalue(model), method=method, lora_rank=2, max_steps=3)
+    run = train(params, tmp_path)
+    found = adapter.read(run.path / "adapter")
+    pipe = base.load_pipeline(params.base)
+    starts = tokens.initial_rows(pipe, "cat")
+    adapter.put(pipe, found)
+    assert set(found.rows["<new1>"]) == set(starts) == set(base.text_encoders(pipe))
+    for name, start in starts.items():
+        assert torch.equal(found.rows["<new1>"][name], start) == (method == "lora")
+    if method == "custom_diffusion":
+        originals = attention.originals(pipe.unet, "crossattn_kv")
+        assert all(not torch.equal(weight, originals[name]) for name, weight in found.weights.items())
+        assert len(found.weights) == len(originals)
+    if method == "lora":
+        layers = 4 * len(pipe.unet.attn_processors)
+        changes = [weight for name, weight in found.weights.items() if ".lora_B." in name]
+        assert len(changes) == layers
+        assert all(weight.abs().max() > 0 and weight.shape[1] == 2 for weight in changes), "B starts from zero"
+    if method == "textual_inversion":
+        assert not found.weights
+    rows = run.path.joinpath("steps.csv").read_text()
+    assert ("prior_loss" in rows) == (method != "textual_inversion"), "a frozen UNet has no prior to preserve"
+
+
+def test_sdxl_is_told_each_views_size_and_crop(tiny_xl_base, tmp_path):
+    """The photos of the prepared set are 50 x 40; a view of 32 px of their 40 px square starts at most 8 px in."""
+    params = tiny_params(tiny_xl_base, prepare={"augmentation": False})
+    write_prepared(tmp_path / "prepared", params)
+    accelerator = training._accelerator(params)
+    pipe, vae, scale = training._load_base(params, accelerator.device)
+    training._make_trainable(pipe, params, None)
+    sets = training._load_sets(params, tmp_path / "prepared")
+    batch = training.Batches(sets, pipe, vae, scale, params, accelerator).draw(0)
+    assert batch.time_ids.shape == (4, 6)
+    assert batch.time_ids[:, [0, 1, 4, 5]].tolist() == [[40, 50, 32, 32]] * 4
+    assert batch.time_ids[:, 2].tolist() == [0] * 4
+    assert 0 < batch.time_ids[:, 3].max() <= 8
+
+
+def test_each_class_image_has_its_own_caption(tiny_xl_base, tmp_path):
+    """States of class captions are computed once; each must reach the image it belongs to."""
+    params = tiny_params(tiny_xl_base)
+    write_prepared(tmp_path / "prepared", params)
+    accelerator = training._accelerator(params)
+    pipe, vae, scale = training._load_base(params, accelerator.device)
+    training._make_trainable(pipe, params, None)
+    sets = training._load_sets(params, tmp_path / "prepared")
+    batches = training.Batches(sets, pipe, vae, scale, params, accelerator)
+    for number in range(3):
+        chosen = latents.batch_indices(len(sets[1]), 2, params.base.seed + 1, number)
+        alone = base.text_of(pipe, [sets[1].captions[index] for index in chosen])
+        found = batches.draw(number).class_text
+        torch.testing.assert_close(found.states, alone.states, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.pooled, alone.pooled, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_base, tmp_path):

@@ -90,6 +90,17 @@ def test_proportions_are_kept():
     assert shown.any(0).sum() == shown.any(1).sum() == 32
 
 
+def test_framing_is_what_sdxl_is_told():
+    """A photo 100 high and 200 wide: its middle square starts at 50 px, 32 px at 64 for 100; a zoom adds its own crop."""
+    wide = Image.new("RGB", (200, 100))
+    plain = views.plain_view(wide, 64, 4, np.random.default_rng(0), center_crop=True)
+    assert plain.framing == (100, 200, 0, 32)
+    near = views.resized_view(wide, 64, 4, Scripted(uniform=[0.9], integers=[80, (7, 11)]), center_crop=True)
+    assert near.framing == (100, 200, 7, 11 + 40)
+    far = views.resized_view(wide, 64, 4, Scripted(uniform=[0.1], integers=[32, (8, 20)]), center_crop=True)
+    assert far.framing == (100, 200, 0, 16), "the corner of the canvas is no crop"
+
+
 def test_flips_are_even():
     left = Image.new("RGB", (10, 10))
     left.paste("white", (0, 0, 1, 10))
