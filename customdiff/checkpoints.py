@@ -17,9 +17,11 @@ from accelerate import Accelerator
 
 from customdiff import adapter
 from customdiff.adapter import Adapter
+from customdiff.errors import UserError
 from customdiff.files import whole_folder
 from customdiff.tracking import Tracker
 
+RUNS = Path(".checkpoints")
 COMPLETE = "complete"
 
 
@@ -53,6 +55,18 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         return sorted(path for path in self.path.glob("step-*") if path.name.removeprefix("step-").isdigit())
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of that step.
+
+        Raises:
+            UserError: there is none; names those there are.
+        """
+        found = {step_of(path): path for path in self.checkpoints()}
+        if step not in found:
+            there = ", ".join(map(str, found)) or "none yet"
+            raise UserError(f"{self.path}: has no checkpoint of step {step}; it has {there}")
+        return found[step]
 
     def save(
         self, step: int, learned: Adapter, optimizer, schedule, accelerator: Accelerator, rows: list[dict]
@@ -122,3 +136,58 @@ class RunFolder:
                     shutil.copytree(source, out / name, dirs_exist_ok=True)
                 elif source.exists():
                     shutil.copy2(source, out / name)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps after which a checkpoint was written, by its folder's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def find_runs(runs: Path = RUNS) -> list[RunFolder]:
+    """Runs that have a checkpoint; first the one that was begun or continued last."""
+    found = [RunFolder(path) for path in runs.glob("*") if RunFolder(path).last_checkpoint()]
+    return sorted(found, key=_last_opened, reverse=True)
+
+
+def find_run(path: Path | None = None, runs: Path = RUNS) -> RunFolder:
+    """The run at `path`; None: the one below `runs` that was begun or continued last.
+
+    Raises:
+        UserError: there is no run with a checkpoint.
+    """
+    if path is not None and RunFolder(path).last_checkpoint():
+        return RunFolder(path)
+    if path is not None:
+        raise UserError(f"{path}: is no run with checkpoints; `customdiff checkpoints` lists those there are")
+    found = find_runs(runs)
+    if not found:
+        raise UserError(
+            f"{runs}: holds no checkpoints; `dvc repro` trains, and train.checkpointing_steps says how often"
+        )
+    return found[0]
+
+
+def find(name: str, runs: Path = RUNS) -> Path:
+    """The checkpoint that a user names.
+
+    Args:
+        name: its folder; a run's folder, for the last one in it; or a step, or `latest`, of `find_run()`. A folder
+            whose own name is a number is written as `./100`.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    if name == "latest":
+        return find_run(runs=runs).last_checkpoint()
+    if name.isdecimal():
+        return find_run(runs=runs).checkpoint(int(name))
+    path = RunFolder(Path(name)).last_checkpoint() or Path(name)
+    if not (path / adapter.CARD).is_file():
+        raise UserError(f"{name}: is no checkpoint; `customdiff checkpoints` lists those there are")
+    return path
+
+
+def _last_opened(run: RunFolder) -> float:
+    """When a training last opened the folder: it writes identity.json anew each time."""
+    identity = run.path / "identity.json"
+    return (identity if identity.exists() else run.path).stat().st_mtime

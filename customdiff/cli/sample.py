@@ -39,6 +39,7 @@ EXAMPLES = """Examples:
   customdiff sample "<new1> cat sitting in a bucket"
   customdiff sample "<new1> cat on the grass" "<new1> cat in the snow" --num-images 4
   customdiff sample "a <new1> cat" --scheduler dpmsolver++ --steps 25 --out drafts
+  customdiff sample "a <new1> cat" --checkpoint 150    as it was after 150 steps; `customdiff checkpoints` lists them
 
 Quote the prompts: a shell takes < and > for redirections.
 """
@@ -47,6 +48,10 @@ Quote the prompts: a shell takes < and > for redirections.
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One or more, with tokens written out.")],
     adapter: Annotated[Path, typer.Option(help="Folder of what was learned.")] = Path("models/adapter"),
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="In place of --adapter: a step or `latest` of the last training, or a checkpoint's folder."),
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model, folder or Hub name; by default the one it was learned on.")
     ] = None,
@@ -82,6 +87,10 @@ def sample(
     from customdiff import sampling
     from customdiff.adapter import read_card
 
+    if checkpoint is not None:
+        if str(adapter) != "models/adapter":
+            raise UserError("--checkpoint: stands in place of --adapter; give one of the two")
+        adapter = of_checkpoint(checkpoint)
     card = read_card(adapter)
     tokens = [concept["modifier_token"] for concept in card["concepts"].values()]
     if not any(token in prompt for token in tokens for prompt in prompts):
@@ -108,6 +117,18 @@ def sample(
         image.save(out / f"{place // num_images + 1}-{slug(prompt)}-seed{(seed + number) % 2**32}.png")
     grid(images, num_images).save(out / "grid.png")
     typer.echo(f"{len(images)} images in {out}, all of them in {out / 'grid.png'}")
+
+
+def of_checkpoint(name: str) -> Path:
+    """The folder of a checkpoint; where the user gave no folder, says whose it is."""
+    from customdiff import checkpoints
+
+    found = checkpoints.find(name)
+    if found != Path(name):
+        runs = len(checkpoints.find_runs())
+        which = f", of the last of {runs} runs" if runs > 1 and not Path(name).is_dir() else ""
+        typer.echo(f"drawing with {found}{which}", err=True)
+    return found
 
 
 def slug(prompt: str) -> str:
