@@ -27,28 +27,51 @@ COLUMNS = (
 )
 
 
+# Between the names of concepts that a prompt shows in one picture; no name of a concept holds a space.
+AND = " and "
+TOGETHER = "together.txt"
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with {} in the subject's place, and what it asks for: scene, companion, style, property, or other."""
+    """A prompt with {} in the subject's place, and what it asks for: scene, companion, style, property, or other.
+
+    A prompt about several concepts has {1}, {2} and so on, in the order of params.yaml.
+    """
 
     template: str
     kind: str = "other"
 
-    def of(self, subject: str) -> str:
-        """The prompt about a subject."""
-        return self.template.replace("{}", subject)
+    def of(self, *subjects: str) -> str:
+        """The prompt about one subject, or about several."""
+        text = self.template.replace("{}", subjects[0])
+        for number, subject in enumerate(subjects, 1):
+            text = text.replace(f"{{{number}}}", subject)
+        return text
 
 
 @dataclass(frozen=True)
 class Pair:
     """One prompt and seed, drawn twice."""
 
-    concept: str
+    concept: str  # its name; several names joined by `AND`
     prompt: Prompt
     text: str  # the prompt without its modifier token, which both images are graded against
     number: int  # among the images of this prompt, from 0
     base: Image.Image
     customized: Image.Image
+
+
+def all_prompts(params: Params) -> dict[str, list[Prompt]]:
+    """What `evaluate` draws: the prompts of each concept, and those of all of them in one picture where there are any.
+
+    Raises:
+        UserError: a prompt file is missing, empty, or has a line without its placeholders.
+    """
+    folder, concepts = params.evaluate.prompts, params.concepts
+    prompts = {name: read_prompts(folder, concept.class_prompt) for name, concept in concepts.items()}
+    together = read_together(folder, len(concepts))
+    return prompts | ({AND.join(concepts): together} if together else {})
 
 
 def read_prompts(folder: Path | str, class_prompt: str) -> list[Prompt]:
@@ -62,20 +85,44 @@ def read_prompts(folder: Path | str, class_prompt: str) -> list[Prompt]:
     own, default = Path(folder, f"{class_prompt.replace(' ', '_')}.txt"), Path(folder, "default.txt")
     path = own if own.is_file() else default
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        prompts = _read_lines(path, ["{}"])
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"evaluate.prompts: neither {own.name} nor default.txt can be read in {folder}") from error
+    if not prompts:
+        raise UserError(f"{path}: holds no prompt; write one a line, such as `scene: a {{}} on the grass`")
+    return prompts
+
+
+def read_together(folder: Path | str, count: int) -> list[Prompt]:
+    """Prompts that show `count` concepts in one picture, {1} to {count}: those of `together.txt`, where there is one.
+
+    Raises:
+        UserError: a line lacks {1} or {2}.
+    """
+    path = Path(folder, TOGETHER)
+    if count < 2 or not path.is_file():
+        return []
+    numbers = [f"{{{number}}}" for number in range(1, count + 2)]
+    return [
+        prompt
+        for prompt in _read_lines(path, numbers[:2])
+        if all(number in prompt.template for number in numbers[:-1]) and numbers[-1] not in prompt.template
+    ]
+
+
+def _read_lines(path: Path, placeholders: Sequence[str]) -> list[Prompt]:
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         text = line.partition("#")[0].strip()
         kind, colon, rest = text.partition(":")
         prompt = Prompt(rest.strip(), kind) if colon and kind in KINDS else Prompt(text)
-        if text and "{}" not in prompt.template:
-            raise UserError(f"{path}: line {number}: lacks {{}}, which stands for the subject (here: {text!r})")
+        for placeholder in placeholders if text else ():
+            if placeholder not in prompt.template:
+                raise UserError(
+                    f"{path}: line {number}: lacks {placeholder}, which stands for the subject (here: {text!r})"
+                )
         if text and prompt not in prompts:
             prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"{path}: holds no prompt; write one a line, such as `scene: a {{}} on the grass`")
     return prompts
 
 
@@ -121,21 +168,18 @@ def draw(
         pipe: the base model with the scheduler to use.
         customize: puts the adapter into `pipe`.
         params: the sections `evaluate`, `concepts` and `base.seed`.
-        prompts: by concept.
+        prompts: by concept, or by several joined by `AND`; see `all_prompts`.
     """
     settings = params.evaluate
     wanted = [
-        (name, concept, prompt, number)
-        for name, concept in params.concepts.items()
-        for prompt in prompts[name]
-        for number in range(settings.num_images)
+        (name, prompt, number) for name in prompts for prompt in prompts[name] for number in range(settings.num_images)
     ]
-    seeds = [image_seed(params.base.seed, name, prompt.template, n) for name, _, prompt, n in wanted]
+    seeds = [image_seed(params.base.seed, name, prompt.template, number) for name, prompt, number in wanted]
 
     def images(subject: Callable[[Concept], str], progress: str) -> list[Image.Image]:
         return generate(
             pipe,
-            [prompt.of(subject(concept)) for _, concept, prompt, _ in wanted],
+            [prompt.of(*map(subject, concepts_of(name, params))) for name, prompt, _ in wanted],
             seeds,
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,
@@ -148,9 +192,20 @@ def draw(
     customize(pipe)
     customized = images(customized_subject, "customized")
     return [
-        Pair(name, prompt, without_token(prompt.of(customized_subject(concept)), concept.modifier_token), number, *both)
-        for (name, concept, prompt, number), *both in zip(wanted, base, customized, strict=True)
+        Pair(name, prompt, graded_text(prompt, concepts_of(name, params)), number, *both)
+        for (name, prompt, number), *both in zip(wanted, base, customized, strict=True)
     ]
+
+
+def concepts_of(name: str, params: Params) -> list[Concept]:
+    """The concept of that name, or all of those whose names `AND` joins."""
+    return [params.concepts[each] for each in name.split(AND)]
+
+
+def graded_text(prompt: Prompt, concepts: Sequence[Concept]) -> str:
+    """What both images of a prompt are graded against: the prompt without its modifier tokens."""
+    tokens = [concept.modifier_token for concept in concepts]
+    return without_token(prompt.of(*map(customized_subject, concepts)), *tokens)
 
 
 def customized_subject(concept: Concept) -> str:
@@ -167,7 +222,8 @@ def score(pairs: Sequence[Pair], instances: Mapping[str, Sequence[Image.Image]],
         judge: embeds texts and images.
 
     Returns:
-        A row a prompt with the keys of `COLUMNS`.
+        A row a prompt with the keys of `COLUMNS`. The image alignment of several concepts in one picture is the mean
+        of those to each (section 4.2 of the paper).
     """
     texts = judge.text([pair.text for pair in pairs])
     references = {name: judge.images(images) for name, images in instances.items()}
@@ -176,7 +232,10 @@ def score(pairs: Sequence[Pair], instances: Mapping[str, Sequence[Image.Image]],
         embedded = judge.images(images)
         figures[f"{prefix}text_alignment"] = text_alignment(embedded, texts)
         figures[f"{prefix}image_alignment"] = np.array(
-            [image_alignment(row[None], references[pair.concept])[0] for row, pair in zip(embedded, pairs, strict=True)]
+            [
+                np.mean([image_alignment(row[None], references[name])[0] for name in pair.concept.split(AND)])
+                for row, pair in zip(embedded, pairs, strict=True)
+            ]
         )
     places: dict[tuple[str, Prompt], list[int]] = {}
     for place, pair in enumerate(pairs):
@@ -193,7 +252,8 @@ def summarize(rows: Sequence[Mapping], *, resamples: int, seed: int) -> dict:
     """Figures over all concepts, and below `concepts` those of each.
 
     Over all: the mean over concepts, and for the paired deltas, customized less base, the 95 % bootstrap interval over
-    prompts.
+    prompts. Prompts that show several concepts in one picture have figures of their own below `concepts`, and are no
+    part of what is over all.
     """
     concepts = dict.fromkeys(row["concept"] for row in rows)
     by_concept = {name: [row for row in rows if row["concept"] == name] for name in concepts}
@@ -212,7 +272,8 @@ def summarize(rows: Sequence[Mapping], *, resamples: int, seed: int) -> dict:
         }
 
     each = {name: figures([group]) for name, group in by_concept.items()}
-    return figures(list(by_concept.values())) | {"concepts": each}
+    alone = [group for name, group in by_concept.items() if AND not in name]
+    return figures(alone) | {"concepts": each}
 
 
 def write_table(rows: Iterable[Mapping], path: Path) -> None:
@@ -231,6 +292,6 @@ def write_images(pairs: Sequence[Pair], folder: Path) -> None:
         place = places.setdefault((pair.concept, pair.prompt), len(places) + 1)
         words = re.sub(r"[^a-z0-9]+", "-", pair.prompt.template.lower()).strip("-")[:60]
         for kind in ("base", "customized"):
-            path = folder / kind / pair.concept / f"{place:02d}-{words}-{pair.number}.png"
+            path = folder / kind / pair.concept.replace(" ", "-") / f"{place:02d}-{words}-{pair.number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             getattr(pair, kind).save(path)

@@ -11,7 +11,7 @@ import jinja2
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from customdiff.evaluation import FIGURES, Pair, customized_subject
+from customdiff.evaluation import AND, FIGURES, Pair, concepts_of, customized_subject
 from customdiff.params import Params
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -28,10 +28,13 @@ def contact_sheet(pairs: Sequence[Pair], instances: Mapping[str, Sequence[Image.
         instances: instance images by concept.
         params: for the words above the columns.
     """
-    sections = [
-        _section([pair for pair in pairs if pair.concept == name], images, params, name)
-        for name, images in instances.items()
-    ]
+    sections = []
+    for name in dict.fromkeys(pair.concept for pair in pairs):
+        # of several concepts in one picture, instance images of each in turn
+        shown = [
+            image for images in zip(*(instances[each] for each in name.split(AND)), strict=False) for image in images
+        ]
+        sections.append(_section([pair for pair in pairs if pair.concept == name], shown, params, name))
     sheet = Image.new("RGB", (max(s.width for s in sections), sum(s.height for s in sections)), "white")
     top = 0
     for section in sections:
@@ -42,7 +45,7 @@ def contact_sheet(pairs: Sequence[Pair], instances: Mapping[str, Sequence[Image.
 
 def _section(pairs: Sequence[Pair], instances: Sequence[Image.Image], params: Params, name: str) -> Image.Image:
     """One concept's part of the contact sheet."""
-    concept = params.concepts[name]
+    concepts = concepts_of(name, params)
     rows: dict[str, list[Pair]] = {}
     for pair in pairs:
         rows.setdefault(pair.prompt.template, []).append(pair)
@@ -60,7 +63,8 @@ def _section(pairs: Sequence[Pair], instances: Sequence[Image.Image], params: Pa
     _label(draw, (2 * GAP, head), side, name, "instance images")
     for column, image in enumerate(shown):
         sheet.paste(_cell(image, side), (left + column * (side + GAP), head))
-    headings = ((left, "base model", concept.class_prompt), (right, "customized", customized_subject(concept)))
+    classes, subjects = (AND.join(map(of, concepts)) for of in (lambda c: c.class_prompt, customized_subject))
+    headings = ((left, "base model", classes), (right, "customized", subjects))
     for x, title, subject in headings:
         draw.text((x, first_row - line), title, INK, _font(17))
         offset = draw.textlength(f"{title}  ", _font(17))

@@ -20,7 +20,7 @@ def main() -> None:
     settings = params.evaluate
     card = adapter.read_card(ADAPTER)
     evaluation.check_card(card, params)
-    prompts = {name: evaluation.read_prompts(settings.prompts, c.class_prompt) for name, c in params.concepts.items()}
+    prompts = evaluation.all_prompts(params)
     instances = {name: evaluation.read_instances(Path("data/instances", name)) for name in params.concepts}
     device = base.device(params.base.device)
     pipe = base.load_pipeline(params.base, dtype=base.DTYPES[settings.precision], device=device)

@@ -69,6 +69,8 @@ def test_what_is_wrong_with_prompts_is_said_in_one_line(tmp_path, text, message)
 )
 def test_our_own_prompt_files_hold_every_kind(folder, missing, pytestconfig):
     files = sorted((pytestconfig.rootpath / folder).glob("*.txt"))
+    assert len(evaluation.read_together(pytestconfig.rootpath / folder, 2)) == 6
+    files.remove(pytestconfig.rootpath / folder / "together.txt")
     assert "default" in {file.stem for file in files}
     for file in files:
         prompts = read_prompts(file.parent, file.stem)
@@ -118,6 +120,25 @@ def test_base_and_adapter_draw_the_same_prompts_and_seeds_one_without_the_token(
     assert [pair.text for pair in pairs] == base
     assert [(pair.concept, pair.number) for pair in pairs] == [("tom", 0), ("tom", 1), ("pot", 0), ("pot", 1)]
     assert all(pair.base.getpixel((0, 0))[2] == 0 and pair.customized.getpixel((0, 0))[2] == 255 for pair in pairs)
+
+
+def test_prompts_of_two_concepts_show_both_words_and_are_graded_without_either(monkeypatch, tmp_path):
+    recorder = Recorder(monkeypatch)
+    (tmp_path / "default.txt").write_text("a {}\n")
+    (tmp_path / "together.txt").write_text("scene: a {2} on a {1}\na {1}, a {2} and a {3}\n")
+    settings = params(prompts=str(tmp_path), num_images=1)
+    prompts = evaluation.all_prompts(settings)
+    assert prompts["tom and pot"] == [Prompt("a {2} on a {1}", "scene")], "the other line is of three concepts"
+    pairs = evaluation.draw(None, recorder.customize, settings, prompts)
+    (_, base, _, _), (_, custom, _, _) = recorder.calls
+    assert base == ["a cat", "a wooden pot", "a wooden pot on a cat"]
+    assert custom == ["a <new1> cat", "a <new2> wooden pot", "a <new2> wooden pot on a <new1> cat"]
+    assert pairs[-1].text == "a wooden pot on a cat"
+    one = settings.model_copy(update={"concepts": {"tom": settings.concepts["tom"]}})
+    assert set(evaluation.all_prompts(one)) == {"tom"}
+    (tmp_path / "together.txt").write_text("a {1}\n")
+    with pytest.raises(UserError, match=r"together\.txt: line 1: lacks \{2\}"):
+        evaluation.all_prompts(settings)
 
 
 class Judge:
@@ -182,6 +203,17 @@ def test_the_summary_is_the_mean_over_concepts_with_intervals_that_hold_it():
         == [summary["concepts"]["pot"]["image_alignment_delta"]] * 2
     )
     assert set(summary["concepts"]) == {"tom", "pot"}
+
+
+def test_two_concepts_in_one_picture_are_aligned_to_both_and_counted_apart():
+    both = pair("tom and pot", "a {1} and a {2}", "0", 0, 90, 30)
+    rows = evaluation.score([*PAIRS, both], INSTANCES, Judge())
+    to_tom, to_pot = (np.cos(np.radians([30, 30])).mean(), 1.0)
+    assert rows[-1]["image_alignment"] == pytest.approx((to_tom + to_pot) / 2, abs=1e-6)
+    summary = evaluation.summarize(rows, resamples=200, seed=0)
+    alone = evaluation.summarize(rows[:-1], resamples=200, seed=0)
+    assert summary["concepts"]["tom and pot"]["image_alignment"] == pytest.approx((to_tom + to_pot) / 2, abs=1e-6)
+    assert summary["image_alignment"] == alone["image_alignment"]
 
 
 def test_the_table_is_read_back_as_it_was(tmp_path):

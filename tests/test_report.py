@@ -103,6 +103,13 @@ def test_each_concept_has_its_part_of_the_sheet():
     assert area(both, BLUE) == 2 * area(one, BLUE)
 
 
+def test_two_concepts_in_one_picture_have_a_part_with_instances_of_both():
+    names = ("tom", "pot")
+    instances = {"tom": [picture(GREEN)], "pot": [picture("orange")]}
+    sheet = report.contact_sheet([*pairs(names), *pairs(("tom and pot",))], instances, params(names))
+    assert area(sheet, GREEN) == 2 * area(report.contact_sheet(pairs(names), instances, params(names)), GREEN)
+
+
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
