@@ -1,0 +1,1 @@
+"""Speed and memory against diffusers' reference script, and where a training step's time goes."""
