@@ -146,7 +146,7 @@ def step_of(checkpoint: Path) -> int:
 def find_runs(runs: Path = RUNS) -> list[RunFolder]:
     """Runs that have a checkpoint; first the one that was begun or continued last."""
     found = [RunFolder(path) for path in runs.glob("*") if RunFolder(path).last_checkpoint()]
-    return sorted(found, key=_last_opened, reverse=True)
+    return sorted(found, key=last_opened, reverse=True)
 
 
 def find_run(path: Path | None = None, runs: Path = RUNS) -> RunFolder:
@@ -187,7 +187,7 @@ def find(name: str, runs: Path = RUNS) -> Path:
     return path
 
 
-def _last_opened(run: RunFolder) -> float:
+def last_opened(run: RunFolder) -> float:
     """When a training last opened the folder: it writes identity.json anew each time."""
     identity = run.path / "identity.json"
     return (identity if identity.exists() else run.path).stat().st_mtime

@@ -5,7 +5,7 @@ Light to import: torch and diffusers are loaded by the commands that draw.
 
 import typer
 
-from customdiff.cli import preset, sample
+from customdiff.cli import preset, sample, sweep
 from customdiff.errors import one_line_errors
 
 commands = typer.Typer(
@@ -21,6 +21,8 @@ commands = typer.Typer(
 commands.command(epilog=sample.EXAMPLES, short_help="Draw images with an adapter.")(sample.sample)
 commands.command(epilog=preset.EXAMPLES, short_help="List, print or install ready params.yaml files.")(preset.preset)
 commands.command(short_help="Check params.yaml.")(preset.check)
+commands.command(epilog=sweep.EXAMPLES, short_help="Grade a training at several of its steps.")(sweep.sweep)
+commands.command(short_help="List the checkpoints of all trainings.")(sweep.checkpoints)
 
 
 def app() -> None:

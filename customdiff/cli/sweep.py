@@ -1,0 +1,113 @@
+"""`customdiff sweep` and `customdiff checkpoints`: one training at several of its steps."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from customdiff import params as params_file
+from customdiff.errors import UserError
+
+EXAMPLES = """Examples:
+
+\b
+  customdiff sweep                                  every checkpoint of the last training
+  customdiff sweep --steps 50,150,250 --num-images 2
+  customdiff sweep --run kept/first-try --out results/first-try
+
+A training keeps what can be swept only where params.yaml says so: docs/checkpoints.md.
+"""
+
+
+def sweep(
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of a training; by default the last one below .checkpoints.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="Such as 50,100,150; by default all that it has.")] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=1, help="A prompt and model; by default evaluate.num_images.")
+    ] = None,
+    kept_aside: Annotated[
+        Path, typer.Option(help="Photos that were not trained on, in <concept>/; left out where there are none.")
+    ] = Path("data/kept-aside"),
+    out: Annotated[Path, typer.Option(help="Folder for tables and pictures.")] = Path("results/sweep"),
+) -> None:
+    """Grade checkpoints of a training beside the base model: how far to train, and where overfitting begins.
+
+    The same prompts, seeds and settings as `evaluate` in params.yaml.
+    """
+    wanted = _steps(steps)
+    params = params_file.load()
+    if num_images:
+        settings = params.evaluate.model_copy(update={"num_images": num_images})
+        params = params.model_copy(update={"evaluate": settings})
+
+    from customdiff import adapter, base, checkpoints, evaluation, sampling, tracking
+    from customdiff import sweep as sweeps
+    from customdiff.clip import Clip
+    from customdiff.files import whole_folder
+
+    folder = checkpoints.find_run(run)
+    paths = [folder.checkpoint(step) for step in wanted] if wanted else folder.checkpoints()
+    chosen = {checkpoints.step_of(path): path for path in paths}
+    evaluation.check_card(adapter.read_card(paths[0]), params)
+    settings = params.evaluate
+    prompts = {name: evaluation.read_prompts(settings.prompts, c.class_prompt) for name, c in params.concepts.items()}
+    instances = {name: evaluation.read_instances(Path("data/instances", name)) for name in params.concepts}
+    photos = sweeps.read_kept_aside(kept_aside, list(params.concepts))
+    typer.echo(f"{folder.path}: steps {', '.join(map(str, chosen))}")
+    device = base.device(params.base.device)
+    pipe = base.load_pipeline(params.base, dtype=base.DTYPES[settings.precision], device=device)
+    sampling.set_scheduler(pipe, settings.scheduler)
+    judge = Clip.load(settings.clip, device)
+
+    started = time.perf_counter()
+    points = sweeps.sweep(pipe, chosen, params, prompts, instances, judge, photos)
+    table = [sweeps.figures(point, resamples=settings.bootstrap, seed=params.base.seed) for point in points]
+    metrics = {
+        "run": str(folder.path),
+        "base": table[0],
+        "steps": {str(row["step"]): row for row in table[1:]},
+        "photos_kept_aside": photos and sweeps.photos_alignment(photos, instances, judge),
+        "num_prompts": len(points[0].rows),
+        "num_images": len(points[0].rows) * settings.num_images,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    with whole_folder(out) as incoming:
+        (incoming / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        sweeps.write_tables(points, table, incoming)
+        sweeps.picture(points, table, metrics["photos_kept_aside"]).save(incoming / "trade_off.png", optimize=True)
+        sweeps.strip(points, range(len(points[0].rows))).save(incoming / "prompts.jpg", quality=90)
+    typer.echo(f"{out / 'trade_off.png'} shows them")
+
+    run_id = folder.run_id()
+    with tracking.resume(params, run_id) if run_id else tracking.start(params) as tracker:
+        for row in table[1:]:
+            tracker.metrics({name: value for name, value in row.items() if name != "step"}, row["step"], group="sweep/")
+        tracker.artifact(out, "sweep")
+
+
+def checkpoints() -> None:
+    """List the trainings that have checkpoints, the last one first, and the steps of each."""
+    from customdiff import adapter
+    from customdiff import checkpoints as folders
+
+    folders.find_run()
+    for run in folders.find_runs():
+        paths = run.checkpoints()
+        card = adapter.read_card(paths[-1])
+        words = ", ".join(concept["modifier_token"] for concept in card["concepts"].values())
+        state = "complete" if (run.path / folders.COMPLETE).exists() else f"not finished, of {card['steps']} steps"
+        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(folders.last_opened(run)))
+        typer.echo(f"{run.path}  {begun}  {words} on {card['base']['model']}, {card['method']}, {state}")
+        typer.echo(f"  steps {', '.join(str(folders.step_of(path)) for path in paths)}")
+
+
+def _steps(text: str | None) -> list[int]:
+    """The numbers in "50,100", in order and once each."""
+    parts = text.replace(" ", "").split(",") if text else []
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"--steps: must be numbers with commas between, such as 50,100 (here: {text!r})")
+    return sorted({int(part) for part in parts})
