@@ -1,0 +1,89 @@
+"""A LoRA as diffusers' `load_lora_weights` reads it, by way of PEFT; each token as a textual inversion beside it."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from customdiff.adapter import LORA_WEIGHTS, SDXL_KEYS, token_file
+from customdiff.base import text_encoders
+from customdiff.formats.changes import LowRank, Source, check_rows, check_weights, low_rank
+
+
+def check(card: dict, rank: int | None) -> None:
+    """Every adapter can be a LoRA."""
+
+
+def write(source: Source, folder: Path, rank: int | None) -> float:
+    """Write pytorch_lora_weights.safetensors, if anything of the UNet was learned, and <token>.safetensors."""
+    found = low_rank(source, rank)
+    if found.layers:
+        source.pipe.save_lora_weights(folder, unet_lora_layers=one_rank(found))
+    for token, rows in source.adapter.rows.items():
+        named = {token: rows["text_encoder"]} if len(rows) == 1 else {SDXL_KEYS[key]: row for key, row in rows.items()}
+        save_file(named, folder / f"{token_file(token)}.safetensors")
+    return found.error
+
+
+def verify(source: Source, folder: Path, error: float) -> None:
+    """Load all files as diffusers' documentation does, fold them in, and compare."""
+    if (folder / f"{LORA_WEIGHTS}.safetensors").exists():
+        load_lora(source.pipe, folder)
+    check_weights(source.pipe.unet, source, error)
+    for token in source.adapter.rows:
+        load_embedding(source.pipe, folder / f"{token_file(token)}.safetensors", token)
+    check_rows(source.pipe, source.adapter.rows)
+
+
+def how(card: dict, folder: Path) -> str:
+    """The calls that open it."""
+    lines = ["in diffusers, on a pipeline of the base model:"]
+    if (folder / f"{LORA_WEIGHTS}.safetensors").exists():
+        lines.append(f'pipe.load_lora_weights("{folder}")')
+    for concept in card["concepts"].values():
+        token = concept["modifier_token"]
+        path = folder / f"{token_file(token)}.safetensors"
+        if card["family"] != "Stable Diffusion XL":
+            lines.append(f'pipe.load_textual_inversion("{path}")')
+        else:
+            lines.append(f'rows = safetensors.torch.load_file("{path}")')
+            lines += [
+                f'pipe.load_textual_inversion(rows["{key}"], token="{token}", '
+                f"text_encoder=pipe.{name}, tokenizer=pipe.{name.replace('text_encoder', 'tokenizer')})"
+                for name, key in SDXL_KEYS.items()
+            ]
+    return "\n  ".join(lines)
+
+
+def one_rank(found: LowRank) -> dict[str, Tensor]:
+    """Factors by PEFT's names, all of one rank, with zeros where a layer needs less of it.
+
+    Where ranks differ in a file without alphas, releases of diffusers have scaled a layer by another one's rank; with
+    one rank every reader multiplies by 1.
+    """
+    rank = max(len(down) for _, down in found.layers.values())
+    tensors = {}
+    for layer, (up, down) in found.layers.items():
+        tensors[f"{layer}.lora_A.weight"] = pad(down, (0, 0, 0, rank - len(down))).contiguous()
+        tensors[f"{layer}.lora_B.weight"] = pad(up, (0, rank - len(down))).contiguous()
+        if found.biases:  # PEFT knows them for all layers or for none
+            tensors[f"{layer}.lora_B.bias"] = found.biases.get(layer, torch.zeros(len(up)))
+    return tensors
+
+
+def load_lora(pipe: DiffusionPipeline, file: Path | dict[str, Tensor]) -> None:
+    """Load a LoRA by diffusers' own call, and fold it into the UNet."""
+    pipe.load_lora_weights(file)
+    pipe.fuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+
+
+def load_embedding(pipe: DiffusionPipeline, path: Path, word: str) -> None:
+    """Load a textual inversion by diffusers' own call, into both text encoders where there are two."""
+    found = load_file(path)
+    for name, (tokenizer, encoder) in text_encoders(pipe).items():
+        row = found[SDXL_KEYS[name]] if SDXL_KEYS[name] in found else next(iter(found.values()))
+        pipe.load_textual_inversion(row, token=word, tokenizer=tokenizer, text_encoder=encoder)
