@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from diffusers import DiffusionPipeline
@@ -48,6 +49,15 @@ class Prompt:
         for number, subject in enumerate(subjects, 1):
             text = text.replace(f"{{{number}}}", subject)
         return text
+
+
+class Shot(NamedTuple):
+    """One image that every model draws."""
+
+    concept: str  # its name; several names joined by `AND`
+    prompt: Prompt
+    number: int  # among the images of this prompt, from 0
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -170,30 +180,50 @@ def draw(
         params: the sections `evaluate`, `concepts` and `base.seed`.
         prompts: by concept, or by several joined by `AND`; see `all_prompts`.
     """
-    settings = params.evaluate
-    wanted = [
-        (name, prompt, number) for name in prompts for prompt in prompts[name] for number in range(settings.num_images)
-    ]
-    seeds = [image_seed(params.base.seed, name, prompt.template, number) for name, prompt, number in wanted]
-
-    def images(subject: Callable[[Concept], str], progress: str) -> list[Image.Image]:
-        return generate(
-            pipe,
-            [prompt.of(*map(subject, concepts_of(name, params))) for name, prompt, _ in wanted],
-            seeds,
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            eta=settings.eta,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
-
-    base = images(lambda concept: concept.class_prompt, "base model")
+    wanted = shots(params, prompts)
+    base = take(pipe, wanted, params, class_subject, "base model")
     customize(pipe)
-    customized = images(customized_subject, "customized")
+    return pairs(wanted, base, take(pipe, wanted, params, customized_subject, "customized"), params)
+
+
+def shots(params: Params, prompts: Mapping[str, Sequence[Prompt]]) -> list[Shot]:
+    """All images that an evaluation draws with each model, in order."""
     return [
-        Pair(name, prompt, graded_text(prompt, concepts_of(name, params)), number, *both)
-        for (name, prompt, number), *both in zip(wanted, base, customized, strict=True)
+        Shot(name, prompt, number, image_seed(params.base.seed, name, prompt.template, number))
+        for name in prompts
+        for prompt in prompts[name]
+        for number in range(params.evaluate.num_images)
+    ]
+
+
+def take(
+    pipe: DiffusionPipeline,
+    wanted: Sequence[Shot],
+    params: Params,
+    subject: Callable[[Concept], str],
+    progress: str | None = None,
+) -> list[Image.Image]:
+    """Draw each shot with the pipeline as it is; `subject` says what {} stands for."""
+    settings = params.evaluate
+    return generate(
+        pipe,
+        [shot.prompt.of(*map(subject, concepts_of(shot.concept, params))) for shot in wanted],
+        [shot.seed for shot in wanted],
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        eta=settings.eta,
+        batch_size=settings.batch_size,
+        progress=progress,
+    )
+
+
+def pairs(
+    wanted: Sequence[Shot], base: Sequence[Image.Image], customized: Sequence[Image.Image], params: Params
+) -> list[Pair]:
+    """Each shot as the base model drew it, beside the same with an adapter."""
+    return [
+        Pair(shot.concept, shot.prompt, graded_text(shot.prompt, concepts_of(shot.concept, params)), shot.number, *both)
+        for shot, *both in zip(wanted, base, customized, strict=True)
     ]
 
 
@@ -206,6 +236,11 @@ def graded_text(prompt: Prompt, concepts: Sequence[Concept]) -> str:
     """What both images of a prompt are graded against: the prompt without its modifier tokens."""
     tokens = [concept.modifier_token for concept in concepts]
     return without_token(prompt.of(*map(customized_subject, concepts)), *tokens)
+
+
+def class_subject(concept: Concept) -> str:
+    """How a prompt speaks to the base model: "cat"."""
+    return concept.class_prompt
 
 
 def customized_subject(concept: Concept) -> str:
