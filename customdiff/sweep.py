@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from customdiff.metrics import bootstrap_interval, image_alignment, without_toke
 from customdiff.params import Concept, Params
 from customdiff.report import BASE, CUSTOMIZED, FAINT, INK
 from customdiff.sampling import generate, image_seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KEPT_ASIDE = "kept_aside_alignment"
 DELTAS = tuple(f"{name}_delta" for name in FIGURES)
@@ -227,14 +230,14 @@ def picture(points: Sequence[Point], table: Sequence[Mapping], photos: float | N
     """
     rows = points[0].rows
     firsts = [place for place, row in enumerate(rows) if row["concept"] not in {r["concept"] for r in rows[:place]}]
-    parts = [chart(table, photos), strip(points, firsts)]
+    parts = [_rasterized(chart(table, photos)), strip(points, firsts)]
     sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
     sheet.paste(parts[0], (0, 0))
     sheet.paste(parts[1], (0, parts[0].height))
     return sheet
 
 
-def chart(table: Sequence[Mapping], photos: float | None = None) -> Image.Image:
+def chart(table: Sequence[Mapping], photos: float | None = None) -> "Figure":
     """Image over text alignment, a point a checkpoint with its step and its intervals; beside it, both over steps."""
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
@@ -289,6 +292,10 @@ def chart(table: Sequence[Mapping], photos: float | None = None) -> Image.Image:
             textcoords="offset points",
             color="#3a8f5c",
         )
+    return figure
+
+
+def _rasterized(figure: "Figure") -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")

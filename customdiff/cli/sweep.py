@@ -84,9 +84,11 @@ def sweep(
 
     run_id = folder.run_id()
     with tracking.resume(params, run_id) if run_id else tracking.start(params) as tracker:
+        tracker.params(params)
         for row in table[1:]:
             tracker.metrics({name: value for name, value in row.items() if name != "step"}, row["step"], group="sweep/")
-        tracker.artifact(out, "sweep")
+        for path in sorted(out.iterdir()):
+            tracker.artifact(path, "sweep")
 
 
 def checkpoints() -> None:

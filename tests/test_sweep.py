@@ -1,0 +1,296 @@
+"""A sweep draws what evaluate draws, checkpoint after checkpoint in one pipeline; its pictures show its tables."""
+
+import csv
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import concept_values, tiny_params, write_prepared
+from PIL import Image
+from typer.testing import CliRunner
+
+from customdiff import adapter, base, checkpoints, cli, clip, evaluation, methods, sweep, tokens, tracking, training
+from customdiff.errors import UserError
+from customdiff.evaluation import FIGURES, Prompt
+from customdiff.params import Params
+from customdiff.sweep import KEPT_ASIDE, Point
+
+
+def learned(folder, path, seed, method="custom_diffusion", tokens_of=("<new1>",)):
+    """An adapter of random weights for the base model at `folder`, written to `path`."""
+    pipe = base.load_pipeline(tiny_params(folder).base)
+    torch.manual_seed(seed)
+    rows = {
+        token: {name: torch.randn_like(row) for name, row in tokens.initial_rows(pipe, "cat").items()}
+        for token in tokens_of
+    }
+    tokens.add_tokens(pipe, rows)
+    how = {"method": method, "freeze_model": "crossattn_kv", "lora_rank": 2}
+    with torch.no_grad():
+        for weight in methods.put(pipe.unet, how).values():
+            weight += 0.3 * torch.randn_like(weight)
+    concepts = {token.strip("<>"): concept_values(token) for token in tokens_of}
+    card = {"base": tiny_params(folder).base.model_dump(), "concepts": concepts, **how}
+    adapter.save(adapter.from_pipeline(pipe, card), path)
+    return path
+
+
+def drawn(pipe):
+    """(32, 32, 3) float, before rounding to bytes."""
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a <new1> cat", num_inference_steps=2, generator=generator, output_type="np").images[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "method"), [*(("tiny_base", method) for method in methods.METHODS), ("tiny_xl_base", "custom_diffusion")]
+)
+def test_an_adapter_put_in_anothers_place_draws_as_in_a_fresh_pipeline(request, tmp_path, model, method):
+    folder = request.getfixturevalue(model)
+    one, two = (adapter.read(learned(folder, tmp_path / str(seed), seed, method)) for seed in (1, 2))
+    pipe = base.load_pipeline(tiny_params(folder).base)
+    adapter.put(pipe, one)
+    first = drawn(pipe)
+    sweep.replace(pipe, two)
+    fresh = base.load_pipeline(tiny_params(folder).base)
+    adapter.put(fresh, two)
+    np.testing.assert_array_equal(drawn(pipe), drawn(fresh))
+    assert np.abs(drawn(pipe) - first).max() > 0.001
+    sweep.replace(pipe, one)
+    np.testing.assert_array_equal(drawn(pipe), first)
+
+
+@pytest.mark.parametrize("other", [{"method": "lora"}, {"tokens_of": ("<new1>", "<new2>")}, {"tokens_of": ("<new3>",)}])
+def test_a_checkpoint_of_another_training_is_refused(tiny_base, tmp_path, other):
+    pipe = base.load_pipeline(tiny_params(tiny_base).base)
+    adapter.load(pipe, learned(tiny_base, tmp_path / "one", 1))
+    with pytest.raises(UserError, match="of different trainings"):
+        sweep.replace(pipe, adapter.read(learned(tiny_base, tmp_path / "two", 2, **other)))
+
+
+class Judge:
+    """Embeds an image by its mean colour, a text by its length."""
+
+    def images(self, images):
+        return self.unit([np.asarray(image.convert("RGB"), float).mean((0, 1)) for image in images])
+
+    def text(self, texts):
+        return self.unit([[len(text), 10.0, 3.0] for text in texts])
+
+    def unit(self, rows):
+        return (np.array(rows) / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def plain(color):
+    return Image.new("RGB", (8, 8), color)
+
+
+PROMPTS = {"cat": [Prompt("a {} on red", "scene"), Prompt("the {}", "style"), Prompt("a very small {}", "property")]}
+INSTANCES = {"cat": [plain((200, 40, 40)), plain((180, 60, 20))]}
+
+
+def test_every_checkpoint_is_drawn_and_graded_as_evaluate_does_and_the_base_model_once(
+    tiny_base, tmp_path, monkeypatch
+):
+    params = tiny_params(tiny_base)
+    settings = params.evaluate.model_copy(update={"steps": 2, "num_images": 2})
+    params = params.model_copy(update={"evaluate": settings})
+    folders = {50: learned(tiny_base, tmp_path / "one", 1), 100: learned(tiny_base, tmp_path / "two", 2)}
+    expected = []
+    for folder in folders.values():
+        fresh = base.load_pipeline(params.base)
+        pairs = evaluation.draw(fresh, lambda pipe, folder=folder: adapter.load(pipe, folder), params, PROMPTS)
+        expected.append((pairs, evaluation.score(pairs, INSTANCES, Judge())))
+
+    asked = []
+    generate = sweep.generate
+    monkeypatch.setattr(sweep, "generate", lambda pipe, *a, **o: asked.append(o["progress"]) or generate(pipe, *a, **o))
+    kept = {"cat": [plain((10, 90, 250))]}
+    pipe = base.load_pipeline(params.base)
+    points = sweep.sweep(pipe, folders, params, PROMPTS, INSTANCES, Judge(), kept)
+
+    assert asked == ["base model", "step 50 (1 of 2)", "step 100 (2 of 2)"]
+    assert [point.step for point in points] == [0, 50, 100]
+    for point, (pairs, rows) in zip(points[1:], expected, strict=True):
+        shown = [pair.customized for pair in pairs if pair.number == 0]
+        assert [image.tobytes() for image in point.images] == [image.tobytes() for image in shown]
+        for row, wanted in zip(point.rows, rows, strict=True):
+            assert {name: row[name] for name in wanted} == wanted
+    pairs, rows = expected[0]
+    assert [image.tobytes() for image in points[0].images] == [p.base.tobytes() for p in pairs if p.number == 0]
+    assert [row["text_alignment"] for row in points[0].rows] == [row["base_text_alignment"] for row in rows]
+    blue = np.array([10, 90, 250]) / np.linalg.norm([10, 90, 250])
+    for point, side in ((points[0], "base"), (points[1], "customized")):
+        first = [getattr(pair, side) for pair in pairs[:2]]
+        cosines = [image @ blue for image in Judge().images(first).astype(float)]
+        assert point.rows[0][KEPT_ASIDE] == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert points[1].rows[0]["prompt"] == "a {} on red"
+
+
+def row(concept, text, image, **more):
+    return {"concept": concept, "prompt": "a {} there", "kind": "scene", "text_alignment": text} | {
+        "image_alignment": image,
+        **more,
+    }
+
+
+def test_figures_are_means_over_concepts_with_intervals_over_prompts():
+    rows = [row("cat", 1.0, 0.2), row("cat", 2.0, 0.2), row("pot", 3.0, 0.8)]
+    found = sweep.figures(Point(50, rows, []), resamples=4000, seed=0)
+    assert found["text_alignment"] == pytest.approx((1.5 + 3) / 2)
+    # two prompts, resampled with replacement: their mean is 1, 1.5 or 2; the other concept's only prompt stays
+    assert (found["text_alignment_low"], found["text_alignment_high"]) == pytest.approx((2, 2.5))
+    assert [found[f"image_alignment{end}"] for end in ("", "_low", "_high")] == pytest.approx([0.5] * 3)
+    assert set(found) == {"step", *(f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high"))}
+
+
+def points_of(colors, concepts=("cat",)):
+    rows = [row(concept, 1.0, 0.5) for concept in concepts]
+    return [Point(50 * place, rows, [plain(color)] * len(rows)) for place, color in enumerate(colors)]
+
+
+def table_of(points):
+    rng = np.random.default_rng(0)
+    table = []
+    for point in points:
+        line = {"step": point.step}
+        for name in FIGURES:
+            low, middle, high = sorted(rng.uniform(size=3))
+            line |= {name: middle, f"{name}_low": low, f"{name}_high": high}
+        table.append(line)
+    return table
+
+
+def test_tables_are_read_back_as_they_were(tmp_path):
+    points = points_of([(1, 2, 3)] * 3)
+    table = table_of(points)
+    table[1] |= {"text_alignment_delta": 0.25}
+    sweep.write_tables(points, table, tmp_path)
+    lines = list(csv.DictReader((tmp_path / "sweep.csv").open(newline="")))
+    assert [line["step"] for line in lines] == ["0", "50", "100"]
+    assert float(lines[2]["image_alignment_low"]) == pytest.approx(table[2]["image_alignment_low"], abs=1e-6)
+    assert [line["text_alignment_delta"] for line in lines] == ["", "0.250000", ""]
+    prompts = list(csv.DictReader((tmp_path / "per_prompt.csv").open(newline="")))
+    assert [(line["step"], line["prompt"]) for line in prompts] == [(str(step), "a {} there") for step in (0, 50, 100)]
+
+
+def test_the_chart_has_each_model_at_its_figures_with_its_interval_and_its_step():
+    table = table_of(points_of([(0, 0, 0)] * 4))
+    figure = sweep.chart(table, photos=0.7)
+    plane, text, image = figure.axes
+    x, y = FIGURES
+    spots = [drawn.get_offsets()[0] for drawn in plane.collections if hasattr(drawn, "get_sizes")]
+    assert [tuple(spot) for spot in spots] == [(line[x], line[y]) for line in table]
+    crosses = {
+        tuple(segment.ravel()) for spot in plane.collections for segment in getattr(spot, "get_segments", list)()
+    }
+    for line in table:
+        assert (line[f"{x}_low"], line[y], line[f"{x}_high"], line[y]) in crosses
+        assert (line[x], line[f"{y}_low"], line[x], line[f"{y}_high"]) in crosses
+    labels = {words.get_text(): tuple(words.xy) for words in plane.texts}
+    assert labels.pop("photos kept aside")[1] == 0.7
+    expected = {str(line["step"]) if line["step"] else "base model": (line[x], line[y]) for line in table}
+    assert labels == expected
+    for panel, name in ((text, x), (image, y)):
+        curve = panel.lines[0]
+        assert list(curve.get_xdata()) == [50, 100, 150]
+        assert list(curve.get_ydata()) == [line[name] for line in table[1:]]
+
+
+def test_the_strip_has_a_column_a_step_and_a_row_a_prompt():
+    colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    points = points_of(colors, ("cat", "pot"))
+    pixels = np.asarray(sweep.strip(points, [0, 1]))
+    boxes = []
+    for color in colors:
+        ys, xs = np.nonzero((pixels == color).all(-1))
+        assert len(ys) == 2 * 160 * 160
+        boxes.append((xs.min(), xs.max()))
+    assert all(left[1] < right[0] for left, right in pairwise(boxes))
+
+
+def test_the_picture_shows_one_prompt_of_each_concept():
+    points = points_of([(250, 0, 0), (0, 250, 0)], ("cat", "cat", "pot"))
+    pixels = np.asarray(sweep.picture(points, table_of(points)))
+    assert (pixels == (0, 250, 0)).all(-1).sum() == 2 * 160 * 160
+
+
+@pytest.fixture
+def project(tiny_base, tmp_path, monkeypatch):
+    """A folder to train in: a call trains six steps, with a checkpoint every second one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    params = tiny_params(tiny_base)
+    settings = params.model_dump() | {"evaluate": {"steps": 2, "num_images": 1, "bootstrap": 100}}
+    (tmp_path / "data/prompts").mkdir(parents=True)
+    (tmp_path / "data/prompts/cat.txt").write_text("scene: a {} on red\nstyle: the {}\n")
+    for folder, color in (("instances", (200, 40, 40)), ("kept-aside", (180, 50, 40))):
+        (tmp_path / "data" / folder / "cat").mkdir(parents=True)
+        plain(color).save(tmp_path / "data" / folder / "cat/1.png")
+    write_prepared(tmp_path / "prepared", params)
+    monkeypatch.setattr(clip.Clip, "load", lambda *arguments: Judge())
+
+    def finished(tracked=False):
+        chosen = Params.model_validate(settings | {"tracking": {"enabled": tracked}})
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(chosen.model_dump()))
+        return training.run(chosen, tmp_path / "prepared", checkpoints.RUNS, lambda run_id: tracking.start(chosen))
+
+    return finished
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.commands, ["sweep", *arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
+
+
+def test_a_sweep_of_a_finished_training_joins_its_run(project, tmp_path):
+    from mlflow import MlflowClient
+
+    training_run = project(tracked=True)
+    output = run("--num-images", "2")
+    assert f"{training_run.path}: steps 2, 4, 6" in output
+    out = tmp_path / "results/sweep"
+    assert {path.name for path in out.iterdir()} == {
+        *("metrics.json", "sweep.csv", "per_prompt.csv", "trade_off.png", "prompts.jpg")
+    }
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (list(metrics["steps"]), metrics["num_prompts"], metrics["num_images"]) == (["2", "4", "6"], 2, 4)
+    photos = [Judge().images([plain(color)])[0] for color in ((200, 40, 40), (180, 50, 40))]
+    assert metrics["photos_kept_aside"] == pytest.approx(float(photos[0] @ photos[1]), abs=1e-6)
+
+    client = MlflowClient(f"sqlite:///{tmp_path / tracking.DATABASE}")
+    history = client.get_metric_history(training_run.run_id(), "sweep/image_alignment")
+    logged = {(point.step, round(point.value, 6)) for point in history}
+    assert logged == {(int(step), figures["image_alignment"]) for step, figures in metrics["steps"].items()}
+    assert "sweep/trade_off.png" in {file.path for file in client.list_artifacts(training_run.run_id(), "sweep")}
+    experiment = client.get_experiment_by_name("customdiff").experiment_id
+    assert [found.info.run_id for found in client.search_runs([experiment])] == [training_run.run_id()]
+    assert client.get_run(training_run.run_id()).info.status == "FINISHED"
+
+
+def test_what_is_wrong_with_a_sweep_is_one_line_and_leaves_no_results(project, tmp_path):
+    project()
+    for arguments, message in (
+        (["--steps", "2,7"], "has no checkpoint of step 7; it has 2, 4, 6"),
+        (["--steps", "2;4"], "--steps: must be numbers with commas between"),
+        (["--run", "nowhere"], "nowhere: is no run with checkpoints"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            run(*arguments)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "results").exists()
+
+
+def test_checkpoints_of_a_finished_training_stay_until_the_next_begins(project, tmp_path, tiny_base):
+    finished = project()
+    assert checkpoints.find_run() == finished
+    assert [checkpoints.step_of(path) for path in checkpoints.find_run().checkpoints()] == [2, 4, 6]
+    edited = tiny_params(tiny_base, learning_rate=2e-3, max_steps=1)
+    following = training.run(edited, tmp_path / "prepared", checkpoints.RUNS, lambda run_id: tracking.Tracker())
+    assert [found.path for found in checkpoints.find_runs()] == [following.path]
+    with pytest.raises(UserError, match="no checkpoint of step 2; it has 1"):
+        checkpoints.find("2")
