@@ -38,15 +38,24 @@ class RunFolder:
 
         Other runs that are complete are removed: their results lie in DVC's cache.
         """
-        text = json.dumps(identity, indent=1, sort_keys=True)
-        folder = cls(runs / hashlib.sha256(text.encode()).hexdigest()[:16])
+        folder = cls(runs / _name(identity))
         with accelerator.main_process_first():
             if accelerator.is_main_process:
                 for marker in runs.glob(f"*/{COMPLETE}"):
                     shutil.rmtree(marker.parent)
                 folder.path.mkdir(parents=True, exist_ok=True)
-                (folder.path / "identity.json").write_text(text, encoding="utf-8")
+                (folder.path / "identity.json").write_text(_text(identity), encoding="utf-8")
         return folder
+
+    @classmethod
+    def finished(cls, runs: Path, identity: dict) -> "RunFolder | None":
+        """The complete run with this identity, where there is one."""
+        folder = cls(runs / _name(identity))
+        return folder if (folder.path / COMPLETE).exists() else None
+
+    def metrics(self) -> dict:
+        """Figures of the complete run."""
+        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
 
     def last_checkpoint(self) -> Path | None:
         """The checkpoint with the highest step, or None."""
@@ -191,3 +200,11 @@ def last_opened(run: RunFolder) -> float:
     """When a training last opened the folder: it writes identity.json anew each time."""
     identity = run.path / "identity.json"
     return (identity if identity.exists() else run.path).stat().st_mtime
+
+
+def _text(identity: dict) -> str:
+    return json.dumps(identity, indent=1, sort_keys=True)
+
+
+def _name(identity: dict) -> str:
+    return hashlib.sha256(_text(identity).encode()).hexdigest()[:16]

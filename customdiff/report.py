@@ -78,6 +78,25 @@ def _section(pairs: Sequence[Pair], instances: Sequence[Image.Image], params: Pa
     return sheet
 
 
+def side_by_side(rows: Mapping[str, Mapping[str, Image.Image]], columns: Sequence[str]) -> Image.Image:
+    """Pictures in a table: a row a text, a column a model; where a row lacks a column's picture, white."""
+    side = _cell_side(next(iter(next(iter(rows.values())).values())))
+    head = 40
+    sheet = Image.new("RGB", (LABEL_WIDTH + len(columns) * (side + GAP), head + len(rows) * (side + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, name in enumerate(columns):
+        words = textwrap.wrap(name.replace("_", " "), max(6, side // 8), max_lines=2, placeholder="...")
+        for line, word in enumerate(words):
+            draw.text((LABEL_WIDTH + column * (side + GAP), 4 + 16 * line), word, INK, _font(14))
+    for row, (text, pictures) in enumerate(rows.items()):
+        top = head + row * (side + GAP)
+        _label(draw, (2 * GAP, top), side, text, "")
+        for column, name in enumerate(columns):
+            if name in pictures:
+                sheet.paste(_cell(pictures[name], side), (LABEL_WIDTH + column * (side + GAP), top))
+    return sheet
+
+
 def _label(draw: ImageDraw.ImageDraw, corner: tuple[int, int], side: int, text: str, note: str) -> None:
     """A text and a fainter note under it, wrapped and centred beside a row of images."""
     lines = textwrap.wrap(text, 25, max_lines=max(1, (side - 24) // 20), placeholder=" ...") or [""]

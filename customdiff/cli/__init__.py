@@ -5,7 +5,7 @@ Light to import: torch and diffusers are loaded by the commands that draw.
 
 import typer
 
-from customdiff.cli import formats, preset, sample, sweep
+from customdiff.cli import compare, formats, hub, preset, sample, sweep
 from customdiff.errors import one_line_errors
 
 commands = typer.Typer(
@@ -23,8 +23,10 @@ commands.command(epilog=preset.EXAMPLES, short_help="List, print or install read
 commands.command(short_help="Check params.yaml.")(preset.check)
 commands.command(epilog=sweep.EXAMPLES, short_help="Grade a training at several of its steps.")(sweep.sweep)
 commands.command(short_help="List the checkpoints of all trainings.")(sweep.checkpoints)
+commands.command(epilog=compare.EXAMPLES, short_help="Grade methods or adapters side by side.")(compare.compare)
 commands.command(epilog=formats.EXPORT_EXAMPLES, short_help="Write an adapter for another program.")(formats.export)
 commands.command("import", epilog=formats.IMPORT_EXAMPLES, short_help="Read another program's.")(formats.import_)
+commands.command(epilog=hub.EXAMPLES, short_help="Publish an adapter on the Hugging Face Hub.")(hub.push)
 
 
 def app() -> None:

@@ -1,0 +1,100 @@
+"""`customdiff compare`: adapters beside one another, or Custom Diffusion beside its baselines."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from customdiff import params as params_file
+from customdiff.errors import UserError
+
+EXAMPLES = """Examples:
+
+\b
+  customdiff compare                                          train each method on data/prepared, then grade all
+  customdiff compare --methods custom_diffusion,lora --learning-rate lora=5e-4
+  customdiff compare joint=models/adapter merged=models/merged  grade adapters that are there already
+"""
+RUNS, PREPARED = Path(".comparison"), Path("data/prepared")
+
+
+def compare(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=FOLDER]", help="Adapters to grade; none: train each method first."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="What to train.")] = "custom_diffusion,textual_inversion,lora",
+    learning_rate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD=RATE", help="In place of train.learning_rate, or its multiple for a baseline."),
+    ] = None,
+    num_images: Annotated[int | None, typer.Option(min=1, help="A prompt; by default evaluate.num_images.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for table and pictures.")] = Path("results/compare"),
+) -> None:
+    """Custom Diffusion, textual inversion and DreamBooth with LoRA on your own concept: the paper's comparison.
+
+    Same photos, class images, steps, prompts and seeds, as params.yaml has them; run `dvc repro` first. A training that
+    was killed goes on, a finished one is not run again.
+    """
+    params = params_file.load()
+    if num_images:
+        settings = params.evaluate.model_copy(update={"num_images": num_images})
+        params = params.model_copy(update={"evaluate": settings})
+    rates = {name: _rate(name, text) for name, text in _pairs(learning_rate or [], "--learning-rate").items()}
+    folders = {name: Path(folder) for name, folder in _pairs(adapters or [], "NAME=FOLDER").items()}
+    wanted = [] if folders else [name.strip() for name in methods.split(",")]
+
+    from customdiff import base, comparison, evaluation, tracking
+    from customdiff.adapter import read_card
+    from customdiff.clip import Clip
+    from customdiff.files import whole_folder
+
+    for name in [*wanted, *rates]:
+        if name not in comparison.RATES:
+            raise UserError(f"--methods: there is no {name}; use {', '.join(comparison.RATES)}")
+    for folder in folders.values():
+        read_card(folder)
+    prompts = evaluation.all_prompts(params)
+    instances = {name: evaluation.read_instances(Path("data/instances", name)) for name in params.concepts}
+    device = base.device(params.base.device)
+    judge = Clip.load(params.evaluate.clip, device)
+
+    facts = {}
+    for name in wanted:
+        chosen = comparison.params_of(params, name, rates.get(name))
+
+        def tracker_for(run_id: str | None, chosen=chosen) -> tracking.Tracker:
+            return tracking.resume(chosen, run_id) if run_id else tracking.start(chosen)
+
+        typer.echo(f"{name}: {chosen.train.max_steps} steps at a learning rate of {chosen.train.learning_rate:g}")
+        run = comparison.train(chosen, PREPARED, RUNS / name, tracker_for)
+        folders[name], facts[name] = run.path / "adapter", comparison.facts_of(run, chosen)
+
+    graded = comparison.grade(folders, params, prompts, instances, judge, device)
+    for name, found in facts.items():
+        graded[name].facts.update(found)
+    rows = comparison.table(graded)
+    with whole_folder(out) as incoming:
+        comparison.write_table(rows, incoming / "comparison.csv")
+        (incoming / "comparison.md").write_text(comparison.markdown(rows), encoding="utf-8")
+        comparison.sheet(graded).save(incoming / "comparison.jpg", quality=90)
+    typer.echo(comparison.markdown(rows))
+    typer.echo(f"pictures: {out / 'comparison.jpg'}")
+
+
+def _pairs(texts: list[str], what: str) -> dict[str, str]:
+    """`a=b` texts as a mapping."""
+    for text in texts:
+        if not all(text.partition("=")):
+            raise UserError(f"{what}: must be such as lora=1e-4 or merged=models/merged (here: {text!r})")
+    return {name: value for name, _, value in (text.partition("=") for text in texts)}
+
+
+def _rate(name: str, text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise UserError(f"--learning-rate: of {name} must be a number above 0 (here: {text!r})")
+    return rate
