@@ -56,20 +56,18 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def tiny_text_encoder(tokenizer: CLIPTokenizer, width: int, kind: type = CLIPTextModel, **changes):
     """A CLIP text encoder of random weights."""
-    return kind(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=16,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **changes,
-        )
-    )
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 16,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return kind(CLIPTextConfig(**shape | changes))
 
 
 def tiny_vae() -> AutoencoderKL:
