@@ -39,6 +39,7 @@ EXAMPLES = """Examples:
   customdiff sample "<new1> cat sitting in a bucket"
   customdiff sample "<new1> cat on the grass" "<new1> cat in the snow" --num-images 4
   customdiff sample "a <new1> cat" --scheduler dpmsolver++ --steps 25 --out drafts
+  customdiff sample "a <new1> cat" --adapter anna/grey-cat@v2
   customdiff sample "a <new1> cat" --checkpoint 150    as it was after 150 steps; `customdiff checkpoints` lists them
 
 Quote the prompts: a shell takes < and > for redirections.
@@ -47,7 +48,9 @@ Quote the prompts: a shell takes < and > for redirections.
 
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One or more, with tokens written out.")],
-    adapter: Annotated[Path, typer.Option(help="Folder of what was learned.")] = Path("models/adapter"),
+    adapter: Annotated[
+        str, typer.Option(help="Folder of what was learned, or owner/name[@revision] on the Hugging Face Hub.")
+    ] = "models/adapter",
     checkpoint: Annotated[
         str | None,
         typer.Option(help="In place of --adapter: a step or `latest` of the last training, or a checkpoint's folder."),
@@ -84,21 +87,20 @@ def sample(
 
     import customdiff
     from customdiff import base as base_model
-    from customdiff import sampling
+    from customdiff import hub, sampling
     from customdiff.adapter import read_card
 
-    if checkpoint is not None:
-        if str(adapter) != "models/adapter":
-            raise UserError("--checkpoint: stands in place of --adapter; give one of the two")
-        adapter = of_checkpoint(checkpoint)
-    card = read_card(adapter)
+    if checkpoint is not None and adapter != "models/adapter":
+        raise UserError("--checkpoint: stands in place of --adapter; give one of the two")
+    folder = hub.resolve(adapter, base_model=base) if checkpoint is None else of_checkpoint(checkpoint)
+    card = read_card(folder)
     tokens = [concept["modifier_token"] for concept in card["concepts"].values()]
     if not any(token in prompt for token in tokens for prompt in prompts):
         typer.echo(f"note: no prompt names what was learned; its words are {', '.join(tokens)}", err=True)
     chosen = params_file.Base(model=base) if base else params_file.Base.model_validate(card["base"])
     pipe = base_model.load_pipeline(chosen, dtype=base_model.DTYPES[precision], device=base_model.device(device))
     sampling.set_scheduler(pipe, scheduler)
-    customdiff.load(pipe, adapter)
+    customdiff.load(pipe, folder)
     images = sampling.generate(
         pipe,
         [prompt for prompt in prompts for _ in range(num_images)],
