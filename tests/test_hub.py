@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import customdiff
-from customdiff import adapter, attention, base, cli, hub, tokens
+from customdiff import adapter, base, cli, hub, methods, tokens
 from customdiff.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,13 +65,6 @@ def learned(tiny_base, tmp_path):
 
 def learn(base_folder, folder, words=("<new1>",), **changes):
     """Write an adapter of random weights; `changes` go into its card."""
-    pipe = base.load_pipeline(tiny_params(base_folder).base)
-    torch.manual_seed(7)
-    widths = {name: encoder.config.hidden_size for name, (_, encoder) in base.text_encoders(pipe).items()}
-    tokens.add_tokens(pipe, {word: {name: torch.randn(width) for name, width in widths.items()} for word in words})
-    with torch.no_grad():
-        for weight in attention.put_processors(pipe.unet, "crossattn_kv").values():
-            weight += 0.3 * torch.randn_like(weight)
     names = ["cat", "dog"][: len(words)]
     concepts = {name: concept_values(word, name) for word, name in zip(words, names, strict=True)}
     for concept in concepts.values():
@@ -81,11 +74,19 @@ def learn(base_folder, folder, words=("<new1>",), **changes):
         "concepts": concepts,
         "method": "custom_diffusion",
         "freeze_model": "crossattn_kv",
+        "lora_rank": 4,
         "resolution": 32,
         "steps": 6,
         "seed": 42,
         "versions": {"torch": "2.15.0"},
     }
+    pipe = base.load_pipeline(tiny_params(base_folder).base)
+    torch.manual_seed(7)
+    widths = {name: encoder.config.hidden_size for name, (_, encoder) in base.text_encoders(pipe).items()}
+    tokens.add_tokens(pipe, {word: {name: torch.randn(width) for name, width in widths.items()} for word in words})
+    with torch.no_grad():
+        for weight in methods.put(pipe.unet, card | changes).values():
+            weight += 0.3 * torch.randn_like(weight)
     adapter.save(adapter.from_pipeline(pipe, card | changes), folder)
     return folder
 
@@ -166,8 +167,9 @@ def test_the_base_model_is_read_from_the_repository(the_hub, tiny_base, tmp_path
     )
     monkeypatch.chdir(tmp_path)
     result = run("sample", PROMPT, "--adapter", REPO, "--out", tmp_path / "no")
-    assert isinstance(result.exception, UserError)
-    assert f"./{tiny_base.name}" in str(result.exception)
+    assert str(result.exception) == (
+        f"{REPO}: belongs to a base model in ./{tiny_base.name}, which is not here; name it by --base"
+    )
 
 
 def test_a_branch_keeps_what_was_pushed_to_it(the_hub, learned, tiny_base, tmp_path):
@@ -629,22 +631,34 @@ def code(page, words):
     return page.split(words)[1].split("```python\n")[1].split("```")[0]
 
 
-@pytest.mark.parametrize("which", ["tiny_base", "tiny_v_base", "tiny_xl_base"])
-def test_the_code_of_the_card_draws_what_our_loader_does(the_hub, tmp_path, request, which, monkeypatch):
+@pytest.mark.parametrize(
+    ("which", "method"),
+    [
+        ("tiny_base", "custom_diffusion"),
+        ("tiny_v_base", "custom_diffusion"),
+        ("tiny_xl_base", "custom_diffusion"),
+        ("tiny_base", "textual_inversion"),
+        ("tiny_base", "lora"),
+        ("tiny_xl_base", "lora"),
+    ],
+)
+def test_diffusers_draws_the_same_by_the_code_of_the_card(the_hub, tmp_path, request, which, method, monkeypatch):
     base_folder = request.getfixturevalue(which)
-    folder = learn(base_folder, tmp_path / "learned", ("<new1>", "<new2>"))
-    pushed(folder)
-    page = the_hub.files(REPO)["README.md"].decode()
+    folder = learn(base_folder, tmp_path / "learned", ("<new1>", "<new2>"), method=method)
+    pushed(folder, "--revision", "v1")
+    page = the_hub.files(REPO, "v1")["README.md"].decode()
     ours = plain(base_folder)
     adapter.load(ours, folder)
-    expected = draw(ours, "a <new1> cat on <new2>")
+    prompt = "a <new1> cat on <new2>"
+    expected = draw(ours, prompt)
     monkeypatch.chdir(base_folder.parent)
-    for words in ("With diffusers alone:",):
-        names = {}
-        exec(code(page, words).replace("image = ", "# image = "), names)
-        names["pipe"].set_progress_bar_config(disable=True)
-        np.testing.assert_allclose(draw(names["pipe"], "a <new1> cat on <new2>"), expected, atol=1e-4)
-    assert np.abs(expected - draw(plain(base_folder), "a <new1> cat on <new2>")).max() > 0.01
+    names = {}
+    block = code(page, "With diffusers alone:")
+    exec(block.rpartition("image = ")[0], names)
+    names["pipe"].set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(draw(names["pipe"], prompt), expected, atol=1e-4)
+    assert np.abs(expected - draw(plain(base_folder), prompt)).max() > 0.01
+    assert f'image = pipe("{PROMPT}").images[0]' in block
 
 
 def test_load_takes_a_repository(the_hub, learned, tiny_base):

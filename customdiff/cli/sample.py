@@ -98,6 +98,8 @@ def sample(
     if not any(token in prompt for token in tokens for prompt in prompts):
         typer.echo(f"note: no prompt names what was learned; its words are {', '.join(tokens)}", err=True)
     chosen = params_file.Base(model=base) if base else params_file.Base.model_validate(card["base"])
+    if chosen.model.startswith("./") and not Path(chosen.model).is_dir():  # as `push` names a base that is a folder
+        raise UserError(f"{adapter}: belongs to a base model in {chosen.model}, which is not here; name it by --base")
     pipe = base_model.load_pipeline(chosen, dtype=base_model.DTYPES[precision], device=base_model.device(device))
     sampling.set_scheduler(pipe, scheduler)
     customdiff.load(pipe, folder)
