@@ -6,44 +6,36 @@ the other. Alignment to photos that were kept aside from training tells them apa
 """
 
 import csv
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
-from customdiff import adapter, base, evaluation, methods
+from customdiff import adapter, base, evaluation, methods, report
 from customdiff.adapter import Adapter
 from customdiff.clip import Clip
 from customdiff.errors import UserError
-from customdiff.evaluation import FIGURES, Pair, Prompt, customized_subject
-from customdiff.metrics import bootstrap_interval, image_alignment, without_token
-from customdiff.params import Concept, Params
+from customdiff.evaluation import AND, FIGURES, Pair, Prompt
+from customdiff.metrics import bootstrap_interval, image_alignment
+from customdiff.params import Params
 from customdiff.report import BASE, CUSTOMIZED, FAINT, INK
-from customdiff.sampling import generate, image_seed
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 KEPT_ASIDE = "kept_aside_alignment"
 DELTAS = tuple(f"{name}_delta" for name in FIGURES)
 COLUMNS = ("step", *(f"{name}{end}" for name in (*FIGURES, *DELTAS, KEPT_ASIDE) for end in ("", "_low", "_high")))
 PROMPT_COLUMNS = ("step", "concept", "prompt", "kind", *FIGURES, *DELTAS, KEPT_ASIDE)
-WIDTH, GAP, LINE = 1120, 6, 22  # px
-
-
-class Shot(NamedTuple):
-    """One image that every model of a sweep draws."""
-
-    concept: str
-    prompt: Prompt
-    number: int
-    seed: int
+WIDTH = 10  # of the picture, inches
+PLANE = (370, 230)  # about the size of its largest chart, points of 1/72 inch
+PHOTOS = "#3a8f5c"
 
 
 @dataclass(frozen=True)
@@ -87,28 +79,20 @@ def sweep(
     Raises:
         UserError: a checkpoint is damaged, or was learned on another base model.
     """
-    wanted = shots(params, prompts)
+    wanted = evaluation.shots(params, prompts)
     first = [place for place, shot in enumerate(wanted) if shot.number == 0]
-    before = draw(pipe, wanted, params, lambda concept: concept.class_prompt, "base model")
+    before = evaluation.take(pipe, wanted, params, evaluation.class_subject, "base model")
     points: list[Point] = []
     for count, (step, folder) in enumerate(checkpoints.items(), 1):
         learned = adapter.read(folder)
         (replace if points else adapter.put)(pipe, learned)
-        images = draw(pipe, wanted, params, customized_subject, f"step {step} ({count} of {len(checkpoints)})")
-        rows = _score(_pairs(wanted, before, images, params), instances, judge, kept_aside)
+        progress = f"step {step} ({count} of {len(checkpoints)})"
+        images = evaluation.take(pipe, wanted, params, evaluation.customized_subject, progress)
+        rows = _score(evaluation.pairs(wanted, before, images, params), instances, judge, kept_aside)
         if not points:
             points.append(Point(0, [_of_base(row) for row in rows], [before[place] for place in first]))
         points.append(Point(step, rows, [images[place] for place in first]))
     return points
-
-
-def _pairs(wanted: Sequence[Shot], before: Sequence, images: Sequence, params: Params) -> list[Pair]:
-    pairs = []
-    for shot, *both in zip(wanted, before, images, strict=True):
-        concept = params.concepts[shot.concept]
-        text = without_token(shot.prompt.of(customized_subject(concept)), concept.modifier_token)
-        pairs.append(Pair(shot.concept, shot.prompt, text, shot.number, *both))
-    return pairs
 
 
 def _score(pairs: Sequence[Pair], instances: Mapping, judge: Clip, kept_aside: Mapping | None) -> list[dict]:
@@ -124,37 +108,6 @@ def _of_base(row: Mapping) -> dict:
     """The base model's figures of a row that has both."""
     labels = {name: row[name] for name in ("concept", "prompt", "kind")}
     return labels | {name.removeprefix("base_"): value for name, value in row.items() if name.startswith("base_")}
-
-
-def shots(params: Params, prompts: Mapping[str, Sequence[Prompt]]) -> list[Shot]:
-    """The images that `evaluation.draw` draws, with its seeds."""
-    return [
-        Shot(name, prompt, number, image_seed(params.base.seed, name, prompt.template, number))
-        for name in params.concepts
-        for prompt in prompts[name]
-        for number in range(params.evaluate.num_images)
-    ]
-
-
-def draw(
-    pipe: DiffusionPipeline,
-    wanted: Sequence[Shot],
-    params: Params,
-    subject: Callable[[Concept], str],
-    progress: str | None = None,
-) -> list[Image.Image]:
-    """Draw each shot with the pipeline as it is; `subject` says what {} stands for."""
-    settings = params.evaluate
-    return generate(
-        pipe,
-        [shot.prompt.of(subject(params.concepts[shot.concept])) for shot in wanted],
-        [shot.seed for shot in wanted],
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        eta=settings.eta,
-        batch_size=settings.batch_size,
-        progress=progress,
-    )
 
 
 def replace(pipe: DiffusionPipeline, learned: Adapter) -> None:
@@ -199,7 +152,7 @@ def figures(point: Point, *, resamples: int, seed: int) -> dict[str, float]:
     As in `evaluation.summarize`: the mean over concepts of the mean over prompts, resampled within each concept. The
     intervals of `DELTAS`, which are paired with the base model, are the narrower ones.
     """
-    concepts = dict.fromkeys(row["concept"] for row in point.rows)
+    concepts = dict.fromkeys(row["concept"] for row in point.rows if AND not in row["concept"])
     found: dict[str, float] = {"step": point.step}
     for name in (*FIGURES, *DELTAS, KEPT_ASIDE):
         if name in point.rows[0]:
@@ -221,99 +174,140 @@ def write_tables(points: Sequence[Point], table: Sequence[Mapping], folder: Path
                 writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in line.items()})
 
 
-def picture(points: Sequence[Point], table: Sequence[Mapping], photos: float | None = None) -> Image.Image:
-    """The trade-off as a chart, and below it a strip: each concept's first prompt, from one seed, a column a step.
+def picture(points: Sequence[Point], table: Sequence[Mapping], photos: float | None = None) -> "Figure":
+    """The trade-off, both figures over steps, and below them each concept's first prompt from one seed, as it changes.
 
     Args:
         points, table: of the base model and the checkpoints; `table` has the `figures` of each.
-        photos: `photos_alignment` of the photos that were kept aside.
+        photos: `photos_alignment` of those kept aside.
     """
-    rows = points[0].rows
-    firsts = [place for place, row in enumerate(rows) if row["concept"] not in {r["concept"] for r in rows[:place]}]
-    parts = [_rasterized(chart(table, photos)), strip(points, firsts)]
-    sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
-    sheet.paste(parts[0], (0, 0))
-    sheet.paste(parts[1], (0, parts[0].height))
-    return sheet
-
-
-def chart(table: Sequence[Mapping], photos: float | None = None) -> "Figure":
-    """Image over text alignment, a point a checkpoint with its step and its intervals; beside it, both over steps."""
-    import matplotlib
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
-    start, *learned = table
-    steps = [row["step"] for row in learned]
-    figure = Figure(figsize=(WIDTH / 112, 4.1), dpi=112, layout="constrained")
-    panels = figure.subplot_mosaic([["plane", "text"], ["plane", "image"]], width_ratios=[3, 2])
+    rows = points[0].rows
+    shown = [place for place, row in enumerate(rows) if row["concept"] not in {r["concept"] for r in rows[:place]}]
+    below = len(shown) * (min(1.5, WIDTH / len(points)) + 0.3)
+    figure = Figure(figsize=(WIDTH, 4.1 + below), dpi=110, layout="constrained")
+    charts, pictures = figure.subfigures(2, 1, height_ratios=[4.1, below])
+    panels = charts.subplot_mosaic([["plane", "text"], ["plane", "image"]], width_ratios=[3, 2])
     for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=FAINT, labelsize=8)
         axes.grid(color="#eceef3")
         axes.set_axisbelow(True)
-
-    plane, (x, y) = panels["plane"], FIGURES
-    shades = matplotlib.colors.LinearSegmentedColormap.from_list("steps", ["#a9c4f5", "#16377f"])
-    colors = [shades(place / max(1, len(steps) - 1)) for place in range(len(steps))]
-    plane.plot([row[x] for row in learned], [row[y] for row in learned], color=FAINT, linewidth=0.6, alpha=0.5)
-    for row, color, label in zip(table, [BASE, *colors], ["base model", *steps], strict=True):
-        plane.hlines(row[y], row[f"{x}_low"], row[f"{x}_high"], color=color, linewidth=0.6, alpha=0.7)
-        plane.vlines(row[x], row[f"{y}_low"], row[f"{y}_high"], color=color, linewidth=0.6, alpha=0.7)
-        plane.scatter(row[x], row[y], s=30, color=color, marker="o" if row["step"] else "s", zorder=3)
-        plane.annotate(str(label), (row[x], row[y]), (5, 5), textcoords="offset points", fontsize=8, color=INK)
-    plane.set_xlabel("text alignment: does it follow the prompt?", fontsize=9)
-    plane.set_ylabel("image alignment: does it show the subject?", fontsize=9)
-
+    _draw_plane(panels["plane"], table)
     for name in FIGURES:
-        axes = panels[name.partition("_")[0]]
-        axes.fill_between(
-            steps,
-            [r[f"{name}_low"] for r in learned],
-            [r[f"{name}_high"] for r in learned],
-            color=CUSTOMIZED,
-            alpha=0.12,
-        )
-        axes.plot(steps, [row[name] for row in learned], color=CUSTOMIZED, marker="o", markersize=3, label=None)
-        axes.axhline(start[name], color=BASE, linewidth=1)
-        axes.set_title(name.replace("_", " "), fontsize=9, loc="left", color=INK)
-    if KEPT_ASIDE in start:
-        panels["image"].plot(steps, [row[KEPT_ASIDE] for row in learned], color="#d9822b", marker="o", markersize=3)
+        _draw_over_steps(panels[name.partition("_")[0]], table, name)
     panels["text"].tick_params(labelbottom=False)
     panels["image"].set_xlabel("step", fontsize=9)
+    if KEPT_ASIDE in table[0]:
+        values = [row[KEPT_ASIDE] for row in table[1:]]
+        steps = [row["step"] for row in table[1:]]
+        panels["image"].plot(steps, values, ":", color=PHOTOS, marker=".", label="to photos kept aside")
+        panels["image"].legend(frameon=False, fontsize=7, loc="lower right")
     if photos is not None:
-        for axes in (plane, panels["image"]):
-            axes.axhline(photos, color="#3a8f5c", linewidth=1, linestyle="--")
-        plane.annotate(
-            "photos kept aside",
-            (0.01, photos),
-            (0, 3),
-            xycoords=plane.get_yaxis_transform(),
-            fontsize=8,
-            textcoords="offset points",
-            color="#3a8f5c",
-        )
+        for axes in (panels["plane"], panels["image"]):
+            axes.axhline(photos, color=PHOTOS, linewidth=1, linestyle="--", label="photos kept aside")
+        panels["plane"].legend(frameon=False, fontsize=8, loc="lower left")
+    _draw_strip(pictures, points, shown)
     return figure
 
 
-def _rasterized(figure: "Figure") -> Image.Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+def _draw_plane(axes: "Axes", table: Sequence[Mapping]) -> None:
+    """Image over text alignment: a point a model with its step, its intervals as a cross."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    x, y = FIGURES
+    shade = LinearSegmentedColormap.from_list("steps", ["#a9c4f5", "#16377f"])
+    colors = [BASE, *(shade(place / max(1, len(table) - 2)) for place in range(len(table) - 1))]
+    axes.plot([row[x] for row in table[1:]], [row[y] for row in table[1:]], color=FAINT, linewidth=0.6, alpha=0.5)
+    for row, color in zip(table, colors, strict=True):
+        axes.hlines(row[y], row[f"{x}_low"], row[f"{x}_high"], color=color, linewidth=0.6, alpha=0.7)
+        axes.vlines(row[x], row[f"{y}_low"], row[f"{y}_high"], color=color, linewidth=0.6, alpha=0.7)
+        axes.scatter(row[x], row[y], s=30, color=color, marker="o" if row["step"] else "s", zorder=3)
+    # where a training has converged its points lie on one another; their labels must not
+    ends = np.array([[row[f"{name}_{end}"] for name in FIGURES] for row in table for end in ("low", "high")])
+    spots = np.array([[row[name] for name in FIGURES] for row in table]) / np.maximum(np.ptp(ends, axis=0), 1e-9)
+    titles = [_title(row["step"]) for row in table]
+    for row, title, offset in zip(table, titles, label_offsets(spots * PLANE, titles), strict=True):
+        leader = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3}
+        place = {"textcoords": "offset points", "ha": "center", "va": "center", "arrowprops": leader, "zorder": 4}
+        axes.annotate(title, (row[x], row[y]), offset, fontsize=8, color=INK, **place)
+    axes.set_xlabel("text alignment: does it follow the prompt?", fontsize=9)
+    axes.set_ylabel("image alignment: does it show the subject?", fontsize=9)
 
 
-def strip(points: Sequence[Point], places: Sequence[int]) -> Image.Image:
-    """Pictures: a row for each prompt at `places`, a column a model, each from one seed."""
-    side = min(160, max(48, WIDTH // len(points) - GAP))
-    height = LINE + len(places) * (LINE + side + GAP) + GAP
-    sheet = Image.new("RGB", (max(WIDTH, GAP + len(points) * (side + GAP)), height), "white")
-    pen, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(12)
-    for column, point in enumerate(points):
-        left = GAP + column * (side + GAP)
-        pen.text((left, 3), f"step {point.step}" if point.step else "base model", INK, font)
-        for row, place in enumerate(places):
-            image = ImageOps.contain(point.images[place].convert("RGB"), (side, side))
-            sheet.paste(image, (left, LINE + row * (LINE + side + GAP) + LINE))
-    for row, place in enumerate(places):
-        top = LINE + row * (LINE + side + GAP)
-        pen.text((GAP, top + 3), points[0].rows[place]["prompt"].replace("{}", "..."), FAINT, small)
-    return sheet
+def label_offsets(spots: np.ndarray, labels: Sequence[str]) -> list[tuple[float, float]]:
+    """Where to write a label of 8 points beside each spot, so that it covers no other label and no spot.
+
+    Args:
+        spots: (N, 2), points of 1/72 inch.
+
+    Returns:
+        For each the offset of its middle from its spot: the nearest of those around it that is free.
+    """
+    around = [
+        (distance * np.cos(angle), distance * np.sin(angle))
+        for distance in range(14, 120, 8)
+        for angle in np.pi / 8 * np.array([2, 0, 6, 8, 4, 14, 10, 12, 1, 3, 5, 7, 9, 11, 13, 15])
+    ]
+    taken = [(*spot, 4.0) for spot in spots]  # middle, and half a width
+    offsets = []
+    for spot, label in zip(spots, labels, strict=True):
+        half = 2.6 * len(label)
+        for offset in around:
+            middle = spot + offset
+            if all(abs(middle[0] - x) > half + w or abs(middle[1] - y) > 9 for x, y, w in taken):
+                break
+        taken.append((*middle, half))
+        offsets.append(offset)
+    return offsets
+
+
+def _draw_over_steps(axes: "Axes", table: Sequence[Mapping], name: str) -> None:
+    """One figure over the steps, its interval as a band, the base model's as a line."""
+    steps, values, low, high = (
+        [row[key] for row in table[1:]] for key in ("step", name, f"{name}_low", f"{name}_high")
+    )
+    axes.fill_between(steps, low, high, color=CUSTOMIZED, alpha=0.12)
+    axes.plot(steps, values, color=CUSTOMIZED, marker=".", label=name.replace("_", " "))
+    axes.axhline(table[0][name], color=BASE, linewidth=1)
+    axes.set_title(name.replace("_", " "), fontsize=9, loc="left", color=INK)
+
+
+def _draw_strip(figure: "SubFigure", points: Sequence[Point], places: Sequence[int]) -> None:
+    """A row for each prompt at `places`, a column a model, each from one seed."""
+    grid = figure.subplots(len(places), len(points), squeeze=False)
+    for line, place in zip(grid, places, strict=True):
+        for axes, point in zip(line, points, strict=True):
+            axes.imshow(point.images[place].convert("RGB"), interpolation="bilinear")
+            axes.set_axis_off()
+            axes.set_title(_title(point.step), fontsize=8, color=INK)
+        words = line[0].annotate(
+            _words(points[0].rows[place]),
+            (0, 0),
+            (0, -4),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            va="top",
+            fontsize=8,
+            color=FAINT,
+        )
+        words.set_in_layout(False)  # else it widens its column
+
+
+def sheet(points: Sequence[Point]) -> Image.Image:
+    """All prompts, each from one seed, as they change over the steps."""
+    rows = {
+        _words(row): {_title(point.step): point.images[place] for point in points}
+        for place, row in enumerate(points[0].rows)
+    }
+    return report.side_by_side(rows, [_title(point.step) for point in points])
+
+
+def _words(row: Mapping) -> str:
+    """A row's prompt about its concept, by the name that the concept has in params.yaml."""
+    return row["prompt"].replace("{}", row["concept"])
+
+
+def _title(step: int) -> str:
+    return str(step) if step else "base model"

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -104,9 +103,10 @@ def test_every_checkpoint_is_drawn_and_graded_as_evaluate_does_and_the_base_mode
         pairs = evaluation.draw(fresh, lambda pipe, folder=folder: adapter.load(pipe, folder), params, PROMPTS)
         expected.append((pairs, evaluation.score(pairs, INSTANCES, Judge())))
 
-    asked = []
-    generate = sweep.generate
-    monkeypatch.setattr(sweep, "generate", lambda pipe, *a, **o: asked.append(o["progress"]) or generate(pipe, *a, **o))
+    asked, generate = [], evaluation.generate
+    monkeypatch.setattr(
+        evaluation, "generate", lambda pipe, *a, **o: asked.append(o["progress"]) or generate(pipe, *a, **o)
+    )
     kept = {"cat": [plain((10, 90, 250))]}
     pipe = base.load_pipeline(params.base)
     points = sweep.sweep(pipe, folders, params, PROMPTS, INSTANCES, Judge(), kept)
@@ -138,6 +138,7 @@ def row(concept, text, image, **more):
 
 def test_figures_are_means_over_concepts_with_intervals_over_prompts():
     rows = [row("cat", 1.0, 0.2), row("cat", 2.0, 0.2), row("pot", 3.0, 0.8)]
+    rows.append(row("cat and pot", 9.0, 9.0))  # a prompt of both in one picture is no part of the mean, as in evaluate
     found = sweep.figures(Point(50, rows, []), resamples=4000, seed=0)
     assert found["text_alignment"] == pytest.approx((1.5 + 3) / 2)
     # two prompts, resampled with replacement: their mean is 1, 1.5 or 2; the other concept's only prompt stays
@@ -176,45 +177,68 @@ def test_tables_are_read_back_as_they_were(tmp_path):
     assert [(line["step"], line["prompt"]) for line in prompts] == [(str(step), "a {} there") for step in (0, 50, 100)]
 
 
-def test_the_chart_has_each_model_at_its_figures_with_its_interval_and_its_step():
-    table = table_of(points_of([(0, 0, 0)] * 4))
-    figure = sweep.chart(table, photos=0.7)
-    plane, text, image = figure.axes
+def test_the_picture_has_each_model_at_its_figures_with_its_interval_and_its_step():
+    points = points_of([(0, 0, 0)] * 4)
+    table = table_of(points)
+    plane, text, image = sweep.picture(points, table, photos=0.7).axes[:3]
     x, y = FIGURES
     spots = [drawn.get_offsets()[0] for drawn in plane.collections if hasattr(drawn, "get_sizes")]
     assert [tuple(spot) for spot in spots] == [(line[x], line[y]) for line in table]
-    crosses = {
-        tuple(segment.ravel()) for spot in plane.collections for segment in getattr(spot, "get_segments", list)()
-    }
+    lines = [drawn for drawn in plane.collections if hasattr(drawn, "get_segments")]
+    crosses = {tuple(segment.ravel()) for drawn in lines for segment in drawn.get_segments()}
     for line in table:
         assert (line[f"{x}_low"], line[y], line[f"{x}_high"], line[y]) in crosses
         assert (line[x], line[f"{y}_low"], line[x], line[f"{y}_high"]) in crosses
     labels = {words.get_text(): tuple(words.xy) for words in plane.texts}
-    assert labels.pop("photos kept aside")[1] == 0.7
-    expected = {str(line["step"]) if line["step"] else "base model": (line[x], line[y]) for line in table}
-    assert labels == expected
+    assert labels == {str(line["step"] or "base model"): (line[x], line[y]) for line in table}
+    assert [list(line.get_ydata()) for line in plane.lines if line.get_label() == "photos kept aside"] == [[0.7, 0.7]]
     for panel, name in ((text, x), (image, y)):
-        curve = panel.lines[0]
+        curve, level = panel.lines[:2]
         assert list(curve.get_xdata()) == [50, 100, 150]
         assert list(curve.get_ydata()) == [line[name] for line in table[1:]]
+        assert set(level.get_ydata()) == {table[0][name]}
 
 
-def test_the_strip_has_a_column_a_step_and_a_row_a_prompt():
+def test_without_photos_kept_aside_no_line_is_drawn_for_them():
+    points = points_of([(0, 0, 0)] * 2)
+    plane = sweep.picture(points, table_of(points)).axes[0]
+    assert "photos kept aside" not in {line.get_label() for line in plane.lines}
+
+
+def test_labels_keep_off_one_another_and_off_the_points_where_these_lie_together():
+    spots = np.random.default_rng(0).normal(size=(12, 2)) * 10
+    labels = ["base model", *(str(50 * number) for number in range(1, 12))]
+    middles = spots + sweep.label_offsets(spots, labels)
+    halves = [2.6 * len(label) for label in labels]
+    for one in range(12):
+        for other in range(12):
+            apart = np.abs(middles[one] - middles[other])
+            assert one == other or apart[0] > halves[one] + halves[other] or apart[1] > 9
+            off = np.abs(middles[one] - spots[other])
+            assert off[0] > halves[one] or off[1] > 4
+    far = np.array([[0.0, 0.0], [300.0, 0.0]])
+    assert np.linalg.norm(sweep.label_offsets(far, ["50", "100"]), axis=1) == pytest.approx([14, 14])
+
+
+def test_the_strip_below_shows_one_prompt_of_each_concept_a_column_a_step():
     colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
-    points = points_of(colors, ("cat", "pot"))
-    pixels = np.asarray(sweep.strip(points, [0, 1]))
+    points = points_of(colors, ("cat", "cat", "pot"))
+    strip = sweep.picture(points, table_of(points)).axes[3:]
+    shown = [axes.images[0].get_array()[0, 0].tolist() for axes in strip]
+    assert shown == [list(color) for color in colors] * 2
+    assert [axes.get_title() for axes in strip[:3]] == ["base model", "50", "100"]
+    assert [axes.texts[0].get_text() for axes in strip[::3]] == ["a cat there", "a pot there"]
+
+
+def test_the_sheet_shows_every_prompt_at_every_step():
+    colors = [(250, 0, 0), (0, 250, 0)]
+    pixels = np.asarray(sweep.sheet(points_of(colors, ("cat", "pot"))))
     boxes = []
     for color in colors:
         ys, xs = np.nonzero((pixels == color).all(-1))
-        assert len(ys) == 2 * 160 * 160
+        assert len(ys) == 2 * (xs.max() + 1 - xs.min()) ** 2, "two prompts alike, of two concepts: two squares"
         boxes.append((xs.min(), xs.max()))
-    assert all(left[1] < right[0] for left, right in pairwise(boxes))
-
-
-def test_the_picture_shows_one_prompt_of_each_concept():
-    points = points_of([(250, 0, 0), (0, 250, 0)], ("cat", "cat", "pot"))
-    pixels = np.asarray(sweep.picture(points, table_of(points)))
-    assert (pixels == (0, 250, 0)).all(-1).sum() == 2 * 160 * 160
+    assert boxes[0][1] < boxes[1][0]
 
 
 @pytest.fixture

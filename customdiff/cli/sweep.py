@@ -54,7 +54,7 @@ def sweep(
     chosen = {checkpoints.step_of(path): path for path in paths}
     evaluation.check_card(adapter.read_card(paths[0]), params)
     settings = params.evaluate
-    prompts = {name: evaluation.read_prompts(settings.prompts, c.class_prompt) for name, c in params.concepts.items()}
+    prompts = evaluation.all_prompts(params)
     instances = {name: evaluation.read_instances(Path("data/instances", name)) for name in params.concepts}
     photos = sweeps.read_kept_aside(kept_aside, list(params.concepts))
     typer.echo(f"{folder.path}: steps {', '.join(map(str, chosen))}")
@@ -78,8 +78,8 @@ def sweep(
     with whole_folder(out) as incoming:
         (incoming / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         sweeps.write_tables(points, table, incoming)
-        sweeps.picture(points, table, metrics["photos_kept_aside"]).save(incoming / "trade_off.png", optimize=True)
-        sweeps.strip(points, range(len(points[0].rows))).save(incoming / "prompts.jpg", quality=90)
+        sweeps.picture(points, table, metrics["photos_kept_aside"]).savefig(incoming / "trade_off.png")
+        sweeps.sheet(points).save(incoming / "prompts.jpg", quality=90)
     typer.echo(f"{out / 'trade_off.png'} shows them")
 
     run_id = folder.run_id()
