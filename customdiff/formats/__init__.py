@@ -94,12 +94,13 @@ def export_adapter(
     form.check(learned.card, rank)
     _check_free(out)
     chosen = Base(model=base) if base else Base.model_validate(learned.card["base"])
-    adapter.put(base_model.load_pipeline(chosen, vae=None), learned)  # refuses another base
-    source = source_of(learned, base_model.load_pipeline(chosen))
+    pipe = base_model.load_pipeline(chosen)
+    adapter._check_base(pipe, learned)
+    source = source_of(learned, pipe)
     with whole_folder(out) as incoming:
         error = form.write(source, incoming, rank)
         form.verify(source, incoming, error)
-    return Exported(form.how(learned.card, out), error)
+    return Exported(form.how(source.adapter.card, out), error)
 
 
 def import_adapter(

@@ -1,5 +1,6 @@
 """What an adapter changes in its UNet, whatever its method: as whole weights, and as factors of low rank."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from customdiff.adapter import Adapter, full_weights
-from customdiff.base import text_encoders
+from customdiff.base import family, text_encoders
 from customdiff.errors import UserError
 from customdiff.tokens import Rows
 
@@ -53,7 +54,11 @@ class LowRank(NamedTuple):
 
 
 def source_of(adapter: Adapter, pipe: DiffusionPipeline) -> Source:
-    """An adapter beside its base model, without which neither whole weights nor changes of them can be had."""
+    """An adapter beside its base model, without which neither whole weights nor changes of them can be had.
+
+    Its card gets the base's `family`, which those of early adapters lack.
+    """
+    adapter = replace(adapter, card=adapter.card | {"family": family(pipe)})
     own = dict(pipe.unet.named_parameters())
     if adapter.card["method"] == "lora":
         after = {

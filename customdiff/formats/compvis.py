@@ -25,18 +25,19 @@ _BLOCKS = (("input", "down", 1), ("output", "up", 0))
 
 
 def check(card: dict, rank: int | None) -> None:
-    """Refuse what no delta holds, and base models that CompVis' code does not load.
-
-    Raises:
-        UserError: names what would do.
-    """
+    """Refuse what no delta holds."""
     delta.check(card, rank)
-    if card["family"] != "Stable Diffusion 1.x":
-        raise UserError(f"--format: the paper's CompVis code loads no {card['family']}; --format delta is for it")
 
 
 def write(source: Source, folder: Path, rank: int | None) -> float:
-    """Write delta.ckpt; that of a compressed adapter is compressed."""
+    """Write delta.ckpt; that of a compressed adapter is compressed.
+
+    Raises:
+        UserError: CompVis' code does not load the base model.
+    """
+    family = source.adapter.card["family"]
+    if family != "Stable Diffusion 1.x":
+        raise UserError(f"--format: the paper's CompVis code loads no {family}; --format delta is for it")
     torch.save(content(source), folder / FILE)
     return 0.0
 

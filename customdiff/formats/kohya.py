@@ -14,7 +14,7 @@ from torch import Tensor
 from customdiff.adapter import SDXL_KEYS
 from customdiff.errors import UserError
 from customdiff.formats.changes import LowRank, Source, check_rows, check_weights, low_rank
-from customdiff.formats.lora import load_embedding, load_lora
+from customdiff.formats.lora import load_embedding, load_lora, one_rank
 
 LORAS, EMBEDDINGS = "loras", "embeddings"
 BIAS = ".diff_b"
@@ -72,14 +72,15 @@ def verify(source: Source, folder: Path, error: float) -> None:
 
 def how(card: dict, folder: Path) -> str:
     """Where the files go in each program, and what to write in a prompt."""
-    words = list(_words(card).values())
+    words = _words(card)
+    named = [(words[concept["modifier_token"]], concept["class_prompt"]) for concept in card["concepts"].values()]
     lora = folder / _lora(card)
     name = f" <lora:{lora.stem}:1>" if lora.exists() else ""
     lines = [
         f"AUTOMATIC1111 and Forge: {folder / LORAS}/* to models/Lora, {folder / EMBEDDINGS}/* to embeddings;",
-        f"  prompt: {' '.join(words)}{name}",
+        f"  prompt: {', '.join(f'{word} {kind}' for word, kind in named)}{name}",
         f"ComfyUI: {folder / LORAS}/* to models/loras, {folder / EMBEDDINGS}/* to models/embeddings; node Load LoRA,",
-        f"  strength 1; prompt: {' '.join(f'embedding:{word}' for word in words)}",
+        f"  strength 1; prompt: {', '.join(f'embedding:{word} {kind}' for word, kind in named)}",
     ]
     if lora.exists() and any(key.endswith(BIAS) for key in load_file(lora)):
         lines.append("the changes of output biases (.diff_b) are applied by ComfyUI and Forge; others pass over them")
@@ -87,12 +88,9 @@ def how(card: dict, folder: Path) -> str:
 
 
 def tensors(found: LowRank) -> dict[str, Tensor]:
-    """Factors under kohya's names: .lora_down.weight (r, in), .lora_up.weight (out, r) and .alpha, which is r."""
-    peft = {}
-    for layer, (up, down) in found.layers.items():
-        peft[f"unet.{layer}.lora_A.weight"] = down.contiguous()
-        peft[f"unet.{layer}.lora_B.weight"] = up.contiguous()
-    named = convert_state_dict_to_kohya(peft)
+    """Factors under kohya's names: .lora_down.weight (r, in), .lora_up.weight (out, r), .alpha, which is r; .diff_b."""
+    peft = {f"unet.{name}": tensor for name, tensor in one_rank(found).items()}
+    named = convert_state_dict_to_kohya({name: tensor for name, tensor in peft.items() if not name.endswith(".bias")})
     named = {key: tensor.float() if key.endswith(".alpha") else tensor for key, tensor in named.items()}
     return named | {_module(layer) + BIAS: change for layer, change in found.biases.items()}
 

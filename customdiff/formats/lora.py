@@ -55,14 +55,15 @@ def how(card: dict, folder: Path) -> str:
                 f"text_encoder=pipe.{name}, tokenizer=pipe.{name.replace('text_encoder', 'tokenizer')})"
                 for name, key in SDXL_KEYS.items()
             ]
+    if card["method"] == "custom_diffusion" and card["freeze_model"] == "crossattn":
+        lines.append("# its changes of biases cannot be fused by fuse_lora; --format pipeline is fused")
     return "\n  ".join(lines)
 
 
 def one_rank(found: LowRank) -> dict[str, Tensor]:
     """Factors by PEFT's names, all of one rank, with zeros where a layer needs less of it.
 
-    Where ranks differ in a file without alphas, releases of diffusers have scaled a layer by another one's rank; with
-    one rank every reader multiplies by 1.
+    Every reader then multiplies by 1; where kohya's alphas differ, diffusers 0.42 gives some layers those of others.
     """
     rank = max(len(down) for _, down in found.layers.values())
     tensors = {}
@@ -75,9 +76,19 @@ def one_rank(found: LowRank) -> dict[str, Tensor]:
 
 
 def load_lora(pipe: DiffusionPipeline, file: Path | dict[str, Tensor]) -> None:
-    """Load a LoRA by diffusers' own call, and fold it into the UNet."""
+    """Load a LoRA by diffusers' own call, and fold what PEFT computes with it into the UNet.
+
+    Not by `fuse_lora`, which refuses changes of biases where any of the layers has none.
+    """
+    from peft.tuners.lora import LoraLayer
+
     pipe.load_lora_weights(file)
-    pipe.fuse_lora(components=["unet"])
+    for layer in [module for module in pipe.unet.modules() if isinstance(module, LoraLayer)]:
+        (name,) = layer.active_adapters
+        own, bias = layer.get_base_layer(), layer.lora_B[name].bias
+        own.weight.data += layer.get_delta_weight(name)
+        if own.bias is not None and bias is not None:
+            own.bias.data += bias.detach() * layer.scaling[name]
     pipe.unload_lora_weights()
 
 
