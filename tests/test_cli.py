@@ -1,7 +1,10 @@
 """What a user types, and what comes of it: files, lines, exit statuses."""
 
+import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +90,79 @@ def test_sample_notes_that_no_prompt_names_the_concept(learned, tmp_path):
     result = run("sample", "a cat", "--adapter", str(learned), "--out", str(tmp_path), "--steps", "1")
     assert result.exit_code == 0
     assert "note: no prompt names what was learned; its words are <new1>" in result.output
+
+
+@pytest.fixture
+def trainings(learned, tmp_path, monkeypatch):
+    """Two runs: `late` with steps 2 and 10, begun an hour after `early` with step 4; no two checkpoints are alike."""
+    monkeypatch.chdir(tmp_path)
+    for number, (run_name, step) in enumerate((("early", 4), ("late", 2), ("late", 10))):
+        folder = tmp_path / ".checkpoints" / run_name / f"step-{step:06d}"
+        shutil.copytree(learned, folder)
+        changed = adapter.read(folder)
+        for weight in changed.weights.values():
+            weight *= 1 + number
+        adapter.save(replace(changed, card=changed.card | {"steps": 12}), folder)
+        (folder / "state.pt").write_text("never read here")
+        identity = folder.parent / "identity.json"
+        identity.touch()
+        os.utime(identity, (1_700_000_000 + 3600 * (run_name == "late"),) * 2)
+    (tmp_path / ".checkpoints/late/step-000012.incoming").mkdir()  # of a training that was killed while it wrote
+    (tmp_path / ".checkpoints/early/complete").touch()
+    (tmp_path / ".checkpoints/nothing-yet").mkdir()
+    return tmp_path / ".checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("named", "folder", "note"),
+    [
+        ("2", "late/step-000002", "drawing with .checkpoints/late/step-000002, of the last of 2 runs"),
+        ("latest", "late/step-000010", "drawing with .checkpoints/late/step-000010, of the last of 2 runs"),
+        (".checkpoints/early", "early/step-000004", "drawing with .checkpoints/early/step-000004\n"),
+        (".checkpoints/early/step-000004", "early/step-000004", ""),
+    ],
+)
+def test_sample_draws_with_the_checkpoint_that_is_named(trainings, named, folder, note):
+    settings = ["--steps", "1", "--device", "cpu"]
+    result = run("sample", "a <new1> cat", "--checkpoint", named, "--out", "named", *settings)
+    assert result.exit_code == 0, result.output
+    assert note in result.output
+    assert ("drawing with" in result.output) == bool(note)
+    run("sample", "a <new1> cat", "--adapter", str(trainings / folder), "--out", "direct", *settings)
+    drawn = {path.parent.name: path.read_bytes() for path in Path(".").glob("*/1-*.png")}
+    assert drawn["named"] == drawn["direct"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "7"], r"^\.checkpoints/late: has no checkpoint of step 7; it has 2, 10$"),
+        (["--checkpoint", "no/such"], r"^no/such: is no checkpoint; `customdiff checkpoints` lists"),
+        (["--checkpoint", ".checkpoints/late/step-000099"], r"step-000099: is no checkpoint"),
+        (["--checkpoint", "2", "--adapter", "mine"], r"^--checkpoint: stands in place of --adapter"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_a_user_error(trainings, arguments, message):
+    result = run("sample", "a cat", *arguments)
+    assert isinstance(result.exception, UserError)
+    with pytest.raises(UserError, match=message):
+        raise result.exception
+    assert not Path("samples").exists()
+
+
+def test_checkpoints_are_listed_the_last_training_first(trainings):
+    lines = run("checkpoints").output.splitlines()
+    assert [line.split()[0] for line in lines[::2]] == [".checkpoints/late", ".checkpoints/early"]
+    assert [line.strip() for line in lines[1::2]] == ["steps 2, 10", "steps 4"]
+    assert lines[0].endswith(", 10 of 12 steps")
+    assert lines[2].endswith(", complete")
+    assert "<new1>" in lines[0]
+
+
+def test_without_a_training_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["checkpoints"], ["sample", "a cat", "--checkpoint", "latest"]):
+        assert ".checkpoints: holds no checkpoints" in str(run(*arguments).exception)
 
 
 @pytest.mark.parametrize(

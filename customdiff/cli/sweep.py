@@ -101,7 +101,8 @@ def checkpoints() -> None:
         paths = run.checkpoints()
         card = adapter.read_card(paths[-1])
         words = ", ".join(concept["modifier_token"] for concept in card["concepts"].values())
-        state = "complete" if (run.path / folders.COMPLETE).exists() else f"not finished, of {card['steps']} steps"
+        done = folders.step_of(paths[-1])
+        state = "complete" if (run.path / folders.COMPLETE).exists() else f"{done} of {card['steps']} steps"
         begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(folders.last_opened(run)))
         typer.echo(f"{run.path}  {begun}  {words} on {card['base']['model']}, {card['method']}, {state}")
         typer.echo(f"  steps {', '.join(str(folders.step_of(path)) for path in paths)}")
