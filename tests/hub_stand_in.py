@@ -15,7 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
-WRITER, READER = "hf_marker_of_a_writer_0123456789", "hf_marker_of_a_reader_0123456789"
+# tokens need not begin with hf_, as those of an identity provider do not
+WRITER, READER = "marker-of-a-writer-0123456789", "hf_marker_of_a_reader_0123456789"
 OWNER = {WRITER: "anna", READER: "ben"}
 LICENCES = ("apache-2.0", "mit", "cc-by-4.0", "openrail++")
 

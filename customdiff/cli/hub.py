@@ -76,7 +76,9 @@ def push(
     evaluation = _evaluation(adapter, results, card)
     base = model_card.published(card, adapter, base_model)["base"]["model"]
     if base.startswith("./"):
-        _note(f"nobody else can load the base model {base} by that name; is it on the Hub, --base-model names it")
+        _note(
+            f"nobody else can load the base model {base} by that name; if it is on the Hub too, name it by --base-model"
+        )
     if contact_sheet and (evaluation is None or evaluation.sheet is None):
         raise UserError("--contact-sheet: there is none in the results; `dvc repro` draws it")
 
@@ -127,9 +129,7 @@ def _evaluation(adapter: Path, results: Path | None, card: dict) -> "Evaluation 
         _note("the card has no figures and no images; --results names the folder that `evaluate` wrote of this adapter")
         return None
     if _written(RESULTS / "metrics.json") < _written(adapter / "adapter.json"):
-        _note(
-            f"{RESULTS} is older than the adapter and left out; --results {RESULTS} shows it all the same"
-        )
+        _note(f"{RESULTS} is older than the adapter and left out; --results {RESULTS} shows it all the same")
         return None
     return read_evaluation(RESULTS, card, _settings(RESULTS))
 
