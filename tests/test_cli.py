@@ -110,6 +110,7 @@ def trainings(learned, tmp_path, monkeypatch):
     (tmp_path / ".checkpoints/late/step-000012.incoming").mkdir()  # of a training that was killed while it wrote
     (tmp_path / ".checkpoints/early/complete").touch()
     (tmp_path / ".checkpoints/nothing-yet").mkdir()
+    (tmp_path / ".checkpoints/accelerate.yaml").touch()
     return tmp_path / ".checkpoints"
 
 

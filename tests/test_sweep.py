@@ -306,6 +306,10 @@ def test_what_is_wrong_with_a_sweep_is_one_line_and_leaves_no_results(project, t
         with pytest.raises(UserError, match=message) as error:
             run(*arguments)
         assert "\n" not in str(error.value)
+    edited = (tmp_path / "params.yaml").read_text().replace("<new1>", "<new2>")
+    (tmp_path / "params.yaml").write_text(edited)
+    with pytest.raises(UserError, match=r"concepts\.cat: the adapter has not learned it as <new2>"):
+        run()
     assert not (tmp_path / "results").exists()
 
 
