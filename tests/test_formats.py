@@ -321,7 +321,7 @@ def test_a_compressed_adapter_is_a_compressed_delta(compressed, tmp_path, form, 
     if form == "delta":
         assert_same_images(with_delta(model, tmp_path / "out" / file, compress=True), images)
     imported = bring(tmp_path / "out" / file, tmp_path / "back", model, form)
-    assert imported.card["compressed"]
+    assert imported.card["compressed"]["ranks"][:3] == [1, 2, 3]
     assert_same_adapter(imported, adapter.read(folder))
 
 
@@ -535,7 +535,15 @@ def test_a_file_that_unpacks_to_more_than_the_model_is_not_opened(tiny_base, tmp
     ("change", "message"),
     [
         (lambda delta: delta.pop("unet"), "no delta of the paper's"),
-        (lambda delta: delta.update(text_encoder={}), "holds a trained text_encoder"),
+        (lambda delta: delta.update(text_encoder={}), "holds a trained text encoder"),
+        (lambda delta: delta.update(unet=[1]), "no delta of the paper's"),
+        (lambda delta: delta["unet"].update({7: 1}), "holds no tensors by name"),
+        (lambda delta: delta["modifier_token"].update({"<new2>": "row"}), "<new2> of text_encoder is str"),
+        (lambda delta: delta["unet"].update({MID: torch.zeros(32, 32, device="meta")}), "is not a plain tensor"),
+        (lambda delta: delta["unet"].update({MID: torch.eye(32).to_sparse()}), "is not a plain tensor"),
+        (lambda delta: delta["unet"].update({MID: torch.eye(32).long()}), "is not a plain tensor"),
+        (lambda delta: delta["unet"].update({MID: {"u": torch.eye(32), "v": 3}}), "to_k.weight v is int"),
+        (lambda delta: delta["unet"].update({MID: {"u": torch.zeros(32, 40), "v": 3}}), "a rank of 40, more than"),
         (lambda delta: delta["modifier_token"].pop("<new2>"), "no embedding of <new2>.*its tokens: <new1>"),
         (
             lambda delta: delta["modifier_token"].update({"<new2>": torch.zeros(48)}),

@@ -126,11 +126,14 @@ def import_adapter(
     from customdiff.params import Base
 
     _check_free(out)
+    tokens = [concept.token for concept in concepts]
+    if len(set(tokens)) < len(tokens):
+        raise UserError(f"--token: each once (here: {', '.join(tokens)})")
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
     chosen = Base(model=base)
     pipe = base_model.load_pipeline(chosen, vae=None)
-    found = form.read(path, foreign.Request([concept.token for concept in concepts], pipe, allow_pickle))
+    found = form.read(path, foreign.Request(tokens, pipe, allow_pickle))
     imported = foreign.adapter_from(found, pipe, chosen, concepts, name)
     adapter.put(pipe, imported)
     with whole_folder(out) as incoming:

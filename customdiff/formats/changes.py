@@ -58,7 +58,8 @@ def source_of(adapter: Adapter, pipe: DiffusionPipeline) -> Source:
 
     Its card gets the base's `family`, which those of early adapters lack.
     """
-    adapter = replace(adapter, card=adapter.card | {"family": family(pipe)})
+    weights = {name: weight.float() for name, weight in adapter.weights.items()}  # a compressed one's may be fp16
+    adapter = replace(adapter, weights=weights, card=adapter.card | {"family": family(pipe)})
     own = dict(pipe.unet.named_parameters())
     if adapter.card["method"] == "lora":
         after = {
@@ -140,9 +141,7 @@ def _learned_factors(adapter: Adapter) -> dict[str, Factors]:
     """The factors that an adapter of train.method lora, or a compressed one, has itself, by the layer's name."""
     up, down = ("lora_B.weight", "lora_A.weight") if adapter.card["method"] == "lora" else ("up", "down")
     return {
-        unet_name(name).removesuffix(f".{up}"): Factors(
-            weight.float(), adapter.weights[name.removesuffix(up) + down].float()
-        )
+        unet_name(name).removesuffix(f".{up}"): Factors(weight, adapter.weights[name.removesuffix(up) + down])
         for name, weight in adapter.weights.items()
         if name.endswith(f".{up}")
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from customdiff.errors import UserError
 from customdiff.formats import delta
 from customdiff.formats.changes import Source
-from customdiff.formats.foreign import Found, Request, read_pickle
+from customdiff.formats.foreign import Found, Request, named, read_pickle
 from customdiff.tokens import Rows
 
 FILE = "delta.ckpt"
@@ -67,15 +67,10 @@ def read(path: Path, request: Request) -> Found:
     found = read_pickle(path, request)
     if isinstance(found, dict) and "unet" in found:
         raise UserError(f"{path}: of the paper's diffusers code; --format delta reads it")
-    if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
-        raise UserError(f"{path}: no delta of the paper's, for it has no 'state_dict'")
+    held = named(found, "state_dict", path)
     layers = request.pipe.unet.config.layers_per_block
-    weights = {
-        diffusers_name(name, layers): delta.learned(weight)
-        for name, weight in found["state_dict"].items()
-        if name != EMBED
-    }
-    return Found(weights, _rows(found["state_dict"].get(EMBED), path, request), path)
+    weights = {diffusers_name(name, layers): delta.learned(held[name]) for name in held if name != EMBED}
+    return Found(weights, _rows(held.get(EMBED), path, request), path)
 
 
 def content(source: Source) -> dict:

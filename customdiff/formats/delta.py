@@ -12,7 +12,7 @@ from torch import Tensor
 
 from customdiff.errors import UserError
 from customdiff.formats.changes import Factors, Source, low_rank
-from customdiff.formats.foreign import Found, Request, read_pickle
+from customdiff.formats.foreign import Found, Request, named, read_pickle
 from customdiff.tokens import Rows
 
 FILE = "delta.bin"
@@ -65,14 +65,11 @@ def read(path: Path, request: Request) -> Found:
     found = read_pickle(path, request)
     if isinstance(found, dict) and "state_dict" in found:
         raise UserError(f"{path}: of the paper's CompVis code; --format compvis reads it")
-    if not isinstance(found, dict) or not isinstance(found.get("unet"), dict):
-        raise UserError(f"{path}: no delta of the paper's, for it has no 'unet'")
-    trained = [key for key in found if key.startswith("text_encoder")]
-    if trained:
-        raise UserError(f"{path}: holds a trained {trained[0]}, which an adapter here has no place for")
-    tokens = found.get("modifier_token") or {}
-    rows = {token: _rows(row) for token, row in tokens.items()}
-    return Found({name: learned(weight) for name, weight in found["unet"].items()}, rows, path)
+    weights = named(found, "unet", path)
+    if "text_encoder" in found:
+        raise UserError(f"{path}: holds a trained text encoder, which an adapter here has no place for")
+    rows = {token: _rows(row) for token, row in named(found, "modifier_token", path).items()}
+    return Found({name: learned(weight) for name, weight in weights.items()}, rows, path)
 
 
 def content(source: Source) -> dict:

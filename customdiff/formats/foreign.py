@@ -83,6 +83,29 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from error
 
 
+def by_name(found: Any, path: Path) -> dict[str, Any]:
+    """What was found, once it is seen to be a dict of names.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise UserError(f"{path}: holds no tensors by name")
+    return found
+
+
+def named(found: Any, key: str, path: Path) -> dict[str, Any]:
+    """A part of what was found, a dict of names too.
+
+    Raises:
+        UserError: there is none.
+    """
+    part = by_name(found, path).get(key)
+    if not isinstance(part, dict):
+        raise UserError(f"{path}: no delta of the paper's, for it has no {key!r}")
+    return by_name(part, path)
+
+
 def adapter_from(found: Found, pipe: DiffusionPipeline, chosen: Base, concepts: list[Concept], form: str) -> Adapter:
     """Make an adapter of what was found, once every tensor of it is seen to be one of the base model's.
 
@@ -117,7 +140,7 @@ def adapter_from(found: Found, pipe: DiffusionPipeline, chosen: Base, concepts: 
                 f"its tokens: {', '.join(found.rows) or 'none'}"
             )
         rows[concept.token] = {
-            key: _plain(row[key].reshape(-1), (width,), f"{concept.token} of {key}", found.file)
+            key: _plain(_flat(row[key]), (width,), f"{concept.token} of {key}", found.file)
             for key, width in widths.items()
         }
     return Adapter(weights, rows, _card(found, pipe, chosen, concepts, form, freeze_model))
@@ -126,7 +149,7 @@ def adapter_from(found: Found, pipe: DiffusionPipeline, chosen: Base, concepts: 
 def _card(
     found: Found, pipe: DiffusionPipeline, chosen: Base, concepts: list[Concept], form: str, freeze_model: str
 ) -> dict:
-    compressed = any(isinstance(weight, Factors) for weight in found.weights.values())
+    ranks = [max(1, weight.up.shape[1]) for weight in found.weights.values() if isinstance(weight, Factors)]
     return {
         "base": {"model": chosen.model, "revision": chosen.revision, "variant": chosen.variant},
         "concepts": {
@@ -141,7 +164,7 @@ def _card(
         "method": "custom_diffusion" if found.weights else "textual_inversion",
         "freeze_model": freeze_model,
         "lora_rank": None,
-        **({"compressed": True} if compressed else {}),
+        **({"compressed": {"ranks": ranks, "dtype": "float32"}} if ranks else {}),
         "resolution": None,
         "steps": None,
         "seed": None,
@@ -182,12 +205,19 @@ def _factors(factors: Factors, original: Tensor, name: str, file: Path) -> dict[
     }
 
 
+def _flat(row: Any) -> Any:
+    """A row (1, D), as web UIs have it, as (D,)."""
+    return row[0] if isinstance(row, Tensor) and row.ndim == 2 and len(row) == 1 else row
+
+
 def _plain(tensor: Any, shape: tuple[int, ...], name: str, file: Path) -> Tensor:
     """A tensor in fp32 and in memory of its own; its shape is seen before any memory is asked for."""
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
         here = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise UserError(f"{file}: {name} is {here}, the base model's {shape}: it was learned on another base model")
-    plain = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+        raise UserError(f"{file}: {name} is not a plain tensor of floating point numbers")
+    plain = tensor.detach().to(torch.float32, copy=True).contiguous()
     if not plain.isfinite().all():
         raise UserError(f"{file}: {name} has values that are not finite")
     return plain

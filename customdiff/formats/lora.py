@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from customdiff.adapter import LORA_WEIGHTS, SDXL_KEYS, token_file
 from customdiff.base import text_encoders
+from customdiff.errors import UserError
 from customdiff.formats.changes import LowRank, Source, check_rows, check_weights, low_rank
 
 
@@ -79,9 +80,14 @@ def load_lora(pipe: DiffusionPipeline, file: Path | dict[str, Tensor]) -> None:
     """Load a LoRA by diffusers' own call, and fold what PEFT computes with it into the UNet.
 
     Not by `fuse_lora`, which refuses changes of biases where any of the layers has none.
-    """
-    from peft.tuners.lora import LoraLayer
 
+    Raises:
+        UserError: PEFT is not installed.
+    """
+    try:
+        from peft.tuners.lora import LoraLayer
+    except ImportError as error:
+        raise UserError("--format: diffusers loads a LoRA through PEFT; install customdiff[pipeline]") from error
     pipe.load_lora_weights(file)
     for layer in [module for module in pipe.unet.modules() if isinstance(module, LoraLayer)]:
         (name,) = layer.active_adapters

@@ -11,7 +11,7 @@ from torch import Tensor
 from customdiff.adapter import WEIGHTS, token_file
 from customdiff.errors import UserError
 from customdiff.formats.changes import unet_name
-from customdiff.formats.foreign import Found, Request, read_pickle, read_safetensors
+from customdiff.formats.foreign import Found, Request, by_name, read_pickle, read_safetensors
 
 
 def read(path: Path, request: Request) -> Found:
@@ -29,7 +29,8 @@ def read(path: Path, request: Request) -> Found:
         named = _read(_either(path, token_file(token)), request)
         rows |= {word: {"text_encoder": row} for word, row in named.items()}
     # Self-attention trains nothing: its entries are empty dicts in the script's .bin, and empty tensors in ours.
-    weights = {unet_name(name): weight for name, weight in found.items() if isinstance(weight, Tensor) and len(weight)}
+    full = {name: weight for name, weight in found.items() if isinstance(weight, Tensor) and weight.numel()}
+    weights = {unet_name(name): weight for name, weight in full.items()}
     return Found(weights, rows, file)
 
 
@@ -41,7 +42,4 @@ def _either(folder: Path, name: str) -> Path:
 
 
 def _read(path: Path, request: Request) -> dict:
-    found = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, request)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds no named tensors")
-    return found
+    return read_safetensors(path) if path.suffix == ".safetensors" else by_name(read_pickle(path, request), path)
