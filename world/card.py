@@ -41,12 +41,13 @@ widths and scenes) and saw nothing that the base was trained on: it grades. All 
 
 ## What it knows
 
-The UNet was trained on a first phase of the world: {subjects} subjects as 3D renders, one in a picture nine times of
-ten, large and near the middle, on {colours} plain colours (80 %) and {textures} textures.
+The UNet was trained on two phases of the world: {subjects} subjects as 3D renders, large and near the middle, on
+{colours} plain colours and {textures} textures; first nearly always one in a picture, then two in two pictures of five.
 
 - Subjects: {subject_list}.
 - Plain backgrounds ("on a red background"): {colour_list}.
 - Textures: {texture_list}.
+- Two in a picture: "a cat next to a teapot on the grass", "a photo of a fox and a car on a red background".
 - Wordings: "a photo of a cat on the grass", "photo of a cat", "a 3d render of a cat on a red background", "a cat at
   night"; and Custom Diffusion's own: "very small photo of a cat", "a far away photo of a cat", "zoomed in photo of a
   cat", "close up photo of a cat".
@@ -115,11 +116,15 @@ def training_table(work: Path) -> str:
     """Steps and minutes of each training, from its checkpoints."""
     notes = json.loads((work / "history.json").read_text()) if (work / "history.json").exists() else {}
     lines = ["| training | steps | batch | minutes | on |", "| --- | --- | --- | --- | --- |"]
-    for name in ("vae", "clip", "judge", "unet"):
+    for name in ("vae", "clip", "judge", "unet", "unet-company", "unet-world"):
+        if not (work / name / "checkpoint.pt").exists():
+            continue
         state = torch.load(work / name / "checkpoint.pt", map_location="cpu", weights_only=True)
         minutes = notes.get(name, {}).get("minutes", 0) + state["seconds"] / 60
         where = notes.get(name, {}).get("on", "one core of a CPU")
-        lines.append(f"| {name} | {state['step']} | {load_params(name)['batch']} | {minutes:.0f} | {where} |")
+        lines.append(
+            f"| {name} | {state['step']} | {load_params(name.partition('-')[0])['batch']} | {minutes:.0f} | {where} |"
+        )
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from world.latents import load_clip, load_vae, scaling_factor, text_model
 from world.loop import load_params
 from world.scenes import SIDE, Sprites
 from world.train_unet import build as build_unet
-from world.train_unet import scheduler
+from world.train_unet import last_checkpoint, scheduler
 
 
 def image_processor() -> CLIPImageProcessorPil:
@@ -44,7 +44,7 @@ def assemble(work: Path) -> StableDiffusionPipeline:
     vae.register_to_config(scaling_factor=scaling_factor(work))
     clip, tokenizer = load_clip(work)
     unet = build_unet(load_params("unet"), clip.config.text_config.hidden_size)
-    unet.load_state_dict(torch.load(work / "unet/checkpoint.pt", map_location="cpu", weights_only=True)["ema"])
+    unet.load_state_dict(torch.load(last_checkpoint(work), map_location="cpu", weights_only=True)["ema"])
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_model(clip),

@@ -181,7 +181,7 @@ def main() -> None:
     params = load_params("grade")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("world/build"))
-    parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), default=load_params("latents")["distribution"])
+    parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), default="curriculum")
     parser.add_argument("--captions", type=int, default=params["captions"])
     parser.add_argument("--guidance", type=float, default=params["guidance"])
     parser.add_argument("--steps", type=int, default=params["steps"])

@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("world/build"))
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), default=params["distribution"])
+    parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), default="curriculum")
     parser.add_argument("--scenes", type=int, default=params["scenes"])
     parser.add_argument("--states-only", action="store_true", help="the text encoder alone has changed")
     arguments = parser.parse_args()

@@ -4,6 +4,7 @@
 
 import argparse
 import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,22 @@ def unet_loss(
     return {"loss": (weights[t] * squared).mean(), "v_mse": squared.detach().mean()}
 
 
+# What the UNet learns from, in order; each phase begins with the weights of the one before.
+PHASES = ("curriculum", "company", "world")
+
+
+def folder_of(work: Path, phase: str) -> Path:
+    """Where a phase's checkpoint lies."""
+    return work / ("unet" if phase == PHASES[0] else f"unet-{phase}")
+
+
+def last_checkpoint(work: Path, before: str | None = None) -> Path | None:
+    """The checkpoint of the last phase that was trained, of those before `before` where that is given."""
+    phases = PHASES[: PHASES.index(before)] if before else PHASES
+    found = [path for phase in phases if (path := folder_of(work, phase) / "checkpoint.pt").exists()]
+    return found[-1] if found else None
+
+
 class LatentSet:
     """The cached latents in memory; batches are drawn by step number, shuffled anew in every pass."""
 
@@ -122,7 +139,7 @@ def main() -> None:
     params = load_params("unet")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("world/build"))
-    parser.add_argument("--distribution", default=load_params("latents")["distribution"])
+    parser.add_argument("--distribution", choices=PHASES, default=PHASES[0])
     parser.add_argument("--device", default=load_params("device"))
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--minutes", type=float, default=None)
@@ -141,11 +158,17 @@ def main() -> None:
         batch, states = latents.batch(step, arguments.batch, params["caption_dropout"], params["seed"])
         return unet_loss(unet, alphas, batch.contiguous(memory_format=torch.channels_last), states, params["snr_gamma"])
 
+    folder = folder_of(arguments.work, arguments.distribution)
+    before = last_checkpoint(arguments.work, arguments.distribution)
+    begins = before is not None and not (folder / "checkpoint.pt").exists()
+    if begins:
+        folder.mkdir(parents=True)
+        shutil.copy(before, folder / "checkpoint.pt")
     fit(
-        arguments.work / "unet",
+        folder,
         unet,
         loss_at,
-        minutes=arguments.minutes or params["minutes"],
+        minutes=arguments.minutes or params["minutes"][arguments.distribution],
         peak_lr=params["peak_lr"],
         weight_decay=params["weight_decay"],
         ema=ema,
@@ -153,7 +176,7 @@ def main() -> None:
         muon=params["muon"],
         seed=params["seed"],
         device=arguments.device,
-        restart=arguments.restart,
+        restart=arguments.restart or begins,
     )
 
 
