@@ -544,6 +544,7 @@ def test_a_file_that_unpacks_to_more_than_the_model_is_not_opened(tiny_base, tmp
         (lambda delta: delta["unet"].update({MID: torch.eye(32).long()}), "is not a plain tensor"),
         (lambda delta: delta["unet"].update({MID: {"u": torch.eye(32), "v": 3}}), "to_k.weight v is int"),
         (lambda delta: delta["unet"].update({MID: {"u": torch.zeros(32, 40), "v": 3}}), "a rank of 40, more than"),
+        (lambda delta: delta["unet"].update({MID: {"up": torch.eye(32)}}), "to_k.weight is dict"),
         (lambda delta: delta["modifier_token"].pop("<new2>"), "no embedding of <new2>.*its tokens: <new1>"),
         (
             lambda delta: delta["modifier_token"].update({"<new2>": torch.zeros(48)}),

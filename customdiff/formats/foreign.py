@@ -125,25 +125,27 @@ def adapter_from(found: Found, pipe: DiffusionPipeline, chosen: Base, concepts: 
     weights = {}
     for own_name, weight in found.weights.items():
         name, original = originals[own_name]
-        if isinstance(weight, Factors):
+        if isinstance(weight, Factors) and original.ndim == 2:
             stem = name.removesuffix("weight")
             weights |= {f"{stem}{key}": part for key, part in _factors(weight, original, own_name, found.file).items()}
         else:
             weights[name] = _plain(weight, tuple(original.shape), own_name, found.file)
-    widths = {name: encoder.config.hidden_size for name, (_, encoder) in base.text_encoders(pipe).items()}
-    rows = {}
-    for concept in concepts:
-        row = found.rows.get(concept.token, {})
-        if row.keys() != widths.keys():
-            raise UserError(
-                f"{found.file}: has no embedding of {concept.token} for each of {', '.join(widths)}; "
-                f"its tokens: {', '.join(found.rows) or 'none'}"
-            )
-        rows[concept.token] = {
-            key: _plain(_flat(row[key]), (width,), f"{concept.token} of {key}", found.file)
-            for key, width in widths.items()
-        }
+    rows = {concept.token: _row(found, concept.token, pipe) for concept in concepts}
     return Adapter(weights, rows, _card(found, pipe, chosen, concepts, form, freeze_model))
+
+
+def _row(found: Found, token: str, pipe: DiffusionPipeline) -> Rows:
+    """A token's embedding for each text encoder of the base model, and no other."""
+    row, encoders = found.rows.get(token, {}), base.text_encoders(pipe)
+    if row.keys() != encoders.keys():
+        raise UserError(
+            f"{found.file}: has no embedding of {token} for each of {', '.join(encoders)}; "
+            f"its tokens: {', '.join(found.rows) or 'none'}"
+        )
+    return {
+        name: _plain(_flat(row[name]), (encoder.config.hidden_size,), f"{token} of {name}", found.file)
+        for name, (_, encoder) in encoders.items()
+    }
 
 
 def _card(

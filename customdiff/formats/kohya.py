@@ -72,10 +72,8 @@ def verify(source: Source, folder: Path, error: float) -> None:
 
 def how(card: dict, folder: Path) -> str:
     """Where the files go in each program, and what to write in a prompt."""
-    words = _words(card)
-    named = [
-        (words[concept["modifier_token"]], concept.get("class_prompt", "")) for concept in card["concepts"].values()
-    ]
+    words = zip(_words(card).values(), card["concepts"].values(), strict=True)
+    named = [(word, concept.get("class_prompt", "")) for word, concept in words]
     lora = folder / _lora(card)
     name = f" <lora:{lora.stem}:1>" if lora.exists() else ""
     lines = [
