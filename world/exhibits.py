@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from world.backgrounds import background
-from world.catalogue import CONCEPTS, SUBJECTS
+from world.catalogue import CONCEPTS, SUBJECTS, background_phrase
 from world.scenes import SPLITS, Distribution, Sprites, compose, pasted
 
 CONCEPT_SIDE = 256
@@ -99,6 +99,9 @@ def export_concepts(work: Path, data: Path) -> None:
             to.mkdir(parents=True)
             for i, shot in enumerate(shots):
                 photograph(sprite, shot, 1000 * number + 100 * part + i).save(to / f"{i + 1:02d}.png", optimize=True)
+                if folder == "concepts":  # {} is where the modifier token goes
+                    caption = f"photo of a {{}} {name} {background_phrase(shot.background)}\n"
+                    (to / f"{i + 1:02d}.txt").write_text(caption)
             source, licence = CREDITS[name]
             text = CONCEPT_README.format(
                 name=name, count=len(shots), purpose=purposes[part], source=source, licence=licence
