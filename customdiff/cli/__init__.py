@@ -5,7 +5,7 @@ Light to import: torch and diffusers are loaded by the commands that draw.
 
 import typer
 
-from customdiff.cli import compare, formats, hub, preset, sample, sweep
+from customdiff.cli import adapters, compare, formats, hub, preset, sample, sweep
 from customdiff.errors import one_line_errors
 
 commands = typer.Typer(
@@ -27,6 +27,8 @@ commands.command(epilog=compare.EXAMPLES, short_help="Grade methods or adapters 
 commands.command(epilog=formats.EXPORT_EXAMPLES, short_help="Write an adapter for another program.")(formats.export)
 commands.command("import", epilog=formats.IMPORT_EXAMPLES, short_help="Read another program's.")(formats.import_)
 commands.command(epilog=hub.EXAMPLES, short_help="Publish an adapter on the Hugging Face Hub.")(hub.push)
+commands.command(epilog=adapters.MERGE_EXAMPLES, short_help="Make one adapter of several.")(adapters.merge)
+commands.command(epilog=adapters.COMPRESS_EXAMPLES, short_help="Make an adapter small.")(adapters.compress)
 
 
 def app() -> None:

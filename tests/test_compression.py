@@ -1,0 +1,131 @@
+"""A compressed adapter is the nearest one of its rank, as numpy finds it, and draws what its product draws."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import concept_values, tiny_params
+
+import customdiff
+from customdiff import adapter, attention, base, compression, tokens
+from customdiff.errors import UserError
+
+
+def learned_adapter(folder, freeze_model="crossattn_kv"):
+    """The base pipeline as it came, and an adapter whose every weight was moved at random."""
+    params = tiny_params(folder)
+    pipe = base.load_pipeline(params.base)
+    rows = {"<new1>": {name: torch.randn(width) for name, width in widths(pipe).items()}}
+    tokens.add_tokens(pipe, rows)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in attention.put_processors(pipe.unet, freeze_model).values():
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    card = {
+        "base": params.base.model_dump(),
+        "concepts": {"cat": concept_values()},
+        "method": "custom_diffusion",
+        "freeze_model": freeze_model,
+    }
+    return base.load_pipeline(params.base), adapter.from_pipeline(pipe, card)
+
+
+def widths(pipe):
+    return {name: encoder.config.hidden_size for name, (_, encoder) in base.text_encoders(pipe).items()}
+
+
+def numpy_changes(pipe, learned):
+    originals = attention.originals(pipe.unet, learned.card["freeze_model"])
+    return {
+        name: weight.numpy().astype(np.float64) - originals[name].detach().numpy().astype(np.float64)
+        for name, weight in learned.weights.items()
+        if weight.ndim == 2
+    }
+
+
+def draw(pipe):
+    generator = torch.Generator().manual_seed(0)
+    arguments = {"num_inference_steps": 3, "guidance_scale": 6.0, "generator": generator, "output_type": "np"}
+    return pipe("photo of a <new1> cat", **arguments).images[0]
+
+
+@pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_error_is_the_bound_of_eckart_and_young(tiny_base, freeze_model, rank):
+    pipe, learned = learned_adapter(tiny_base, freeze_model)
+    small = compression.compress(pipe, learned, rank=rank)
+    spectra = [np.linalg.svd(change, compute_uv=False) for change in numpy_changes(pipe, learned).values()]
+    bound = np.sqrt(sum((s[rank:] ** 2).sum() for s in spectra) / sum((s**2).sum() for s in spectra))
+    assert bound > 0.3
+    assert compression.relative_error(pipe, learned, small) == pytest.approx(bound, rel=1e-6)
+    assert {len(weight) for name, weight in small.weights.items() if name.endswith("down")} == {rank}
+
+
+def test_full_rank_gives_the_weights_back(tiny_base):
+    pipe, learned = learned_adapter(tiny_base, "crossattn")
+    small = compression.compress(pipe, learned, rank=1000)
+    for name, weight in adapter.full_weights(small, pipe).items():
+        torch.testing.assert_close(weight, learned.weights[name], atol=1e-6, rtol=0)
+    assert any(name.endswith("to_out_custom_diffusion.0.bias") for name in small.weights)
+
+
+@pytest.mark.parametrize("values", [[6.0, 3.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+def test_energy_is_the_share_of_the_sum_of_singular_values(values):
+    """By counting up: the fewest values whose sum reaches the share."""
+    for energy in (0.05, 0.25, 0.5, 0.6, 0.75, 0.9, 0.95, 1.0):
+        fewest = next(n for n in range(1, len(values) + 1) if sum(values[:n]) >= energy * sum(values) - 1e-9)
+        assert compression.rank_for_energy(torch.tensor(values, dtype=torch.float64), energy) == fewest
+    assert compression.rank_for_energy(torch.zeros(4), 0.6) == 1
+
+
+def test_a_size_is_kept_and_spent_where_it_gains_most(tiny_base):
+    """No other ranks of the same size have a smaller error: tried by exhaustion on three weights of one shape."""
+    spectra = [torch.tensor(s, dtype=torch.float64) for s in ([9.0, 8.0, 1.0], [5.0, 0.5, 0.1], [4.0, 3.5, 3.0])]
+    factors = {str(n): compression.Factors(torch.eye(3), s, torch.eye(3)) for n, s in enumerate(spectra)}
+    choices = np.array(np.meshgrid(*[range(1, 4)] * 3)).reshape(3, -1).T
+    for count in range(3, 10):
+        error = {tuple(c): sum(float((s[r:] ** 2).sum()) for s, r in zip(spectra, c, strict=True)) for c in choices}
+        best = min(value for ranks, value in error.items() if sum(ranks) == count)
+        found = tuple(compression.ranks_for_size(factors, 6 * count + 5).values())
+        assert sum(found) == count
+        assert error[found] == pytest.approx(best)
+    with pytest.raises(UserError, match="--size-mb: one singular value a weight takes 18 numbers"):
+        compression.ranks_for_size(factors, 17)
+    pipe, learned = learned_adapter(tiny_base)
+    small = compression.compress(pipe, learned, size=8000)
+    used = sum(weight.numel() * 4 for weight in small.weights.values())
+    assert 8000 - 4 * 64 < used <= 8000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_on_disk_it_is_smaller_and_draws_what_its_product_draws(tiny_base, tmp_path, dtype):
+    pipe, learned = learned_adapter(tiny_base)
+    small = compression.compress(pipe, learned, rank=2, dtype=dtype)
+    adapter.save(learned, tmp_path / "whole", pickle_too=False)
+    adapter.save(small, tmp_path / "small", pickle_too=False)
+    product = replace(learned, weights=numpy_product(pipe, small))
+    loaded = base.load_pipeline(tiny_params(tiny_base).base)
+    customdiff.load(loaded, tmp_path / "small")
+    multiplied = pipe_with(tiny_base, product)
+    np.testing.assert_allclose(draw(loaded), draw(multiplied), atol=1e-4 if dtype == torch.float32 else 5e-3)
+    assert np.abs(draw(loaded) - draw(pipe_with(tiny_base, learned))).max() > 0.01
+    sizes = {name: sum(p.stat().st_size for p in (tmp_path / name).iterdir()) for name in ("whole", "small")}
+    assert sizes["small"] < 0.7 * sizes["whole"]
+    assert not list((tmp_path / "small").glob("*.bin"))
+
+
+def numpy_product(pipe, small):
+    originals = attention.originals(pipe.unet, "crossattn_kv")
+    up = {name: weight.numpy().astype(np.float64) for name, weight in small.weights.items()}
+    product = {
+        name: original.detach().numpy() + up[name.replace("weight", "up")] @ up[name.replace("weight", "down")]
+        for name, original in originals.items()
+    }
+    return {name: torch.from_numpy(weight).float() for name, weight in product.items()}
+
+
+def pipe_with(folder, learned):
+    pipe = base.load_pipeline(tiny_params(folder).base)
+    adapter.put(pipe, learned)
+    return pipe
