@@ -425,6 +425,12 @@ def test_what_diffusers_script_wrote_draws_the_same(reference, tiny_base, tmp_pa
     assert card["imported"]["format"] == "diffusers"
 
 
+def test_a_folder_of_ours_is_one_that_the_script_could_have_written(learned, tmp_path):
+    """It names the self-attention layers too, by empty tensors; the card is made anew."""
+    folder, model, _ = learned("tiny_base")
+    assert_same_adapter(bring(folder, tmp_path / "out", model, "diffusers", allow_pickle=False), adapter.read(folder))
+
+
 # -- compressed adapters -----------------------------------------------------------------------------------------------
 
 
