@@ -148,7 +148,7 @@ def load(pipe: DiffusionPipeline, folder: Path | str) -> Adapter:
 
 def put(pipe: DiffusionPipeline, adapter: Adapter) -> None:
     """Put an adapter into a pipeline of its base model; see `load`."""
-    _check_base(pipe, adapter)
+    check_base(pipe, adapter)
     tokens.add_tokens(pipe, adapter.rows)
     methods.put(pipe.unet, adapter.card)
     weights = full_weights(adapter, pipe)
@@ -205,7 +205,12 @@ def token_file(token: str) -> str:
     return token.replace("/", "_").replace("\\", "_")
 
 
-def _check_base(pipe: DiffusionPipeline, adapter: Adapter) -> None:
+def check_base(pipe: DiffusionPipeline, adapter: Adapter) -> None:
+    """Refuse an adapter that was learned on another base model, and a pipeline that holds one already.
+
+    Raises:
+        UserError: says which.
+    """
     learned_on = adapter.card["base"]["model"]
     if methods.trainable(pipe.unet):
         raise UserError("the pipeline holds an adapter already; load the base model afresh")

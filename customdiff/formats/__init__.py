@@ -95,7 +95,7 @@ def export_adapter(
     _check_free(out)
     chosen = Base(model=base) if base else Base.model_validate(learned.card["base"])
     pipe = base_model.load_pipeline(chosen)
-    adapter._check_base(pipe, learned)
+    adapter.check_base(pipe, learned)
     source = source_of(learned, pipe)
     with whole_folder(out) as incoming:
         error = form.write(source, incoming, rank)
