@@ -166,7 +166,8 @@ def full_weights(adapter: Adapter, pipe: DiffusionPipeline) -> dict[str, Tensor]
     for name, original in attention.originals(pipe.unet, adapter.card["freeze_model"]).items():
         stem = name.removesuffix("weight")
         if f"{stem}up" in adapter.weights:
-            weights[name] = _plain(original) + adapter.weights[f"{stem}up"] @ adapter.weights[f"{stem}down"]
+            up, down = (adapter.weights[f"{stem}{factor}"].float() for factor in ("up", "down"))
+            weights[name] = _plain(original) + up @ down
         else:
             weights[name] = adapter.weights[name]
     return weights
