@@ -5,16 +5,20 @@ values, which by Eckart and Young is the nearest matrix of that rank. What is ke
 itself is of full rank, and the base is on the user's machine anyway.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from customdiff import adapter, attention
 from customdiff.adapter import Adapter
 from customdiff.errors import UserError
+
+ROOM = 64  # bytes by which a weight's entry in the file's head may grow with its rank: the digits of shapes and places
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,11 @@ class Factors:
 
 def changes(pipe: DiffusionPipeline, learned: Adapter) -> dict[str, Tensor]:
     """What an adapter adds to the base's matrices: float64 (out, in) by name. Biases are not among them."""
-    originals = attention.originals(pipe.unet, learned.card["freeze_model"])
     weights = adapter.full_weights(learned, pipe)
     return {
-        name: weight.double() - originals[name].detach().cpu().double()
-        for name, weight in weights.items()
-        if weight.ndim == 2
+        name: weights[name].double() - original.detach().cpu().double()
+        for name, original in attention.originals(pipe.unet, learned.card["freeze_model"]).items()
+        if original.ndim == 2
     }
 
 
@@ -75,21 +78,13 @@ def rank_for_energy(values: Tensor, energy: float) -> int:
     return int(reached.int().argmax()) + 1
 
 
-def ranks_for_size(factors: Mapping[str, Factors], numbers: int) -> dict[str, int]:
-    """The ranks of least squared error over all weights together, with at most `numbers` numbers in the file.
+def ranks_for(factors: Mapping[str, Factors], numbers: int) -> dict[str, int]:
+    """The ranks of least squared error over all weights together, with at most `numbers` numbers, but one at least.
 
-    Every singular value is worth its square and costs out + in numbers; the dearest a number come first.
-
-    Raises:
-        UserError: the budget does not hold one singular value a weight.
+    Every singular value is worth its square and costs out + in numbers; those worth most a number come first.
     """
     ranks = dict.fromkeys(factors, 1)
     left = numbers - sum(each.cost() for each in factors.values())
-    if left < 0:
-        raise UserError(
-            f"--size-mb: one singular value a weight takes {numbers - left} numbers, and the size allows {numbers}; "
-            "ask for a larger one"
-        )
     worth = [(float(value) ** 2 / each.cost(), name) for name, each in factors.items() for value in each.values[1:]]
     full = set()
     for _, name in sorted(worth, key=lambda item: -item[0]):
@@ -119,7 +114,7 @@ def compress(
         learned: of method custom_diffusion, whole or compressed already.
         energy: share of each weight's sum of singular values to keep.
         rank: of each weight.
-        size: bytes of all matrices together.
+        size: bytes of the file of weights, names and biases included, at most; spent where it gains most.
         dtype: of what is stored, float32 or float16.
 
     Raises:
@@ -129,18 +124,22 @@ def compress(
     if [energy, rank, size].count(None) != 2:
         raise ValueError("one of energy, rank and size")
     check(learned)
-    adapter._check_base(pipe, learned)
+    adapter.check_base(pipe, learned)
     factors = {name: decompose(change) for name, change in changes(pipe, learned).items()}
+    others = {name: weight for name, weight in adapter.full_weights(learned, pipe).items() if name not in factors}
     if energy is not None:
         ranks = {name: rank_for_energy(each.values, energy) for name, each in factors.items()}
     elif rank is not None:
         ranks = {name: min(rank, len(each.values)) for name, each in factors.items()}
     else:
-        ranks = ranks_for_size(factors, size // dtype.itemsize)
-    weights = {name: weight for name, weight in adapter.full_weights(learned, pipe).items() if name not in factors}
-    for name, each in factors.items():
-        stem = name.removesuffix("weight")
-        weights[f"{stem}up"], weights[f"{stem}down"] = each.cut(ranks[name], dtype)
+        ranks = dict.fromkeys(factors, 1)
+        least = len(serialized(_weights(factors, ranks, others, dtype))) + ROOM * len(factors)
+        if size < least:
+            enough = math.ceil(least / 1e3) / 1e3
+            raise UserError(f"--size-mb: {size / 1e6:g} is too small; at {enough:g} each weight has one singular value")
+        spare = (size - least) // dtype.itemsize
+        ranks = ranks_for(factors, spare + sum(each.cost() for each in factors.values()))
+    weights = _weights(factors, ranks, others, dtype)
     how = {"ranks": list(ranks.values()), "dtype": str(dtype).removeprefix("torch.")}
     return Adapter(weights, learned.rows, learned.card | {"compressed": how})
 
@@ -164,4 +163,15 @@ def relative_error(pipe: DiffusionPipeline, whole: Adapter, small: Adapter) -> f
     """Frobenius norm of what compression lost over that of all changes: 0 is nothing lost, 1 the base model."""
     before, after = changes(pipe, whole), changes(pipe, small)
     lost = sum(float((before[name] - after[name]).square().sum()) for name in before)
-    return (lost / sum(float(change.square().sum()) for change in before.values())) ** 0.5
+    learned = sum(float(change.square().sum()) for change in before.values())
+    return (lost / learned) ** 0.5 if learned else 0.0
+
+
+def _weights(
+    factors: Mapping[str, Factors], ranks: Mapping[str, int], others: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    weights = dict(others)
+    for name, each in factors.items():
+        stem = name.removesuffix("weight")
+        weights[f"{stem}up"], weights[f"{stem}down"] = each.cut(ranks[name], dtype)
+    return weights

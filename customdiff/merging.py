@@ -126,7 +126,7 @@ def merge(
     check(parts)
     for name, part in parts.items():
         try:
-            adapter._check_base(pipe, part)
+            adapter.check_base(pipe, part)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     rows = {token: row for part in parts.values() for token, row in part.rows.items()}
@@ -189,7 +189,7 @@ def problem_of(pipe: DiffusionPipeline, parts: Sequence[Adapter], captions: Sequ
 
 def captions_of(concept: Mapping, captions: Sequence[str]) -> list[str]:
     """Captions with a concept's token: its instance prompt, `TARGETS`, and each of `captions` that names its class."""
-    own = [concept["instance_prompt"].replace("{}", concept["modifier_token"])]
+    own = [concept.get("instance_prompt", "{}").replace("{}", concept["modifier_token"])]
     own += [target.replace("{}", _subject(concept)) for target in TARGETS]
     return own + [_class_word(concept).sub(lambda _: _subject(concept), each, 1) for each in naming(concept, captions)]
 

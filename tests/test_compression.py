@@ -1,14 +1,16 @@
 """A compressed adapter is the nearest one of its rank, as numpy finds it, and draws what its product draws."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import concept_values, tiny_params
+from typer.testing import CliRunner
 
 import customdiff
-from customdiff import adapter, attention, base, compression, tokens
+from customdiff import adapter, attention, base, cli, compression, tokens
 from customdiff.errors import UserError
 
 
@@ -87,15 +89,19 @@ def test_a_size_is_kept_and_spent_where_it_gains_most(tiny_base):
     for count in range(3, 10):
         error = {tuple(c): sum(float((s[r:] ** 2).sum()) for s, r in zip(spectra, c, strict=True)) for c in choices}
         best = min(value for ranks, value in error.items() if sum(ranks) == count)
-        found = tuple(compression.ranks_for_size(factors, 6 * count + 5).values())
+        found = tuple(compression.ranks_for(factors, 6 * count + 5).values())
         assert sum(found) == count
         assert error[found] == pytest.approx(best)
-    with pytest.raises(UserError, match="--size-mb: one singular value a weight takes 18 numbers"):
-        compression.ranks_for_size(factors, 17)
-    pipe, learned = learned_adapter(tiny_base)
-    small = compression.compress(pipe, learned, size=8000)
-    used = sum(weight.numel() * 4 for weight in small.weights.values())
-    assert 8000 - 4 * 64 < used <= 8000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
+def test_a_size_is_that_of_the_file(tiny_base, tmp_path, dtype, freeze_model):
+    pipe, learned = learned_adapter(tiny_base, freeze_model)
+    for size in (20_000, 23_000, 26_000):
+        adapter.save(compression.compress(pipe, learned, size=size, dtype=dtype), tmp_path)
+        found = (tmp_path / "compressed_weights.safetensors").stat().st_size
+        assert size - 64 * len(learned.weights) - 4 * 64 < found <= size  # no room was left for one more
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -129,3 +135,52 @@ def pipe_with(folder, learned):
     pipe = base.load_pipeline(tiny_params(folder).base)
     adapter.put(pipe, learned)
     return pipe
+
+
+def run(*arguments):
+    """One call of the command line inside this process; a UserError stays an exception."""
+    return CliRunner().invoke(cli.commands, ["compress", *map(str, arguments)])
+
+
+def test_the_command_says_bytes_and_what_is_left_out(tiny_base, tmp_path):
+    pipe, learned = learned_adapter(tiny_base)
+    adapter.save(learned, tmp_path / "whole")
+    spectra = [np.linalg.svd(change, compute_uv=False) for change in numpy_changes(pipe, learned).values()]
+    out = tmp_path / "small"
+    done = run(tmp_path / "whole", "--rank", 2, "--half", "--out", out)
+    assert done.exit_code == 0, done.output
+    before, after = (sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (tmp_path / "whole", out))
+    assert f"{before / 1e3:.0f} kB -> {after / 1e3:.0f} kB ({100 * after / before:.1f} %), ranks 2 to 2" in done.output
+    bound = np.sqrt(sum((s[2:] ** 2).sum() for s in spectra) / sum((s**2).sum() for s in spectra))
+    assert f"{100 * bound:.1f} % of the change is left out" in done.output
+    assert {weight.dtype for weight in adapter.read(out).weights.values()} == {torch.float16}
+    assert adapter.read_card(out)["compressed"] == {"ranks": [2] * len(spectra), "dtype": "float16"}
+
+    run(tmp_path / "whole", "--out", tmp_path / "default")
+    fewest = [int(np.argmax(s.cumsum() >= 0.6 * s.sum())) + 1 for s in spectra]
+    assert adapter.read_card(tmp_path / "default")["compressed"]["ranks"] == fewest
+
+    again = run(out, "--rank", 1, "--out", tmp_path / "smaller")
+    assert again.exit_code == 0, again.output
+    customdiff.load(base.load_pipeline(tiny_params(tiny_base).base), tmp_path / "smaller")
+
+
+def test_mistakes_are_one_line_and_write_nothing(tiny_base, tiny_v_base, tmp_path):
+    _, learned = learned_adapter(tiny_base)
+    adapter.save(learned, tmp_path / "whole")
+    for method in ("lora", "textual_inversion"):
+        adapter.save(replace(learned, card=learned.card | {"method": method, "lora_rank": 2}), tmp_path / method)
+    for arguments, message in (
+        (["whole", "--rank", 2, "--energy", 0.5], "--energy and --rank: give one of them"),
+        (["whole", "--size-mb", 0.0001], r"--size-mb: 0\.0001 is too small; at 0\.\d+ each weight has one"),
+        (["whole", "--base", tiny_v_base], "learned on .*tiny; the pipeline is of another base model"),
+        (["lora"], "a LoRA is of low rank already"),
+        (["textual_inversion"], "only adapters of method custom_diffusion"),
+        (["nowhere"], "there is no adapter here"),
+        (["whole", "--rank", 2, "--out", tmp_path / "whole"], "--out: .*whole is there already"),
+    ):
+        folder, *others = arguments
+        done = run(tmp_path / folder, "--out", tmp_path / "out", *others)
+        assert isinstance(done.exception, UserError), done.output
+        assert re.search(message, str(done.exception))
+        assert not list(tmp_path.glob("out*"))

@@ -89,7 +89,7 @@ def compress(
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Singular values of each change to keep.")] = None,
     size_mb: Annotated[
-        float | None, typer.Option(min=0, help="Megabytes of the weights, spent where it helps.")
+        float | None, typer.Option(min=0, help="Of the file of weights, spent where it gains most.")
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store 16 bits a number: half the bytes.")] = False,
     base: Annotated[
