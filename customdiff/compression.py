@@ -72,10 +72,8 @@ def rank_for_energy(values: Tensor, energy: float) -> int:
         values: (n,) falling.
         energy: above 0, at most 1.
     """
-    if values.sum() == 0:
-        return 1
-    reached = values.cumsum(0) >= energy * values.sum() * (1 - 1e-12)  # so that 1.0 asks for no more than there is
-    return int(reached.int().argmax()) + 1
+    kept = values.cumsum(0)
+    return int((kept >= energy * kept[-1]).int().argmax()) + 1
 
 
 def ranks_for(factors: Mapping[str, Factors], numbers: int) -> dict[str, int]:

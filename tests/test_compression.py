@@ -81,6 +81,13 @@ def test_energy_is_the_share_of_the_sum_of_singular_values(values):
     assert compression.rank_for_energy(torch.zeros(4), 0.6) == 1
 
 
+def test_all_of_the_energy_is_all_of_the_rank():
+    """Whatever the sum's last digits."""
+    for seed in range(50):
+        values = torch.linalg.svdvals(torch.randn(9, 9, generator=torch.Generator().manual_seed(seed)).double())
+        assert compression.rank_for_energy(values, 1.0) == 9
+
+
 def test_a_size_is_kept_and_spent_where_it_gains_most(tiny_base):
     """No other ranks of the same size have a smaller error: tried by exhaustion on three weights of one shape."""
     spectra = [torch.tensor(s, dtype=torch.float64) for s in ([9.0, 8.0, 1.0], [5.0, 0.5, 0.1], [4.0, 3.5, 3.0])]
