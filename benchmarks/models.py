@@ -20,12 +20,12 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 def sd14(divisor: int = 1) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.4, every width divided by `divisor`; layers, heads, vocabulary and lengths stay."""
+    """Stable Diffusion 1.4, every width divided by `divisor`; layers, the UNet's heads' width, and lengths stay."""
     unet = UNet2DConditionModel(
         sample_size=64,
         block_out_channels=tuple(width // divisor for width in (320, 640, 1280, 1280)),
         cross_attention_dim=768 // divisor,
-        attention_head_dim=8,
+        attention_head_dim=8 // divisor,  # the number of heads, by this class's old name
         norm_num_groups=32 // min(divisor, 2),
     )
     return StableDiffusionPipeline(

@@ -33,7 +33,8 @@ SECONDS = "seconds"
 class Meter:
     """What each region of a step spends: seconds, and in one step the floating point operations of each operator.
 
-    A region's figures are without those of the regions that are called inside of it.
+    A region's figures are without those of the regions that are called inside of it. As a context manager it takes its
+    wrappers off at the end.
     """
 
     def __init__(self, synchronize=lambda: None):
@@ -42,10 +43,19 @@ class Meter:
         self.steps: list[dict[str, Counter]] = []
         self._inner: list[Counter] = []
         self._counter = None
+        self._wrapped: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        while self._wrapped:
+            setattr(*self._wrapped.pop())
 
     def wrap(self, owner: Any, name: str, region: str) -> None:
         """Measure every call of `owner.name` inside a step as `region`."""
         called = getattr(owner, name)
+        self._wrapped.append((owner, name, called))
 
         @functools.wraps(called)
         def measured(*arguments, **options):
@@ -229,11 +239,10 @@ def main(
         from customdiff.base import DTYPES
 
         speed = speeds(device, DTYPES[machine.precision])
-        meter = Meter(synchronizer(device))
-        wrap_training(meter)
         os.chdir(made.ours)
         sys.argv = [str(project.ROOT / "stages/train.py")]
-        with _operators(operators, device) as listed:
+        with Meter(synchronizer(device)) as meter, _operators(operators, device) as listed:
+            wrap_training(meter)
             runpy.run_path(sys.argv[0], run_name="__main__")
     print(
         f"{name}: {config(name).resolution} px, batch {BATCH_SIZE}+{BATCH_SIZE}, {device}, {threads} threads, "

@@ -1,7 +1,4 @@
-"""One work folder for both sides of a measurement: base model, photos, class images, and each side's own settings.
-
-Light to import, like the program that measures: a child's peak memory counts from its parent's.
-"""
+"""One work folder for both sides of a measurement: base model, photos, class images, and each side's own settings."""
 
 import os
 import subprocess

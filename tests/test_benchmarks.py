@@ -1,0 +1,190 @@
+"""The benchmark: its statistics, its meter, its models, and a whole measurement with a stand-in for the reference."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_params, write_prepared
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import against_reference, models, profile_step, project, side
+from benchmarks.configs import Config, config
+from customdiff import base, training
+from customdiff.errors import UserError
+from customdiff.tracking import Tracker
+
+MACHINE = project.Machine("cpu", 1, "no")
+
+# What the benchmark asks of the reference: parse_args, main, and a tqdm of the module that is updated once a step.
+STAND_IN = """
+import argparse, time
+from pathlib import Path
+from tqdm.auto import tqdm
+
+class Tokenizer:
+    def encode(self, text, add_special_tokens):
+        return [[1]] if isinstance(text, list) else [1]
+
+def parse_args(given):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--report_to", default="tensorboard")
+    for name in ("max_train_steps", "num_class_images"):
+        parser.add_argument("--" + name, type=int)
+    for name in ("initializer_token", "instance_data_dir", "class_data_dir", "instance_prompt"):
+        parser.add_argument("--" + name)
+    return parser.parse_known_args(given)[0]
+
+def main(args):
+    import torch
+    initializer_token, tokenizer = args.initializer_token, Tokenizer()
+    assert tokenizer.encode([initializer_token], add_special_tokens=False) == [1], "not mended"
+    assert args.report_to is None and args.instance_prompt == "photo of a <new1> cat"
+    names = (Path(args.class_data_dir) / "images.txt").read_text().splitlines()
+    assert args.num_class_images == len(names) == len(list((Path(args.class_data_dir) / "images").iterdir()))
+    assert all(Path(name).is_file() for name in names)
+    assert {path.suffix for path in Path(args.instance_data_dir).iterdir()} == {".png"}
+    bar = tqdm(range(args.max_train_steps))
+    for step in range(args.max_train_steps):
+        time.sleep(0.02)
+        bar.update(1)
+        bar.set_postfix(loss=float(step), lr=1.0)
+"""
+
+
+def test_the_mended_call_is_the_one_that_transformers_answers_with_ids(tmp_path):
+    tokenizer = models.whole_tokenizer(tmp_path / "tokenizer")
+    scope = {"tokenizer": tokenizer, "initializer_token": "cat"}
+    call = "ids = tokenizer.encode([initializer_token], add_special_tokens=False)\n"
+    source, changes = side.mended(f"x = 1\n{call}")
+    exec(source, scope)
+    assert scope["ids"] == [tokenizer.get_vocab()["cat</w>"]]
+    assert len(changes) == 1
+    assert side.mended(source) == (source, [])
+
+
+def test_steady_state_by_hand():
+    """Ten slow steps to warm up, then half a second a step but for one pause of five seconds."""
+    times = [100.0 + 3 * step for step in range(10)]
+    for step in range(40):
+        times.append(times[-1] + (5.0 if step == 17 else 0.5))
+    notes = {"update_times": times, "losses": [1.0] * 50, "peak_training_mb": 7.0, "peak_process_mb": 8.0}
+    run = against_reference.measured(notes, 90.0, 200.0, 30.0, block=1)
+    assert len(run.step_seconds) == 40
+    assert run.images_per_second == pytest.approx(8.0)  # 4 images in half a second
+    assert run.images_per_second_overall == pytest.approx(40 * 4 / (39 * 0.5 + 5))
+    assert run.first_step_seconds == pytest.approx(10.0)
+    blocks = against_reference.measured(notes, 90.0, 200.0, 30.0, block=10)
+    assert blocks.step_seconds == pytest.approx([0.5, (9 * 0.5 + 5) / 10, 0.5, 0.5])
+
+
+def test_a_ratio_is_of_the_medians_and_its_range_of_the_rounds():
+    ratio = against_reference.ratio([30.0, 20.0, 26.0], [10.0, 20.0, 8.0])
+    assert (ratio.of_medians, ratio.least, ratio.most) == (2.6, 1.0, 3.25)
+
+
+def test_the_meter_gives_each_region_its_own_time(monkeypatch):
+    """A clock by hand: the outer part takes 1 + 2 s beside the inner one's 4; a call between steps is nobody's."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(profile_step, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def spend(seconds):
+        clock.now += seconds
+
+    part = SimpleNamespace(inner=lambda: spend(4))
+    part.outer = lambda: (spend(1), part.inner(), spend(2))
+    part.step = lambda: (spend(0.5), part.outer(), part.inner())
+    before = dict(vars(part))
+    with profile_step.Meter() as meter:
+        meter.wrap(part, "inner", "inner")
+        meter.wrap(part, "outer", "outer")
+        meter.wrap_step(part, "step")
+        part.inner()
+        for _ in range(profile_step.WARM_UP + 2):
+            part.step()
+    assert meter.seconds() == {"inner": 8.0, "outer": 3.0, profile_step.REST: 0.5}
+    assert meter.step_seconds() == 11.5
+    assert vars(part) == before
+
+
+def test_the_floor_by_hand():
+    operations = Counter({"aten.convolution": 600, "aten.convolution_backward": 200, "aten.mm": 300})
+    assert profile_step.floor_seconds(operations, {"convolution": 400.0, "matrix product": 100.0}) == 5.0
+
+
+def test_the_profile_counts_a_step_as_torch_counts_it(tiny_base, tmp_path):
+    """The arithmetic of the UNet's forward pass and of the optimizer's step, against torch's counter on its own."""
+    params = tiny_params(tiny_base, max_steps=profile_step.WARM_UP + 2, checkpointing_steps=100)
+    write_prepared(tmp_path / "prepared", params)
+    with profile_step.Meter() as meter:
+        profile_step.wrap_training(meter)
+        training.run(params, tmp_path / "prepared", tmp_path / "runs", lambda run_id: Tracker())
+    pipe = base.load_pipeline(params.base)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pipe.unet(torch.randn(4, 4, 8, 8), torch.zeros(4), torch.randn(4, 16, 32))
+    forward = meter.operations()["UNet, forward"]
+    assert sum(forward.values()) == counter.get_total_flops()
+    backward = meter.operations()["backward"]
+    assert sum(forward.values()) < sum(backward.values()) < 2 * sum(forward.values())  # frozen weights get no gradient
+    regions = {"draw a batch", "text encoder, forward", "UNet, forward", "losses", "backward", "clip the gradient"}
+    assert set(meter.seconds()) == regions | {"optimizer", "log", profile_step.REST}
+    assert "images/s" in profile_step.report(meter, {"convolution": 1e9, "matrix product": 1e9})
+
+
+@pytest.mark.parametrize(
+    ("make", "counts"),
+    [
+        (models.sd14, {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}),
+        (models.sdxl, {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder_2": 694_659_840}),
+    ],
+)
+def test_the_models_have_as_many_parameters_as_the_published_ones(make, counts):
+    with torch.device("meta"):
+        pipe = make()
+    assert {name: sum(p.numel() for p in pipe.components[name].parameters()) for name in counts} == counts
+
+
+def test_the_tokenizer_is_as_large_as_clips_and_reads_as_before(tmp_path):
+    whole = models.whole_tokenizer(tmp_path / "tokenizer")
+    small = type(whole).from_pretrained(models.TOKENIZER)
+    assert len(whole) == models.VOCABULARY
+    assert whole.model_max_length == models.LENGTH
+    caption = "photo of a cat on a red background"
+    assert whole(caption).input_ids == small(caption).input_ids
+
+
+def test_a_whole_measurement(tiny_base, tmp_path):
+    """Both sides in processes of their own: the real stages, and a stand-in that checks what it is given."""
+    script = tmp_path / "reference.py"
+    script.write_text(STAND_IN)
+    steps = against_reference.WARM_UP + 4
+    tiny = Config(32, None, augmentation=False, hflip=False, class_images=5)
+    work = project.make(tmp_path / "work", tiny, MACHINE, steps, base=tiny_base)
+    ours, theirs, about = against_reference.measure(work, script, "", rounds=1, workers=0)
+    assert about["threads"] == 1
+    assert theirs[0].losses == [float(step) for step in range(steps)]
+    assert 100 < theirs[0].images_per_second < 4 / 0.02
+    assert len(ours[0].losses) == steps
+    assert 0 < ours[0].first_step_seconds < ours[0].run_seconds
+    assert ours[0].peak_process_mb >= ours[0].peak_training_mb
+    assert theirs[0].peak_process_mb < 0.8 * ours[0].peak_process_mb  # its own: it imports torch alone
+    lines = against_reference.table(ours, theirs).splitlines()
+    assert lines[1].split()[-6] == f"{theirs[0].images_per_second:.2f}"
+    assert lines[1].split()[-5] == f"{ours[0].images_per_second:.2f}"
+    assert against_reference.table(ours, []).splitlines()[1].split()[-2:] == ["-", lines[1].split()[-5]]
+
+    script.write_text("raise RuntimeError('broken by the test')")
+    with pytest.raises(UserError, match=r"reference ended with status 1: .*broken by the test"):
+        against_reference.measure(work, script, "", rounds=1, workers=0)
+
+
+def test_a_missing_package_is_named_with_the_mend(tmp_path):
+    script = tmp_path / "reference.py"
+    script.write_text("import no_such_package_at_all")
+    with pytest.raises(UserError, match=r"needs no_such_package_at_all, .* --packages FOLDER"):
+        side.run_reference(script, "", [], side.Record().bar())
+
+
+def test_an_unknown_configuration_is_refused():
+    with pytest.raises(UserError, match="'huge' is not known; use one of embedded, quarter-256"):
+        config("huge")
