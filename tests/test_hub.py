@@ -239,6 +239,15 @@ def test_the_licence_is_asked_for_and_never_guessed(the_hub, learned, monkeypatc
     assert ModelCard(the_hub.files(REPO)["README.md"].decode()).data.license == "cc-by-4.0"
 
 
+@pytest.mark.parametrize("name", ["grey-cat", "anna/grey-cat@v2", "a/b/c", "anna/", "anna/grey cat", "./anna/cat"])
+def test_only_owner_and_name_is_a_place_to_push_to(the_hub, learned, name):
+    assert str(push(learned, repo=name).exception).startswith("OWNER/NAME: must be owner/name, a repository")
+    if "@" not in name:
+        refused = push(learned, "--base-model", name).exception
+        assert str(refused).startswith("--base-model: must be owner/name[@revision], a repository")
+    assert the_hub.asked == []
+
+
 def test_a_licence_that_the_hub_does_not_know_is_one_line(the_hub, learned):
     result = run("push", REPO, "--adapter", learned, "--license", "my-own")
     assert isinstance(result.exception, UserError)
@@ -489,8 +498,11 @@ def forbidden_in_an_existing_repository(hub_, monkeypatch, learned):
 
 
 def logged_out(hub_, monkeypatch, learned):
+    """Said before a licence is asked for."""
     monkeypatch.delenv("HF_TOKEN")
-    return push(learned), "no token for the Hugging Face Hub: log in with `hf auth login`"
+    with pytest.raises(UserError, match="no token for the Hugging Face Hub"):
+        hub.push(learned, REPO)
+    return run("push", REPO, "--adapter", learned), "no token for the Hugging Face Hub: log in with `hf auth login`"
 
 
 def an_invalid_token(hub_, monkeypatch, learned):
