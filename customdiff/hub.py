@@ -8,7 +8,6 @@ from what `adapter.read` found, and are searched for paths and secrets before th
 import json
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +36,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
@@ -214,19 +212,6 @@ def check_repository(name: str, key: str, form: str = "owner/name") -> None:
         raise UserError(f"{key}: must be {form}, a repository on the Hugging Face Hub (here: {name!r})")
 
 
-@contextmanager
-def progress_bars_on(shown: bool) -> Iterator[None]:
-    """The Hub library's bars, only where they are `shown`; as they were before, afterwards."""
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
 def _sizes(repo: str, revision: str | None) -> dict[str, float] | None:
     """Size in bytes of each file of a repository; None where the Hub does not answer and the cache must do."""
     try:
@@ -247,8 +232,7 @@ def _fetch(repo: str, revision: str | None, names: list[str], sizes: Mapping[str
     if total > MAX_BYTES:
         raise UserError(f"{repo}: its files have {total:.0f} bytes, more than an adapter's limit of {MAX_BYTES}")
     patterns = [escape(name) for name in names]
-    with progress_bars_on(sys.stderr.isatty()):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, library_name="customdiff"))
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, library_name="customdiff"))
 
 
 def _read_stranger(folder: Path, repo: str) -> dict:

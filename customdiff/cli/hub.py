@@ -99,8 +99,7 @@ def push(
         if dry_run is not None:
             typer.echo(f"{len(files)} files, {size:.1f} MB, in {dry_run}; nothing was sent")
             return
-        with hub.progress_bars_on(sys.stderr.isatty()):
-            pushed, remarks = hub.push(out, repository, private=private, revision=revision, message=message)
+        pushed, remarks = hub.push(out, repository, private=private, revision=revision, message=message)
     for remark in remarks:
         _note(f"the Hub says: {remark}")
     what = f"commit {pushed.commit[:8]}, {len(files)} files, {size:.1f} MB" if pushed.commit else "nothing has changed"
