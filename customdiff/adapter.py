@@ -129,19 +129,22 @@ def read_card(folder: Path | str) -> dict:
         raise UserError(f"{path}: damaged ({error}); train it again with `dvc repro`") from error
 
 
-def load(pipe: DiffusionPipeline, folder: Path | str) -> Adapter:
-    """Put the adapter in `folder` into a pipeline of its base model, and verify that it is really in place.
+def load(pipe: DiffusionPipeline, source: Path | str) -> Adapter:
+    """Put an adapter into a pipeline of its base model, and verify that it is really in place.
 
     Diffusers' documented call, `pipe.unet.load_attn_procs(folder)`, returns without an error and changes nothing;
     here every trained weight is compared with the file after loading.
 
     Args:
         pipe: a pipeline of the base model, on any device and in any dtype; changed in place.
+        source: the adapter's folder; or owner/name[@revision] on the Hugging Face Hub.
 
     Raises:
-        UserError: the folder holds no adapter, or the pipeline is of another base model.
+        UserError: there is no adapter, it cannot be fetched, or the pipeline is of another base model.
     """
-    adapter = read(folder)
+    from customdiff import hub  # which stands above this module, and is rarely needed
+
+    adapter = read(hub.resolve(source))
     put(pipe, adapter)
     return adapter
 
@@ -151,9 +154,12 @@ def put(pipe: DiffusionPipeline, adapter: Adapter) -> None:
     check_base(pipe, adapter)
     tokens.add_tokens(pipe, adapter.rows)
     methods.put(pipe.unet, adapter.card)
-    weights = full_weights(adapter, pipe)
+    weights, placed = full_weights(adapter, pipe), methods.trainable(pipe.unet)
+    for name, parameter in placed.items():
+        if name not in weights or weights[name].shape != parameter.shape:
+            raise UserError(f"the adapter is not whole: {name} is missing, or has another shape than the base model's")
     with torch.no_grad():
-        for name, parameter in methods.trainable(pipe.unet).items():
+        for name, parameter in placed.items():
             parameter.copy_(weights[name])
     verify(pipe, adapter)
 
@@ -169,7 +175,7 @@ def full_weights(adapter: Adapter, pipe: DiffusionPipeline) -> dict[str, Tensor]
             up, down = (adapter.weights[f"{stem}{factor}"].float() for factor in ("up", "down"))
             weights[name] = _plain(original) + up @ down
         else:
-            weights[name] = adapter.weights[name]
+            weights[name] = adapter.weights.get(name, torch.zeros(0))
     return weights
 
 

@@ -28,7 +28,7 @@ def main() -> None:
     judge = Clip.load(settings.clip, device)
 
     started = time.perf_counter()
-    pairs = evaluation.draw(pipe, partial(customdiff.load, folder=ADAPTER), params, prompts)
+    pairs = evaluation.draw(pipe, partial(customdiff.load, source=ADAPTER), params, prompts)
     rows = evaluation.score(pairs, instances, judge)
     metrics = evaluation.summarize(rows, resamples=settings.bootstrap, seed=params.base.seed)
     metrics |= {

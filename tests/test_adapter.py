@@ -8,7 +8,7 @@ import torch
 from conftest import concept_values, tiny_params
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import customdiff
 from customdiff import adapter, attention, base, methods, tokens
@@ -165,6 +165,18 @@ def test_missing_and_damaged_files_are_one_line(learned, tmp_path):
     (folder / "adapter.json").write_text(json.dumps({})[:1])
     with pytest.raises(UserError, match="damaged"):
         adapter.read(folder)
+
+
+@pytest.mark.parametrize("spoil", [lambda w: w[:, 1:].contiguous(), None])
+def test_a_weight_that_is_missing_or_of_another_shape_is_one_line(learned, tiny_base, spoil):
+    _, folder = learned
+    path = folder / "pytorch_custom_diffusion_weights.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("to_v_custom_diffusion.weight"))
+    kept = {key: weight for key, weight in weights.items() if key != name}
+    save_file(kept | ({name: spoil(weights[name])} if spoil else {}), path)
+    with pytest.raises(UserError, match=r"the adapter is not whole: .*to_v_custom_diffusion.weight"):
+        customdiff.load(base.load_pipeline(tiny_params(tiny_base).base), folder)
 
 
 def test_a_word_of_the_vocabulary_is_no_modifier_token(tiny_base):

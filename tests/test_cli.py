@@ -169,7 +169,7 @@ def test_without_a_training_that_is_said(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--adapter", "no/such"], "no/such/adapter.json"),
+        (["--adapter", "./no/such"], "no/such/adapter.json"),
         (["--height", "60"], "--height: must be a multiple of 8 .here: 60.; 56 would be"),
         (["--device", "gpu"], "--device: must be auto"),
     ],

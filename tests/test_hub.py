@@ -676,7 +676,7 @@ def test_diffusers_draws_the_same_by_the_code_of_the_card(the_hub, tmp_path, req
 def test_load_takes_a_repository(the_hub, learned, tiny_base):
     pushed(learned)
     pipe, other = plain(tiny_base), plain(tiny_base)
-    customdiff.load(pipe, hub.resolve(REPO))
+    customdiff.load(pipe, REPO)
     customdiff.load(other, learned)
     np.testing.assert_array_equal(draw(pipe), draw(other))
 

@@ -91,7 +91,7 @@ def test_proportions_are_kept():
 
 
 def test_framing_is_what_sdxl_is_told():
-    """A photo 100 high and 200 wide: its middle square starts at 50 px, 32 px at 64 for 100; a zoom adds its own crop."""
+    """A photo 100 high and 200 wide: its middle square starts at 50 px, 32 px at 64 for 100; a zoom adds its crop."""
     wide = Image.new("RGB", (200, 100))
     plain = views.plain_view(wide, 64, 4, np.random.default_rng(0), center_crop=True)
     assert plain.framing == (100, 200, 0, 32)
