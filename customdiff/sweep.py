@@ -79,6 +79,8 @@ def sweep(
     Raises:
         UserError: a checkpoint is damaged, or was learned on another base model.
     """
+    for folder in checkpoints.values():  # before minutes of drawing
+        adapter.check_base(pipe, adapter.read(folder))
     wanted = evaluation.shots(params, prompts)
     first = [place for place, shot in enumerate(wanted) if shot.number == 0]
     before = evaluation.take(pipe, wanted, params, evaluation.class_subject, "base model")

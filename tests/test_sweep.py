@@ -69,6 +69,24 @@ def test_a_checkpoint_of_another_training_is_refused(tiny_base, tmp_path, other)
         sweep.replace(pipe, adapter.read(learned(tiny_base, tmp_path / "two", 2, **other)))
 
 
+@pytest.mark.parametrize("trouble", ["another base", "damaged"])
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_drawn(
+    tiny_base, tiny_v_base, tmp_path, monkeypatch, trouble
+):
+    folders = {
+        1: learned(tiny_base, tmp_path / "one", 1),
+        2: learned(tiny_v_base if trouble == "another base" else tiny_base, tmp_path / "two", 2),
+    }
+    if trouble == "damaged":
+        (folders[2] / "<new1>.safetensors").unlink()
+    asked = []
+    monkeypatch.setattr(evaluation, "generate", lambda *arguments, **options: asked.append(arguments))
+    params = tiny_params(tiny_base)
+    with pytest.raises(UserError, match=r"of another base model|not a whole adapter"):
+        sweep.sweep(base.load_pipeline(params.base), folders, params, PROMPTS, INSTANCES, Judge())
+    assert not asked
+
+
 class Judge:
     """Embeds an image by its mean colour, a text by its length."""
 
