@@ -24,7 +24,7 @@ from world.scenes import (
     curriculum_distribution,
     is_held_out,
 )
-from world.train_unet import build, draw_timesteps, importance, scheduler
+from world.train_unet import PHASES, build, draw_timesteps, folder_of, importance, last_checkpoint, scheduler
 
 DATA = Path(__file__).parent.parent / "data"
 shipped = pytest.mark.skipif(not (DATA / "base/model_index.json").exists(), reason="data/base is not exported yet")
@@ -133,7 +133,25 @@ def test_subjects_are_enough_and_the_curriculum_is_of_them():
     assert len(SUBJECTS) >= 80
     assert set(CURRICULUM) <= set(SUBJECTS)
     assert set(DRAWINGS) <= set(SUBJECTS)
-    assert set(DISTRIBUTIONS) == {"world", "curriculum"}
+    assert set(DISTRIBUTIONS) == set(PHASES)
+
+
+def test_the_second_phase_shows_two_subjects_in_two_pictures_of_five(sprites):
+    of = DISTRIBUTIONS["company"](sprites)
+    scenes = [compose(sprites, of, "base", index) for index in range(300)]
+    two = [scene for scene in scenes if len(scene.subjects) == 2]
+    assert len(two) / len(scenes) == pytest.approx(0.4, abs=0.09)
+    assert all(" and " in scene.caption or " next to " in scene.caption for scene in two)
+
+
+def test_a_phase_begins_with_the_weights_of_the_one_before(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for phase in ("curriculum", "world"):
+        folder_of(tmp_path, phase).mkdir()
+        (folder_of(tmp_path, phase) / "checkpoint.pt").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "unet-world/checkpoint.pt"
+    assert last_checkpoint(tmp_path, before="world") == tmp_path / "unet/checkpoint.pt"
+    assert last_checkpoint(tmp_path, before="curriculum") is None
 
 
 def test_tar_entries_are_the_same_everywhere():
