@@ -426,8 +426,10 @@ def peak_memory_mb() -> float:
 def run_identity(params: Params, prepared: Path, num_processes: int) -> dict:
     """Everything that shapes the weights of a run. Two runs with the same identity end with the same weights."""
     files = [path for name in params.concepts for path in sorted((prepared / name).iterdir())]
+    weights = sorted(Path(params.base.model).glob("*/*.safetensors"))  # none where the model is on the Hub
     return {
-        "base": params.base.model_dump(),
+        "base": params.base.model_dump()
+        | {"weights": {f"{path.parent.name}/{path.name}": sha256(path) for path in weights}},
         "concepts": {name: concept.model_dump(exclude={"source"}) for name, concept in params.concepts.items()},
         "train": params.train.model_dump(
             exclude={"validation", "launch", "checkpointing_steps", "checkpoints_total_limit"}

@@ -176,6 +176,19 @@ def test_an_edited_parameter_never_continues_a_strangers_run(tiny_base, tmp_path
     assert training.run_identity(more_images, prepared, 1) == training.run_identity(params, prepared, 1)
 
 
+def test_a_base_that_changed_under_its_name_is_another_run(tiny_base, tmp_path):
+    model = shutil.copytree(tiny_base, tmp_path / "base")
+    params = tiny_params(model)
+    prepared = write_prepared(tmp_path / "prepared", params)
+    before = training.run_identity(params, prepared, 1)
+    assert training.run_identity(params, prepared, 1) == before
+    weights = model / "unet/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert training.run_identity(params, prepared, 1) != before
+
+
 def test_a_complete_run_is_run_anew(tiny_base, tmp_path):
     params = tiny_params(tiny_base)
     first = train(params, tmp_path)
