@@ -11,10 +11,11 @@ constraint makes each concept's words what its own adapter makes of them; the ob
 But an adapter draws its subject with the start token, the caption's other words and its padding as well, for it has
 changed what they mean too. So the objective has a second term,
 
-    + fidelity * sum_i ||W D_i' - W_i D_i'||^2
+    + sum_i fidelity_i ||W D_i' - W_i D_i'||^2
 
 where D_i (m_i, D) are all text states of captions that name concept i, and each square is divided by its number of
-states. A fidelity of 0 is the paper's objective. The solution is closed with both terms, too; all of it is float64.
+states. A fidelity of 0 is the paper's objective. The words before a token have the same states for every concept: on
+them W gives a mean of the adapters, by their fidelities. The solution is closed with both terms, too; all is float64.
 """
 
 import random
@@ -51,13 +52,13 @@ class Problem:
         regularization: (D, D) mean of x x' over the states of captions that are to stay what they are.
         captions: by adapter, (D, D) mean of x x' over the states of captions that name its concepts.
         targets: by adapter, (s_i, D) states of its concepts' target words.
-        fidelity: weight of the adapters' captions beside the regularization.
+        fidelity: by adapter, weight of its captions beside the regularization.
     """
 
     regularization: Tensor
     captions: list[Tensor]
     targets: list[Tensor]
-    fidelity: float
+    fidelity: list[float]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class Solver:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        gram = problem.regularization + problem.fidelity * sum(problem.captions)
+        gram = problem.regularization + sum(
+            fidelity * moment for fidelity, moment in zip(problem.fidelity, problem.captions, strict=True)
+        )
         gram = gram + RIDGE * problem.regularization.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
         self.root = torch.linalg.cholesky(gram)  # gram = root root'
         # In x -> root^-1 x the objective is a plain norm, and the constraint's least-norm solution a pseudo-inverse,
@@ -98,18 +101,22 @@ class Solver:
         """W - W0 of the merged adapter (out, D), from those of each adapter; float64.
 
         With G the gram of all texts and X_i the mean of x x' over adapter i's captions, the free minimum is
-        fidelity * sum_i change_i X_i G^-1; the nearest point to it in the norm of G that meets the constraint is
+        sum_i fidelity_i change_i X_i G^-1; the nearest point to it in the norm of G that meets the constraint is
         reached along C G^-1.
         """
         problem = self.problem
-        wanted = problem.fidelity * sum(one @ gram for one, gram in zip(changes, problem.captions, strict=True))
+        terms = zip(problem.fidelity, changes, problem.captions, strict=True)
+        wanted = sum(fidelity * one @ moment for fidelity, one, moment in terms)
         free = torch.cholesky_solve(wanted.T, self.root).T
         missing = torch.cat([(one - free) @ states.T for one, states in zip(changes, problem.targets, strict=True)], 1)
         return free + missing @ self.correction
 
 
 def merge(
-    pipe: DiffusionPipeline, parts: Mapping[str, Adapter], captions: Sequence[str], fidelity: float = FIDELITY
+    pipe: DiffusionPipeline,
+    parts: Mapping[str, Adapter],
+    captions: Sequence[str],
+    fidelity: float | Sequence[float] = FIDELITY,
 ) -> Merged:
     """Merge adapters of one base model; several concepts an adapter are as good as one.
 
@@ -118,12 +125,16 @@ def merge(
         parts: of method custom_diffusion and crossattn_kv, whole or compressed, by the name that an error gives them.
         captions: all of them say what is to stay; those that name a concept's class say, with the token put before it,
             how the concept is spoken of. Those with a token in them are left out.
-        fidelity: see the module; 0 is the paper's objective.
+        fidelity: see the module; one for all, or one for each of parts. 0 is the paper's objective.
 
     Raises:
+        ValueError: as many fidelities as parts are needed.
         UserError: two adapters share a token or were learned on different base models, or one cannot be merged.
     """
     check(parts)
+    fidelities = [float(fidelity)] * len(parts) if isinstance(fidelity, int | float) else list(fidelity)
+    if len(fidelities) != len(parts):
+        raise ValueError(f"{len(fidelities)} fidelities for {len(parts)} adapters")
     for name, part in parts.items():
         try:
             adapter.check_base(pipe, part)
@@ -136,7 +147,7 @@ def merge(
     originals = {name: _double(weight) for name, weight in attention.originals(pipe.unet, "crossattn_kv").items()}
     full = [adapter.full_weights(part, pipe) for part in parts.values()]
     tokens.add_tokens(pipe, rows)
-    solver = Solver(problem_of(pipe, list(parts.values()), captions, fidelity))
+    solver = Solver(problem_of(pipe, list(parts.values()), captions, fidelities))
     states = torch.cat(solver.problem.targets)
     residual = 0.0
     placed = attention.put_processors(pipe.unet, "crossattn_kv")
@@ -172,7 +183,9 @@ def check(parts: Mapping[str, Adapter]) -> None:
             owners[token] = name
 
 
-def problem_of(pipe: DiffusionPipeline, parts: Sequence[Adapter], captions: Sequence[str], fidelity: float) -> Problem:
+def problem_of(
+    pipe: DiffusionPipeline, parts: Sequence[Adapter], captions: Sequence[str], fidelity: list[float]
+) -> Problem:
     """The text states that a merge is about.
 
     Args:

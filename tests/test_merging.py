@@ -68,17 +68,18 @@ def problem(width=9, targets=(2, 3), captions=40, fidelity=10.0, seed=0):
     def moment(x):
         return torch.from_numpy(x.T @ x / len(x))
 
+    fidelity = [fidelity, 3 * fidelity]
     solved = merging.Problem(
         moment(regularization), [moment(x) for x in named], [torch.from_numpy(x) for x in held], fidelity
     )
     return solved, regularization, named, held, changes
 
 
-def objective(change, regularization, named, changes, fidelity):
+def objective(change, regularization, named, changes, fidelities):
     """The sum of squares as the module's head writes it, on the states themselves."""
     ridge = merging.RIDGE * (regularization**2).sum() / len(regularization) / regularization.shape[1]
     value = ((change @ regularization.T) ** 2).sum() / len(regularization) + ridge * (change**2).sum()
-    for one, states in zip(changes, named, strict=True):
+    for one, states, fidelity in zip(changes, named, fidelities, strict=True):
         value += fidelity * (((change - one) @ states.T) ** 2).sum() / len(states)
     return value
 
@@ -91,7 +92,7 @@ def test_the_solution_is_that_of_the_kkt_equations(fidelity):
     hessian = regularization.T @ regularization / len(regularization)
     hessian += merging.RIDGE * np.trace(hessian) / width * np.eye(width)
     linear = np.zeros((width, 4))
-    for one, states in zip(changes, named, strict=True):
+    for one, states, fidelity in zip(changes, named, solved.fidelity, strict=True):
         hessian += fidelity * states.T @ states / len(states)
         linear += fidelity * states.T @ states @ one.T / len(states)
     stacked = np.concatenate(held)
@@ -109,7 +110,7 @@ def test_a_case_worked_by_hand():
     1.1 a^2 + a b + 1.1 b^2 with a = 3 is least at b = -3 / 2.2.
     """
     solved = merging.Problem(
-        torch.tensor([[1, 0.5], [0.5, 1]]).double(), [torch.eye(2).double()], [torch.tensor([[1.0, 0]]).double()], 0.0
+        torch.tensor([[1, 0.5], [0.5, 1]]).double(), [torch.eye(2).double()], [torch.tensor([[1.0, 0]]).double()], [0.0]
     )
     found = merging.Solver(solved).change([torch.tensor([[3.0, 7.0]]).double()])
     np.testing.assert_allclose(found.numpy(), [[3, -3 / 2.2]], rtol=1e-12)
@@ -123,12 +124,12 @@ def test_no_other_change_that_keeps_the_constraint_is_better(fidelity):
         np.testing.assert_allclose(found @ states.T, one @ states.T, rtol=0, atol=1e-10)
     free = np.linalg.svd(np.concatenate(held))[2][5:]  # directions that no target state has a part in
     assert free.shape == (4, 9)
-    least = objective(found, regularization, named, changes, fidelity)
+    least = objective(found, regularization, named, changes, solved.fidelity)
     draw = np.random.default_rng(4)
     for scale in (1e-3, 1e-1, 1.0):
         for _ in range(20):
             other = found + scale * draw.normal(size=(4, 4)) @ free
-            assert objective(other, regularization, named, changes, fidelity) > least
+            assert objective(other, regularization, named, changes, solved.fidelity) > least
 
 
 def test_dependent_targets_are_met_where_they_agree_and_else_in_the_mean():
@@ -137,11 +138,11 @@ def test_dependent_targets_are_met_where_they_agree_and_else_in_the_mean():
     twice, third = torch.cat([states, states[:1] + states[1:]]), torch.from_numpy(draw.normal(size=(1, 6)))
     changes = [torch.from_numpy(draw.normal(size=(4, 6))) for _ in range(2)]
     grams = torch.eye(6).double(), [torch.eye(6).double()] * 2
-    agreeing = merging.Solver(merging.Problem(*grams, [twice, third], 10.0))
+    agreeing = merging.Solver(merging.Problem(*grams, [twice, third], [10.0, 10.0]))
     assert agreeing.rank == 3
     torch.testing.assert_close(agreeing.change(changes) @ twice.T, changes[0] @ twice.T)
     torch.testing.assert_close(agreeing.change(changes) @ third.T, changes[1] @ third.T)
-    conflicting = merging.Solver(merging.Problem(*grams, [states, states], 10.0))
+    conflicting = merging.Solver(merging.Problem(*grams, [states, states], [10.0, 10.0]))
     assert conflicting.rank == 2
     torch.testing.assert_close(conflicting.change(changes) @ states.T, (changes[0] + changes[1]) @ states.T / 2)
 
@@ -194,7 +195,8 @@ def test_the_whole_merge_has_the_least_objective(tiny_base):
     originals = {
         name: weight.detach().double() for name, weight in attention.originals(pipe.unet, "crossattn_kv").items()
     }
-    merged = merging.merge(pipe, parts, CAPTIONS).adapter
+    fidelities = [10.0, 30.0]
+    merged = merging.merge(pipe, parts, CAPTIONS, fidelities).adapter
     cat = ["photo of a <new1> cat on the grass", "photo of a <new1> cat", "<new1> cat", "a photo of <new1> cat"]
     dog = ["a <new2> dog", "a very small <new2> dog on the red grass", "photo of a <new2> dog", "<new2> dog"]
     dog += ["a photo of <new2> dog"]
@@ -206,14 +208,14 @@ def test_the_whole_merge_has_the_least_objective(tiny_base):
     for name, original in originals.items():
         changes = [(part.weights[name].double() - original).numpy() for part in parts.values()]
         found = (merged.weights[name].double() - original).numpy()
-        least = objective(found, regularization, named, changes, merging.FIDELITY)
+        least = objective(found, regularization, named, changes, fidelities)
         slope = max(
-            abs(objective(found + step * other, regularization, named, changes, merging.FIDELITY) - least)
+            abs(objective(found + step * other, regularization, named, changes, fidelities) - least)
             for step, other in itertools.product((1e-4, -1e-4), draw.normal(size=(5, len(original), len(free))) @ free)
         )
         assert slope < 1e-5 * least  # flat to first order: 1e-8 of second order, and fp32's rounding
         for other in draw.normal(size=(5, len(original), len(free))) @ free:
-            assert objective(found + 0.01 * other, regularization, named, changes, merging.FIDELITY) > least
+            assert objective(found + 0.01 * other, regularization, named, changes, fidelities) > least
 
 
 def test_one_adapter_merged_alone_is_itself_at_its_words(tiny_base):
@@ -392,6 +394,11 @@ def test_the_command_writes_what_the_library_makes(folders, tiny_base):
     for name, weight in expected.weights.items():
         torch.testing.assert_close(found.weights[name], weight)
     assert "note:" not in done.output
+    weighed = ["--fidelity", 1, "--fidelity", 20, "--captions", folders / "captions.txt", "--out", folders / "weighed"]
+    assert run(folders / "one", folders / "other", *weighed).exit_code == 0
+    expected = merging.merge(plain(tiny_base), two(tiny_base), CAPTIONS, [1.0, 20.0]).adapter
+    for name, weight in adapter.read(folders / "weighed").weights.items():
+        torch.testing.assert_close(weight, expected.weights[name])
     (folders / "others.txt").write_text("the dog", encoding="utf-8")
     done = run(folders / "one", folders / "other", "--captions", folders / "others.txt", "--out", folders / "again")
     assert "note: no caption names a cat;" in done.output
@@ -406,6 +413,7 @@ def test_the_command_s_mistakes_are_one_line_and_write_nothing(folders, tiny_v_b
         ([folders / "one", folders / "one"], "merge: name two adapters or more, each once"),
         ([folders / "one", folders / "stranger", *captions], "stranger: this adapter was learned on .*tiny-v"),
         ([folders / "one", folders / "nowhere"], "there is no adapter here"),
+        ([folders / "one", folders / "other", *["--fidelity", 1] * 3], "--fidelity: 3 given for 2 adapters"),
         ([folders / "one", folders / "other", "--captions", folders / "none.txt"], "none.txt does not exist"),
     ):
         done = run(*arguments, "--out", folders / "out")

@@ -20,7 +20,8 @@ MERGE_EXAMPLES = """Examples:
   customdiff sample "<new1> cat next to a <new2> teapot" --adapter models/both
 
 The adapters were learned apart, on one base model, each under a token of its own. By default captions are read from
-data/classes and data/pool: those that name a class help most. With --fidelity 0 the objective is the paper's.
+data/classes and data/pool: those that name a class help most. With --fidelity 0 the objective is the paper's. Where
+one subject comes out weaker than the other, give its adapter more: --fidelity 10 --fidelity 30.
 """
 
 COMPRESS_EXAMPLES = """Examples:
@@ -44,8 +45,13 @@ def merge(
     ] = None,
     num_captions: Annotated[int, typer.Option(min=1, help="Drawn at random from each, where it has more.")] = 1000,
     fidelity: Annotated[
-        float, typer.Option(min=0, help="To the adapters: what their captions count beside the base's.")
-    ] = 10.0,
+        list[float] | None,
+        typer.Option(
+            min=0,
+            help="To the adapters: what their captions count beside the base's. One for all, or one for each. "
+            "By default 10.",
+        ),
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model, folder or Hub name; by default the first adapter's.")
     ] = None,
@@ -56,6 +62,10 @@ def merge(
         raise UserError(f"merge: name two adapters or more, each once (here: {', '.join(map(str, adapters))})")
     from customdiff import adapter, merging
 
+    fidelities = fidelity or [merging.FIDELITY]
+    if len(fidelities) not in (1, len(adapters)):
+        raise UserError(f"--fidelity: {len(fidelities)} given for {len(adapters)} adapters; give one, or one for each")
+    fidelities *= len(adapters) // len(fidelities)
     parts = {str(path): adapter.read(path) for path in adapters}
     merging.check(parts)
     sources = captions or [path for path in CAPTIONS if path.exists()]
@@ -64,7 +74,7 @@ def merge(
             "--captions: neither data/classes nor data/pool is here; name a text file with a caption a line"
         )
     texts = list(dict.fromkeys(text for path in sources for text in merging.read_captions(path, num_captions)))
-    merged = merging.merge(pipeline(parts[str(adapters[0])].card, base, "auto"), parts, texts, fidelity)
+    merged = merging.merge(pipeline(parts[str(adapters[0])].card, base, "auto"), parts, texts, fidelities)
     with whole_folder(out) as folder:
         adapter.save(merged.adapter, folder)
     held = f"{merged.targets} states of target words, {merged.rank} of them independent, held to {merged.residual:.0e}"
