@@ -107,6 +107,11 @@ def read(folder: Path | str) -> Adapter:
         raise UserError(f"{folder}: not a whole adapter ({error}); train it again with `dvc repro`") from error
 
 
+def size(folder: Path | str) -> int:
+    """Bytes of an adapter's safetensors files, which are all that is read."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
 def weights_name(card: dict) -> str:
     """Name, without its ending, of the file that holds an adapter's weights."""
     if card["method"] == "lora":
@@ -129,22 +134,19 @@ def read_card(folder: Path | str) -> dict:
         raise UserError(f"{path}: damaged ({error}); train it again with `dvc repro`") from error
 
 
-def load(pipe: DiffusionPipeline, source: Path | str) -> Adapter:
-    """Put an adapter into a pipeline of its base model, and verify that it is really in place.
+def load(pipe: DiffusionPipeline, folder: Path | str) -> Adapter:
+    """Put the adapter in `folder` into a pipeline of its base model, and verify that it is really in place.
 
     Diffusers' documented call, `pipe.unet.load_attn_procs(folder)`, returns without an error and changes nothing;
     here every trained weight is compared with the file after loading.
 
     Args:
         pipe: a pipeline of the base model, on any device and in any dtype; changed in place.
-        source: the adapter's folder; or owner/name[@revision] on the Hugging Face Hub.
 
     Raises:
-        UserError: there is no adapter, it cannot be fetched, or the pipeline is of another base model.
+        UserError: the folder holds no adapter, or the pipeline is of another base model.
     """
-    from customdiff import hub  # which stands above this module, and is rarely needed
-
-    adapter = read(hub.resolve(source))
+    adapter = read(folder)
     put(pipe, adapter)
     return adapter
 

@@ -103,8 +103,7 @@ def grade(
         pairs = evaluation.pairs(chosen, [drawn[place] for place in mine], images, params)
         rows = evaluation.score(pairs, instances, judge)
         metrics = evaluation.summarize(rows, resamples=settings.bootstrap, seed=params.base.seed)
-        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-        graded[name] = Graded(pairs, metrics, {"bytes": size})
+        graded[name] = Graded(pairs, metrics, {"bytes": adapter.size(folder)})
     return graded
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from customdiff.errors import UserError
+
 INCOMING = ".incoming"
 
 
@@ -41,6 +43,21 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         incoming.unlink(missing_ok=True)
         raise
     incoming.replace(path)
+
+
+def check_free(out: Path, marker: str | None = None) -> None:
+    """Refuse a folder for results that something lies in: it is somebody's work.
+
+    Args:
+        out: what the user gave as --out.
+        marker: a file that tells an earlier result, which may be replaced, from anything else.
+
+    Raises:
+        UserError: names the folder.
+    """
+    replaceable = marker is not None and (out / marker).is_file()
+    if not replaceable and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise UserError(f"--out: {out} is there already; name a new folder, or remove it first")
 
 
 def sha256(path: Path | str) -> str:

@@ -17,6 +17,7 @@ from math import inf
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -87,6 +88,15 @@ def resolve(source: str | Path, *, base_model: str | None = None) -> Path:
             _check_whole(folder, repo)
             return folder
         return _from_diffusers(repo, folder, sizes, base_model)
+
+
+def load(pipe: DiffusionPipeline, source: str | Path) -> Adapter:
+    """`adapter.load` of a folder, or of owner/name[@revision] on the Hub; `customdiff.load` is this.
+
+    Raises:
+        UserError: there is no adapter, it cannot be fetched, or the pipeline is of another base model.
+    """
+    return adapter.load(pipe, resolve(source))
 
 
 def names_repository(source: str | Path) -> bool:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from customdiff import adapter
 from customdiff.errors import UserError
+from customdiff.evaluation import AND, Prompt
 from customdiff.images import open_rgb
 from customdiff.params import Evaluate
 
@@ -69,7 +70,7 @@ def read_evaluation(folder: Path | str, card: Mapping, settings: Evaluate | None
         _figures(metrics)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no figures can be read ({type(error).__name__}); `dvc repro` makes them") from error
-    strangers = sorted({name for group in groups for name in _concepts_of(group)} - set(card["concepts"]))
+    strangers = sorted({name for group in groups for name in group.split(AND)} - set(card["concepts"]))
     if strangers:
         raise UserError(f"{folder}: evaluates {', '.join(strangers)}, which this adapter has not learned")
     sheet = folder / "contact_sheet.jpg"
@@ -187,21 +188,13 @@ def _samples(folder: Path, rows: Sequence[Mapping[str, str]], concepts: Mapping[
     found = {}
     for place, row in enumerate(rows, 1):
         subjects = [
-            f"{concepts[name]['modifier_token']} {concepts[name]['class_prompt']}"
-            for name in _concepts_of(row["concept"])
+            f"{concepts[name]['modifier_token']} {concepts[name]['class_prompt']}" for name in row["concept"].split(AND)
         ]
-        prompt = row["prompt"].replace("{}", subjects[0])
-        for number, subject in enumerate(subjects, 1):
-            prompt = prompt.replace(f"{{{number}}}", subject)
+        prompt = Prompt(row["prompt"]).of(*subjects)
         for path in sorted(folder.glob(f"*/{place:02d}-*-0.png"))[:1]:
             found[path.name] = (prompt, path)
     step = max(1, -(-len(found) // MAX_SAMPLES))
     return {name: Sample(prompt, open_rgb(path)) for name, (prompt, path) in list(found.items())[::step]}
-
-
-def _concepts_of(name: str) -> list[str]:
-    """Names of the concepts in one picture: `cat`, or `cat and dog`."""
-    return name.split(" and ")
 
 
 def _figures(metrics: Mapping) -> list[dict[str, Any]]:

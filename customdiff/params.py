@@ -294,6 +294,13 @@ def load(path: Path | str = "params.yaml") -> Params:
         raise ParamsError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from error
 
 
+def with_num_images(params: Params, num_images: int | None) -> Params:
+    """Parameters that evaluate with so many images a prompt; None leaves them as they are."""
+    if num_images is None:
+        return params
+    return params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"num_images": num_images})})
+
+
 def concept(params: Params, name: str) -> Concept:
     """The concept of that name.
 

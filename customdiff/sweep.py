@@ -307,8 +307,8 @@ def sheet(points: Sequence[Point]) -> Image.Image:
 
 
 def _words(row: Mapping) -> str:
-    """A row's prompt about its concept, by the name that the concept has in params.yaml."""
-    return row["prompt"].replace("{}", row["concept"])
+    """A row's prompt about its concepts, by the names that they have in params.yaml."""
+    return Prompt(row["prompt"]).of(*row["concept"].split(AND))
 
 
 def _title(step: int) -> str:

@@ -5,7 +5,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import customdiff
 from customdiff import adapter, base, evaluation, report, sampling, tracking
 from customdiff import params as params_file
 from customdiff.clip import Clip
@@ -28,7 +27,7 @@ def main() -> None:
     judge = Clip.load(settings.clip, device)
 
     started = time.perf_counter()
-    pairs = evaluation.draw(pipe, partial(customdiff.load, source=ADAPTER), params, prompts)
+    pairs = evaluation.draw(pipe, partial(adapter.load, folder=ADAPTER), params, prompts)
     rows = evaluation.score(pairs, instances, judge)
     metrics = evaluation.summarize(rows, resamples=settings.bootstrap, seed=params.base.seed)
     metrics |= {

@@ -8,8 +8,6 @@ from customdiff import params as params_file
 from customdiff.errors import one_line_errors
 from customdiff.launch import command
 
-RUNS = Path(".checkpoints")
-
 
 def main() -> None:
     params = params_file.load()
@@ -18,6 +16,7 @@ def main() -> None:
         os.execv(arguments[0], arguments)
 
     from customdiff import tracking, training
+    from customdiff.checkpoints import RUNS
 
     def tracker_for(run_id: str | None) -> tracking.Tracker:
         return tracking.resume(params, run_id) if run_id else tracking.start(params)

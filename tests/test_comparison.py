@@ -153,6 +153,9 @@ def test_the_command_trains_grades_and_writes(tiny_base, tmp_path, monkeypatch):
     assert int(rows["textual_inversion"]["trained_parameters"]) == 32
     assert "| lora | cat |" in done.output
     assert (tmp_path / "results/compare/comparison.jpg").exists()
+    with pytest.raises(UserError, match="--out: prompts is there already"):
+        CliRunner().invoke(cli.commands, ["compare", "--out", "prompts"], catch_exceptions=False)
+    assert (tmp_path / "prompts/default.txt").exists()
 
 
 @pytest.mark.parametrize(

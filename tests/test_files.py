@@ -59,3 +59,18 @@ def test_a_users_mistake_is_one_line_and_ours_is_a_traceback(capsys):
     assert capsys.readouterr().err == "error: train.max_steps: must be above 0\n"
     with pytest.raises(ZeroDivisionError), one_line_errors():
         raise ZeroDivisionError
+
+
+def test_somebodys_folder_is_never_taken_for_results(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    files.check_free(own)
+    files.check_free(tmp_path / "new", "table.csv")
+    (own / "thesis.txt").touch()
+    for marker in (None, "table.csv"):
+        with pytest.raises(UserError, match=r"--out: .*own is there already"):
+            files.check_free(own, marker)
+    (own / "table.csv").touch()
+    files.check_free(own, "table.csv")
+    with pytest.raises(UserError):
+        files.check_free(own / "thesis.txt")

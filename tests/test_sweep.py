@@ -340,3 +340,8 @@ def test_checkpoints_of_a_finished_training_stay_until_the_next_begins(project, 
     assert [found.path for found in checkpoints.find_runs()] == [following.path]
     with pytest.raises(UserError, match="no checkpoint of step 2; it has 1"):
         checkpoints.find("2")
+
+
+def test_a_prompt_of_several_concepts_is_titled_with_their_names():
+    assert sweep._words({"prompt": "a {2} on a {1}", "concept": "cat and pot"}) == "a pot on a cat"
+    assert sweep._words({"prompt": "a {} on red", "concept": "cat"}) == "a cat on red"

@@ -7,7 +7,7 @@ import typer
 
 from customdiff import params as params_file
 from customdiff.errors import UserError
-from customdiff.files import whole_folder
+from customdiff.files import check_free, whole_folder
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -133,7 +133,7 @@ def compress(
     error = compression.relative_error(pipe, learned, small)
     with whole_folder(out) as folder:
         adapters.save(small, folder, pickle_too=False)
-    before, after = (size_of(folder) for folder in (adapter, out))
+    before, after = (adapters.size(folder) for folder in (adapter, out))
     typer.echo(
         f"{out}: {before / 1e3:.0f} kB -> {after / 1e3:.0f} kB ({100 * after / before:.1f} %), "
         f"ranks {min(ranks := small.card['compressed']['ranks'])} to {max(ranks)}; "
@@ -147,18 +147,3 @@ def pipeline(card: dict, base: str | None, device: str) -> "DiffusionPipeline":
 
     chosen = params_file.Base(model=base) if base else params_file.Base.model_validate(card["base"])
     return base_model.load_pipeline(chosen, device=base_model.device(device), vae=None)
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of an adapter's safetensors files, which are all that is read."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def check_free(out: Path) -> None:
-    """Refuse a folder that something lies in: it is somebody's work.
-
-    Raises:
-        UserError: names the folder.
-    """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"--out: {out} is there already; name a new folder, or remove it first")

@@ -7,6 +7,7 @@ import typer
 
 from customdiff import params as params_file
 from customdiff.errors import UserError
+from customdiff.files import check_free, whole_folder
 
 EXAMPLES = """Examples:
 
@@ -36,10 +37,9 @@ def compare(
     Same photos, class images, steps, prompts and seeds, as params.yaml has them; run `dvc repro` first. A training that
     was killed goes on, a finished one is not run again.
     """
+    check_free(out, "comparison.csv")
     params = params_file.load()
-    if num_images:
-        settings = params.evaluate.model_copy(update={"num_images": num_images})
-        params = params.model_copy(update={"evaluate": settings})
+    params = params_file.with_num_images(params, num_images)
     rates = {name: _rate(name, text) for name, text in _pairs(learning_rate or [], "--learning-rate").items()}
     folders = {name: Path(folder) for name, folder in _pairs(adapters or [], "NAME=FOLDER").items()}
     wanted = [] if folders else [name.strip() for name in methods.split(",")]
@@ -47,7 +47,6 @@ def compare(
     from customdiff import base, comparison, evaluation, tracking
     from customdiff.adapter import read_card
     from customdiff.clip import Clip
-    from customdiff.files import whole_folder
 
     for name in [*wanted, *rates]:
         if name not in comparison.RATES:

@@ -85,15 +85,14 @@ def sample(
     except ValidationError as error:
         raise UserError(f"--device: must be auto, cpu, mps, cuda or such as cuda:1 (here: {device!r})") from error
 
-    import customdiff
+    from customdiff import adapter as adapters
     from customdiff import base as base_model
     from customdiff import hub, sampling
-    from customdiff.adapter import read_card
 
     if checkpoint is not None and adapter != "models/adapter":
         raise UserError("--checkpoint: stands in place of --adapter; give one of the two")
     folder = hub.resolve(adapter, base_model=base) if checkpoint is None else of_checkpoint(checkpoint)
-    card = read_card(folder)
+    card = adapters.read_card(folder)
     tokens = [concept["modifier_token"] for concept in card["concepts"].values()]
     if not any(token in prompt for token in tokens for prompt in prompts):
         typer.echo(f"note: no prompt names what was learned; its words are {', '.join(tokens)}", err=True)
@@ -102,7 +101,7 @@ def sample(
         raise UserError(f"{adapter}: belongs to a base model in {chosen.model}, which is not here; name it by --base")
     pipe = base_model.load_pipeline(chosen, dtype=base_model.DTYPES[precision], device=base_model.device(device))
     sampling.set_scheduler(pipe, scheduler)
-    customdiff.load(pipe, folder)
+    adapters.load(pipe, folder)
     images = sampling.generate(
         pipe,
         [prompt for prompt in prompts for _ in range(num_images)],

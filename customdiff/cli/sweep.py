@@ -9,6 +9,7 @@ import typer
 
 from customdiff import params as params_file
 from customdiff.errors import UserError
+from customdiff.files import check_free, whole_folder
 
 EXAMPLES = """Examples:
 
@@ -39,15 +40,13 @@ def sweep(
     The same prompts, seeds and settings as `evaluate` in params.yaml.
     """
     wanted = _steps(steps)
+    check_free(out, "sweep.csv")
     params = params_file.load()
-    if num_images:
-        settings = params.evaluate.model_copy(update={"num_images": num_images})
-        params = params.model_copy(update={"evaluate": settings})
+    params = params_file.with_num_images(params, num_images)
 
     from customdiff import adapter, base, checkpoints, evaluation, sampling, tracking
     from customdiff import sweep as sweeps
     from customdiff.clip import Clip
-    from customdiff.files import whole_folder
 
     folder = checkpoints.find_run(run)
     paths = [folder.checkpoint(step) for step in wanted] if wanted else folder.checkpoints()

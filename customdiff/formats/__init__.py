@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from customdiff.errors import UserError
-from customdiff.files import whole_folder
+from customdiff.files import check_free, whole_folder
 
 if TYPE_CHECKING:
     from customdiff.adapter import Adapter
@@ -92,7 +92,7 @@ def export_adapter(
 
     learned = adapter.read(folder)
     form.check(learned.card, rank)
-    _check_free(out)
+    check_free(out)
     chosen = Base(model=base) if base else Base.model_validate(learned.card["base"])
     pipe = base_model.load_pipeline(chosen)
     adapter.check_base(pipe, learned)
@@ -125,7 +125,7 @@ def import_adapter(
     from customdiff.formats import foreign
     from customdiff.params import Base
 
-    _check_free(out)
+    check_free(out)
     tokens = [concept.token for concept in concepts]
     if len(set(tokens)) < len(tokens):
         raise UserError(f"--token: each once (here: {', '.join(tokens)})")
@@ -153,8 +153,3 @@ def _module(name: str, way: str) -> ModuleType:
     if way not in FORMATS[name].ways:
         raise UserError(f"--format: {name} is for {FORMATS[name].ways[0]} alone; {way} takes one of {possible}")
     return importlib.import_module(f"customdiff.formats.{FORMATS[name].module}")
-
-
-def _check_free(out: Path) -> None:
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"--out: {out} is there already; name a new folder, or remove it first")

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from customdiff import compression
 from customdiff.adapter import Adapter, full_weights
 from customdiff.base import family, text_encoders
 from customdiff.errors import UserError
@@ -149,11 +150,9 @@ def _learned_factors(adapter: Adapter) -> dict[str, Factors]:
 
 def _factored(change: Tensor, rank: int | None, rounding: float) -> tuple[Factors, float]:
     """A change (out, in) as factors that share the singular values evenly, and the squared norm of what they lack."""
-    left, values, right = torch.linalg.svd(change, full_matrices=False)
-    kept = max(1, min(int((values > rounding).sum()), rank or len(values)))
-    root = values[:kept].sqrt()
-    factors = Factors((left[:, :kept] * root).float(), (root[:, None] * right[:kept]).float())
-    return factors, values[kept:].square().sum().item()
+    found = compression.decompose(change)
+    kept = max(1, min(int((found.values > rounding).sum()), rank or len(found.values)))
+    return Factors(*found.cut(kept, torch.float32)), found.values[kept:].square().sum().item()
 
 
 def _norm(parts) -> float:
