@@ -1,0 +1,130 @@
+"""The frozen part of a UNet, keeping no more for its backward pass than the gradient of its inputs needs.
+
+Nothing of it trains, yet gradients must flow through it to the attention that does. PyTorch does not make use of that:
+a convolution keeps its input for the gradient of a weight that asks for none, and normalisation and activation each
+keep a tensor that follows in one cheap step from another that is kept anyway (Bhatia and Dangel 2024, "Lowering
+PyTorch's memory consumption for selective differentiation"). Here a residual block keeps two tensors in place of six,
+and a gated feed-forward layer one in place of two. Every layer computes what diffusers' does, bit for bit, by the same
+kernels on the same numbers; in a whole UNet features stay in channels_last where diffusers' linear projections turn
+them out of it, and sums are then rounded in another order.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+def lighten(unet: UNet2DConditionModel) -> None:
+    """Have the layers of a UNet whose weights are frozen keep less. Parameters and their names stay as they are.
+
+    Args:
+        unet: changed in place. Layers that train, or that are not of the plain kind, are left alone.
+    """
+    for layer in unet.modules():
+        if any(weight.requires_grad for weight in layer.parameters()):
+            continue
+        if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+            layer.__class__ = FrozenConv2d
+        elif type(layer) is GEGLU:
+            layer.__class__ = FrozenGEGLU
+        elif type(layer) is ResnetBlock2D and _is_plain(layer):
+            layer.__class__ = FrozenResnetBlock2D
+
+
+def _is_plain(block: ResnetBlock2D) -> bool:
+    return (
+        block.time_embedding_norm == "default"
+        and block.time_emb_proj is not None
+        and not block.skip_time_act
+        and block.upsample is None
+        and block.downsample is None
+        and isinstance(block.nonlinearity, nn.SiLU)
+        and block.dropout.p == 0
+    )
+
+
+class FrozenConv2d(nn.Conv2d):
+    """A convolution that keeps its weight alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, D, h', w')."""
+        return _Convolution.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class FrozenGEGLU(GEGLU):
+    """A gated GELU that keeps its projection, and computes the GELU again."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, D)."""
+        return _GatedGELU.apply(self.proj(hidden_states))
+
+
+class FrozenResnetBlock2D(ResnetBlock2D):
+    """A residual block that keeps what goes into its two normalisations."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+        """Image features (B, C, h, w) and the timestep's embedding (B, T) to (B, D, h, w)."""
+        hidden = self.conv1(_norm_silu(self.norm1, input_tensor))
+        hidden = hidden.add_(self.time_emb_proj(F.silu(temb))[:, :, None, None])
+        hidden = self.conv2(_norm_silu(self.norm2, hidden))
+        skip = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        hidden = hidden.add_(skip)
+        return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
+
+
+def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return _NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x, weight, bias, stride, padding, dilation, groups):
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.options = x.shape, (stride, padding, dilation, groups)
+        return F.conv2d(x, weight, bias, *ctx.options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor):
+        (weight,) = ctx.saved_tensors
+        return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.options), *[None] * 6
+
+
+class _NormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x, weight, bias, groups, eps):
+        ctx.sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
+        ctx.eps = eps
+        normal, mean, scale = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
+        ctx.save_for_backward(x, mean, scale, weight, bias)
+        return F.silu(normal, inplace=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor):
+        x, mean, scale, weight, bias = ctx.saved_tensors
+        normal, _, _ = torch.native_group_norm(x, weight, bias, *ctx.sizes, ctx.eps)
+        gradient = torch.ops.aten.silu_backward(gradient, normal)
+        wanted = [True, False, False]
+        gradient, _, _ = torch.ops.aten.native_group_norm_backward(gradient, x, mean, scale, weight, *ctx.sizes, wanted)
+        return gradient, *[None] * 4
+
+
+class _GatedGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, projected):
+        ctx.save_for_backward(projected)
+        hidden, gate = projected.chunk(2, dim=-1)
+        return F.gelu(gate).mul_(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor):
+        (projected,) = ctx.saved_tensors
+        hidden, gate = projected.chunk(2, dim=-1)
+        through_gate = torch.ops.aten.gelu_backward(gradient * hidden, gate)
+        return torch.cat([F.gelu(gate).mul_(gradient), through_gate], -1)

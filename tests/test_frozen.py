@@ -1,0 +1,119 @@
+"""The lightened UNet against diffusers' own layers: the same bits, and less kept."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from customdiff import base, frozen, methods
+from customdiff.params import Base
+
+HOW = {"method": "custom_diffusion", "freeze_model": "crossattn_kv", "lora_rank": 2}
+
+
+def two_unets(folder, how, dtype=torch.float32):
+    """A UNet with a method's weights in it, and the same lightened."""
+    plain = base.load_pipeline(Base(model=str(folder)), dtype=dtype).unet
+    torch.manual_seed(0)
+    methods.put(plain, how)
+    light = copy.deepcopy(plain)
+    frozen.lighten(light)
+    return plain, light
+
+
+def inputs(unet):
+    config, generator = unet.config, torch.Generator().manual_seed(1)
+    noisy = torch.randn(4, 4, 8, 8, generator=generator).to(unet.dtype, memory_format=torch.channels_last)
+    text = torch.randn(4, 16, config.cross_attention_dim, generator=generator).to(unet.dtype)
+    added = {}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {
+            "text_embeds": torch.randn(4, pooled, generator=generator).to(unet.dtype),
+            "time_ids": torch.ones(4, 6),
+        }
+    return noisy, torch.tensor([1, 50, 500, 900]), text, added
+
+
+def step(unet):
+    """Prediction, gradients by name, and the bytes of activations that autograd kept."""
+    noisy, timesteps, text, added = inputs(unet)
+    weights = {weight.untyped_storage().data_ptr() for weight in unet.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        prediction = unet(noisy, timesteps, text, added_cond_kwargs=added).sample
+    prediction.square().mean().backward()
+    gradients = {name: weight.grad for name, weight in unet.named_parameters() if weight.requires_grad}
+    return prediction.detach(), gradients, sum(kept.values())
+
+
+@pytest.mark.parametrize("model", ["tiny_base", "tiny_v_base", "tiny_xl_base"])
+@pytest.mark.parametrize(
+    "how",
+    [HOW, HOW | {"freeze_model": "crossattn"}, HOW | {"method": "lora"}],
+    ids=["crossattn_kv", "crossattn", "lora"],
+)
+def test_a_lightened_unet_predicts_and_learns_the_same_and_keeps_less(request, model, how):
+    plain, light = two_unets(request.getfixturevalue(model), how, torch.float64)
+    assert [name for name, _ in light.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    expected, gradients, kept = step(plain.double())
+    prediction, found, kept_lightened = step(light.double())
+    torch.testing.assert_close(prediction, expected, rtol=1e-9, atol=1e-12)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+    assert any(gradient.abs().sum() > 0 for gradient in found.values())
+    assert kept_lightened < 0.8 * kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "shape"), [(ResnetBlock2D, (2, 32, 8, 8)), (nn.Conv2d, (2, 32, 8, 8)), (GEGLU, (2, 64, 16))]
+)
+def test_each_layer_computes_the_same_bits(tiny_base, kind, shape, dtype):
+    plain, light = two_unets(tiny_base, HOW, dtype)
+    name = next(
+        name
+        for name, layer in plain.named_modules()
+        if type(layer) is kind and (getattr(layer, "in_channels", 32) == 32)
+    )
+    found = []
+    for unet in (plain, light):
+        layer = unet.get_submodule(name)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        x = (x.to(memory_format=torch.channels_last) if x.ndim == 4 else x).requires_grad_()
+        time = [torch.ones(2, layer.time_emb_proj.in_features, dtype=dtype)] if kind is ResnetBlock2D else []
+        y = layer(x, *time)
+        y.float().square().sum().backward()
+        found.append((y.detach(), x.grad))
+    assert type(layer) is not kind
+    assert found[0][1].abs().sum() > 0
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_layers_that_train_are_left_as_they_are(tiny_base):
+    unet = base.load_pipeline(Base(model=str(tiny_base))).unet
+    unet.requires_grad_(True)
+    frozen.lighten(unet)
+    assert not any(type(layer).__module__ == frozen.__name__ for layer in unet.modules())
+
+
+def test_gradient_checkpointing_goes_with_it(tiny_base):
+    _, light = two_unets(tiny_base, HOW)
+    _, gradients, _ = step(light)
+    light.zero_grad()
+    gradients = {name: gradient.clone() for name, gradient in gradients.items()}
+    light.enable_gradient_checkpointing()
+    _, again, _ = step(light.train())
+    assert all(torch.equal(again[name], gradient) for name, gradient in gradients.items())
