@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from customdiff.clip import Clip
+from customdiff.drawn import base_images
 from customdiff.errors import UserError
 from customdiff.images import SUFFIXES, open_rgb
 from customdiff.metrics import bootstrap_interval, image_alignment, text_alignment, without_token
@@ -169,6 +170,7 @@ def draw(
     customize: Callable[[DiffusionPipeline], object],
     params: Params,
     prompts: Mapping[str, Sequence[Prompt]],
+    kept: Path | None = None,
 ) -> list[Pair]:
     """Draw every prompt of every concept, first with the base model, then, from the same seeds, with the adapter.
 
@@ -179,9 +181,17 @@ def draw(
         customize: puts the adapter into `pipe`.
         params: the sections `evaluate`, `concepts` and `base.seed`.
         prompts: by concept, or by several joined by `AND`; see `all_prompts`.
+        kept: folder with what the base model drew in the last evaluation; see `drawn.base_images`.
     """
     wanted = shots(params, prompts)
-    base = take(pipe, wanted, params, class_subject, "base model")
+    base = base_images(
+        kept,
+        pipe,
+        params,
+        texts_of(wanted, params, class_subject),
+        [shot.seed for shot in wanted],
+        lambda: take(pipe, wanted, params, class_subject, "base model"),
+    )
     customize(pipe)
     return pairs(wanted, base, take(pipe, wanted, params, customized_subject, "customized"), params)
 
@@ -207,7 +217,7 @@ def take(
     settings = params.evaluate
     return generate(
         pipe,
-        [shot.prompt.of(*map(subject, concepts_of(shot.concept, params))) for shot in wanted],
+        texts_of(wanted, params, subject),
         [shot.seed for shot in wanted],
         steps=settings.steps,
         guidance_scale=settings.guidance_scale,
@@ -215,6 +225,11 @@ def take(
         batch_size=settings.batch_size,
         progress=progress,
     )
+
+
+def texts_of(wanted: Sequence[Shot], params: Params, subject: Callable[[Concept], str]) -> list[str]:
+    """What a model is asked for in each shot; `subject` says what {} stands for."""
+    return [shot.prompt.of(*map(subject, concepts_of(shot.concept, params))) for shot in wanted]
 
 
 def pairs(

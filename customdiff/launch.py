@@ -13,7 +13,8 @@ def command(params: Params, script: str) -> list[str]:
     """The `accelerate launch` command line that runs `script` in `train.launch.num_processes` processes.
 
     Without `train.launch.config_file` it uses accelerate's basic configuration, as `accelerate config default` writes
-    it, made here where there is none yet: no question is asked, so it also works where no shell is interactive.
+    it, made here where there is none yet: no question is asked, so it also works where no shell is interactive. With
+    it, what is said there of machines, their addresses and the kind of parallelism stands.
 
     Raises:
         UserError: `config_file` does not exist.
@@ -24,10 +25,12 @@ def command(params: Params, script: str) -> list[str]:
             f"train.launch.config_file: {launch.config_file} does not exist; null takes accelerate's default"
         )
     config = launch.config_file or default_config()
-    # --multi_gpu is accelerate's only way to torch's own launcher, and starts CPU processes too; without it several
-    # processes on a CPU would need MPI, and in its absence accelerate starts a single one and says nothing.
-    arguments = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--multi_gpu"]
-    arguments += ["--num_machines", "1", "--num_processes", str(launch.num_processes), "--dynamo_backend", "no"]
+    arguments = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    if not launch.config_file:
+        # --multi_gpu is accelerate's only way to torch's own launcher, and starts CPU processes too; without it several
+        # processes on a CPU would need MPI, and in its absence accelerate starts a single one and says nothing.
+        arguments += ["--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no"]
+    arguments += ["--num_processes", str(launch.num_processes)]
     return [*arguments, "--mixed_precision", params.train.mixed_precision, script]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from customdiff import adapter, base, evaluation, report, sampling, tracking
 from customdiff import params as params_file
 from customdiff.clip import Clip
+from customdiff.drawn import DRAWN
 from customdiff.errors import one_line_errors
 from customdiff.files import whole_folder
 
@@ -27,7 +28,7 @@ def main() -> None:
     judge = Clip.load(settings.clip, device)
 
     started = time.perf_counter()
-    pairs = evaluation.draw(pipe, partial(adapter.load, folder=ADAPTER), params, prompts)
+    pairs = evaluation.draw(pipe, partial(adapter.load, folder=ADAPTER), params, prompts, DRAWN)
     rows = evaluation.score(pairs, instances, judge)
     metrics = evaluation.summarize(rows, resamples=settings.bootstrap, seed=params.base.seed)
     metrics |= {

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from customdiff import adapter, attention, clip, evaluation, tokens
+from customdiff import adapter, attention, clip, drawn, evaluation, tokens
 from customdiff import base as base_model
 from customdiff.errors import UserError
 from customdiff.evaluation import COLUMNS, Pair, Prompt, read_prompts
@@ -305,3 +305,42 @@ def test_a_stage_that_fails_leaves_the_results_that_were_there(project, tmp_path
     assert stop.value.code == 1
     assert capsys.readouterr().err.startswith("error: data/prompts/cat.txt: line 1: lacks {}")
     assert kept.read_text() == "old"
+
+
+def test_what_the_base_model_drew_is_kept_for_the_next_training(tiny_base, tmp_path):
+    """The pictures are the same bits; whatever shapes them makes new ones."""
+    pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
+    calls = []
+
+    def evaluate(texts=("a cat", "a dog"), seeds=(1, 2), **changes):
+        settings = params(**changes)
+
+        def drawing():
+            calls.append(texts)
+            return [Image.fromarray(np.full((8, 8, 3), seed, np.uint8)) for seed in seeds]
+
+        images = drawn.base_images(tmp_path / "drawn", pipe, settings, texts, seeds, drawing)
+        return [np.asarray(image).tolist() for image in images]
+
+    first = evaluate()
+    assert evaluate() == first
+    assert len(calls) == 1
+    evaluate(seeds=(1, 3))
+    evaluate(texts=("a cat", "a car"))
+    evaluate(steps=3)
+    with torch.no_grad():
+        next(layer for layer in pipe.unet.modules() if getattr(layer, "is_cross_attention", False)).to_k.weight += 1
+    evaluate()
+    assert len(calls) == 5
+    assert len(list((tmp_path / "drawn").iterdir())) == 1
+
+
+def test_a_drawing_that_fails_keeps_nothing(tiny_base, tmp_path):
+    pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drawn.base_images(tmp_path / "drawn", pipe, params(), ["a cat"], [1], stopped)
+    assert not (tmp_path / "drawn").exists()

@@ -349,5 +349,9 @@ def test_launching_asks_no_question(tiny_base, tmp_path, monkeypatch):
     assert command[0] == sys.executable
     assert command[command.index("--num_processes") + 1] == "3"
     assert json.loads(Path(command[command.index("--config_file") + 1]).read_text())["num_machines"] == 1
+    Path("nodes.yaml").write_text("num_machines: 2")
+    own = launch.command(tiny_params(tiny_base, launch={"num_processes": 16, "config_file": "nodes.yaml"}), "train.py")
+    assert own[own.index("--num_processes") + 1] == "16"
+    assert "--num_machines" not in own  # it would outdo the file's
     with pytest.raises(UserError, match=r"train\.launch\.config_file: nowhere\.yaml does not exist"):
         launch.command(tiny_params(tiny_base, launch={"num_processes": 3, "config_file": "nowhere.yaml"}), "train.py")

@@ -1,0 +1,65 @@
+"""What the base model drew in the last evaluation, kept: it is the same after every training, and half of the drawing.
+
+The pictures lie outside of every DVC output, like checkpoints, in a folder named by a hash of all that shapes them.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from customdiff.adapter import fingerprint
+from customdiff.files import whole_folder
+from customdiff.images import open_rgb
+from customdiff.params import Params
+
+DRAWN = Path(".drawn")
+
+
+def base_images(
+    folder: Path | None,
+    pipe: DiffusionPipeline,
+    params: Params,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    draw: Callable[[], list[Image.Image]],
+) -> list[Image.Image]:
+    """The pictures that the base model draws: those in `folder`, where they are of the very same kind, else drawn now.
+
+    Args:
+        folder: holds the pictures of one evaluation, and is replaced by those of the next; None: none are kept.
+        pipe: the base model, nothing put into it yet.
+        params: the sections `base` and `evaluate`.
+        texts, seeds: one a picture.
+        draw: draws them all, RGB.
+    """
+    if folder is None:
+        return draw()
+    kept = folder / _name(pipe, params, texts, seeds)
+    if kept.is_dir():
+        return [open_rgb(kept / f"{number:05d}.png") for number in range(len(texts))]
+    images = draw()
+    shutil.rmtree(folder, ignore_errors=True)
+    with whole_folder(kept) as out:
+        for number, image in enumerate(images):
+            image.save(out / f"{number:05d}.png")
+    return images
+
+
+def _name(pipe: DiffusionPipeline, params: Params, texts: Sequence[str], seeds: Sequence[int]) -> str:
+    """A hash of the model, by its own weights, of what it is asked to draw, and of what it computes with."""
+    identity = {
+        "base": params.base.model_dump(),
+        "fingerprint": fingerprint(pipe),
+        "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
+        "evaluate": params.evaluate.model_dump(include={"batch_size", "steps", "guidance_scale", "eta", "precision"}),
+        "pictures": list(zip(texts, seeds, strict=True)),
+        "computed by": [torch.__version__, diffusers.__version__, str(pipe.device)],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
