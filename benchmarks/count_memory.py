@@ -2,7 +2,8 @@
 
     python -m benchmarks.count_memory
 
-Half precision; random weights; forward passes alone. Transient buffers, the allocator's rounding and CUDA's own share (some hundred MB) are not in it.
+Half precision, random weights, forward passes alone. Transient buffers,
+the allocator's rounding and CUDA's own share (some hundred MB) are not in it.
 """
 
 from typing import Annotated
