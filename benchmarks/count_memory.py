@@ -2,10 +2,12 @@
 
     python -m benchmarks.count_memory
 
-Half precision, random weights, forward passes alone. Transient buffers,
-the allocator's rounding and CUDA's own share (some hundred MB) are not in it.
+Half precision and random weights; of the step its forward pass through the UNet. What the text encoder keeps, transient
+buffers, the allocator's rounding and CUDA's own share (some hundred MB) are not in it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import torch
@@ -21,43 +23,46 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Images a step, class images counted.")] = 2,
     side: Annotated[int, typer.Option(min=8, help="Of the latents: 64 for 512 px.")] = 64,
 ) -> None:
-    """Print the weights, the optimizer's share, and the activations of each way to train."""
+    """Print the weights, the optimizer's share, and the activations of diffusers' layers and of ours."""
     pipe = models.sd14()
-    pipe.unet.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_(False)
-    trained = attention.put_processors(pipe.unet)
+    unet = pipe.unet.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_(False)
+    trained = attention.put_processors(unet)
     text = sum(weight.numel() for weight in pipe.text_encoder.parameters()) * 2
-    weights = sum(weight.numel() for weight in pipe.unet.parameters() if not weight.requires_grad) * 2
-    # fp32 weight, gradient and AdamW's two moments
-    learned = sum(weight.numel() for weight in trained.values()) * 4 * 4
-    fixed = text + weights + learned
-    print(f"UNet {weights / MB:.0f} MB, text encoder {text / MB:.0f} MB, trained weights, gradient and AdamW "
-          f"{learned / MB:.0f} MB")  # fmt: skip
-    for name, change in (
-        ("diffusers' layers", lambda unet: None),
-        ("lightened", frozen.lighten),
-    ):
-        change(pipe.unet)
-        kept = kept_activations(pipe.unet, batch, side)
-        print(f"{name:36} activations {kept / MB:6.0f} MB, with the rest {(fixed + kept) / MB:6.0f} MB")
+    weights = sum(weight.numel() for weight in unet.parameters() if not weight.requires_grad) * 2
+    learned = sum(weight.numel() for weight in trained.values()) * 4 * 4  # fp32 weight, gradient and two moments
+    print(f"UNet {weights / MB:.0f} MB, text encoder {text / MB:.0f} MB, what trains, with AdamW {learned / MB:.0f} MB")
+    _print("diffusers' layers", activations(unet, batch, side), text + weights + learned)
+    frozen.lighten(unet)
+    _print("lightened", activations(unet, batch, side), text + weights + learned)
 
 
-def kept_activations(unet: torch.nn.Module, batch: int, side: int) -> int:
-    """Bytes that a forward pass keeps for the backward pass, weights left out."""
-    weights = {weight.untyped_storage()._cdata for weight in unet.parameters()}
-    kept = {}
+def activations(unet: torch.nn.Module, batch: int, side: int) -> int:
+    """Bytes that a forward pass keeps for the backward pass."""
+    noisy = torch.randn(batch, 4, side, side, dtype=unet.dtype).to(memory_format=torch.channels_last)
+    text = torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=unet.dtype, requires_grad=True)
+    with counting(unet) as kept:
+        unet(noisy, torch.zeros(batch, dtype=torch.int64), text)
+    return sum(kept.values())
+
+
+@contextmanager
+def counting(module: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Note the bytes of each storage that autograd keeps, by its address; those of the module's weights left out."""
+    weights = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
+    kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    noisy = torch.empty(batch, 4, side, side, dtype=unet.dtype).to(memory_format=torch.channels_last)
-    text = torch.empty(batch, 77, unet.config.cross_attention_dim, dtype=unet.dtype, requires_grad=True)
-    timesteps = torch.zeros(batch, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        unet(noisy, timesteps, text)
-    return sum(kept.values())
+        yield kept
+
+
+def _print(name: str, kept: int, rest: int) -> None:
+    print(f"{name:20} activations {kept / MB:6.0f} MB, with the rest {(kept + rest) / MB:6.0f} MB")
 
 
 if __name__ == "__main__":

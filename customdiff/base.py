@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from customdiff.errors import UserError
+from customdiff.files import sha256
 from customdiff.params import Base
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -76,7 +78,7 @@ def load_pipeline(
 
 
 def _settle(part: torch.nn.Module) -> None:
-    """Give weights memory of their own: convolutions in channels_last, which takes three quarters of the time on a CPU.
+    """Give weights memory of their own, convolutions in channels_last: drawing then takes three quarters of the time.
 
     Weights as they were read lie in the file, mapped as a whole; a single one left there keeps all of it in memory.
     """
@@ -97,6 +99,12 @@ def load_part(base: Base, name: str, kind: type, *, device: torch.device | str =
             base.model, subfolder=name, revision=base.revision, variant=base.variant, use_safetensors=True
         )
     return part.to(device, torch.float32).eval().requires_grad_(False)
+
+
+def weight_hashes(base: Base) -> dict[str, str]:
+    """SHA-256 of each weights file of a base model in a folder, by its place there; empty where it is on the Hub."""
+    paths = sorted(Path(base.model).glob("*/*.safetensors"))
+    return {f"{path.parent.name}/{path.name}": sha256(path) for path in paths}
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from customdiff.adapter import fingerprint
+from customdiff.base import weight_hashes
 from customdiff.files import whole_folder
 from customdiff.images import open_rgb
 from customdiff.params import Params
@@ -55,8 +56,8 @@ def base_images(
 def _name(pipe: DiffusionPipeline, params: Params, texts: Sequence[str], seeds: Sequence[int]) -> str:
     """A hash of the model, by its own weights, of what it is asked to draw, and of what it computes with."""
     identity = {
-        "base": params.base.model_dump(),
-        "fingerprint": fingerprint(pipe),
+        "base": params.base.model_dump() | {"weights": weight_hashes(params.base)},
+        "fingerprint": fingerprint(pipe),  # of a model on the Hub, whose name may come to mean another
         "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
         "evaluate": params.evaluate.model_dump(include={"batch_size", "steps", "guidance_scale", "eta", "precision"}),
         "pictures": list(zip(texts, seeds, strict=True)),

@@ -9,6 +9,8 @@ kernels on the same numbers; in a whole UNet features stay in channels_last wher
 them out of it, and sums are then rounded in another order.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -24,7 +26,7 @@ def lighten(unet: UNet2DConditionModel) -> None:
     Args:
         unet: changed in place. Layers that train, or that are not of the plain kind, are left alone.
     """
-    for layer in unet.modules():
+    for layer in unet.modules():  # a layer becomes another class of the same attributes: hooks and names stay
         if any(weight.requires_grad for weight in layer.parameters()):
             continue
         if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
@@ -56,11 +58,15 @@ class FrozenConv2d(nn.Conv2d):
 
 
 class FrozenGEGLU(GEGLU):
-    """A gated GELU that keeps its projection, and computes the GELU again."""
+    """A gated GELU that keeps its projection alone."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, N, C) to (B, N, D)."""
-        return _GatedGELU.apply(self.proj(hidden_states))
+        return _ComputedAgain.apply(self.proj(hidden_states), self._gate)
+
+    def _gate(self, projected: Tensor) -> Tensor:
+        hidden, gate = projected.chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
 
 
 class FrozenResnetBlock2D(ResnetBlock2D):
@@ -77,54 +83,39 @@ class FrozenResnetBlock2D(ResnetBlock2D):
 
 
 def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return _NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    return _ComputedAgain.apply(x, lambda x: F.silu(norm(x)))
+
+
+class _ComputedAgain(torch.autograd.Function):
+    """Keeps the input of a cheap function without trained weights, and computes it again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return function(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.function(x)
+        return torch.autograd.grad(y, x, gradient)[0], None
 
 
 class _Convolution(torch.autograd.Function):
+    """Keeps the weight, for the input's gradient, and not the input, which only the weight's gradient would need."""
+
     @staticmethod
-    def forward(ctx: FunctionCtx, x, weight, bias, stride, padding, dilation, groups):
+    def forward(ctx: FunctionCtx, x, weight, bias, stride, padding, dilation, groups) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.options = x.shape, (stride, padding, dilation, groups)
         return F.conv2d(x, weight, bias, *ctx.options)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor):
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.options), *[None] * 6
-
-
-class _NormSiLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x, weight, bias, groups, eps):
-        ctx.sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
-        ctx.eps = eps
-        normal, mean, scale = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
-        ctx.save_for_backward(x, mean, scale, weight, bias)
-        return F.silu(normal, inplace=True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor):
-        x, mean, scale, weight, bias = ctx.saved_tensors
-        normal, _, _ = torch.native_group_norm(x, weight, bias, *ctx.sizes, ctx.eps)
-        gradient = torch.ops.aten.silu_backward(gradient, normal)
-        wanted = [True, False, False]
-        gradient, _, _ = torch.ops.aten.native_group_norm_backward(gradient, x, mean, scale, weight, *ctx.sizes, wanted)
-        return gradient, *[None] * 4
-
-
-class _GatedGELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, projected):
-        ctx.save_for_backward(projected)
-        hidden, gate = projected.chunk(2, dim=-1)
-        return F.gelu(gate).mul_(hidden)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor):
-        (projected,) = ctx.saved_tensors
-        hidden, gate = projected.chunk(2, dim=-1)
-        through_gate = torch.ops.aten.gelu_backward(gradient * hidden, gate)
-        return torch.cat([F.gelu(gate).mul_(gradient), through_gate], -1)

@@ -13,7 +13,7 @@ import torch
 from conftest import concept_values, tiny_params, write_prepared
 from diffusers import DDPMScheduler
 
-from customdiff import adapter, attention, base, latents, launch, methods, tokens, training
+from customdiff import adapter, attention, base, frozen, latents, launch, methods, tokens, training
 from customdiff.errors import UserError
 from customdiff.files import sha256
 from customdiff.params import Params, Train
@@ -309,6 +309,21 @@ def test_gradient_checkpointing_changes_nothing(tiny_base, tmp_path):
         torch.testing.assert_close(
             adapter.read(recomputed.path / "adapter").weights[name], weight, rtol=1e-4, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_large_image_trains_on_a_lightened_unet(tiny_base, tmp_path, monkeypatch, precision):
+    """It learns what diffusers' layers learn; here for a small image, by another threshold."""
+    lightened = []
+    monkeypatch.setattr(frozen, "lighten", lambda unet, lighten=frozen.lighten: lightened.append(lighten(unet)))
+    params = tiny_params(tiny_base, max_steps=2, mixed_precision=precision)
+    plain = adapter.read(train(params, tmp_path / "a").path / "adapter").weights
+    assert not lightened
+    monkeypatch.setattr(training, "LIGHTEN_FROM", params.prepare.resolution)
+    found = adapter.read(train(params, tmp_path / "b").path / "adapter").weights
+    assert lightened
+    for name, weight in plain.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
 
 
 def test_a_missing_option_package_is_one_line(tiny_base, tmp_path):
