@@ -17,7 +17,7 @@ from PIL import Image
 from customdiff.adapter import fingerprint
 from customdiff.base import weight_hashes
 from customdiff.files import whole_folder
-from customdiff.images import open_rgb
+from customdiff.images import open_rgb, save_all
 from customdiff.params import Params
 
 DRAWN = Path(".drawn")
@@ -48,8 +48,7 @@ def base_images(
     images = draw()
     shutil.rmtree(folder, ignore_errors=True)
     with whole_folder(kept) as out:
-        for number, image in enumerate(images):
-            image.save(out / f"{number:05d}.png")
+        save_all({out / f"{number:05d}.png": image for number, image in enumerate(images)})
     return images
 
 

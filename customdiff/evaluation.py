@@ -14,7 +14,7 @@ from PIL import Image
 from customdiff.clip import Clip
 from customdiff.drawn import base_images
 from customdiff.errors import UserError
-from customdiff.images import SUFFIXES, open_rgb
+from customdiff.images import SUFFIXES, open_rgb, save_all
 from customdiff.metrics import bootstrap_interval, image_alignment, text_alignment, without_token
 from customdiff.params import Concept, Params
 from customdiff.sampling import generate, image_seed
@@ -338,10 +338,11 @@ def write_table(rows: Iterable[Mapping], path: Path) -> None:
 def write_images(pairs: Sequence[Pair], folder: Path) -> None:
     """Write `<folder>/base/<concept>/...png` and `<folder>/customized/<concept>/...png`, under the same names."""
     places: dict[tuple[str, Prompt], int] = {}
+    drawn = {}
     for pair in pairs:
         place = places.setdefault((pair.concept, pair.prompt), len(places) + 1)
         words = re.sub(r"[^a-z0-9]+", "-", pair.prompt.template.lower()).strip("-")[:60]
         for kind in ("base", "customized"):
             path = folder / kind / pair.concept.replace(" ", "-") / f"{place:02d}-{words}-{pair.number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            getattr(pair, kind).save(path)
+            drawn[path] = getattr(pair, kind)
+    save_all(drawn)

@@ -9,8 +9,6 @@ kernels on the same numbers; in a whole UNet features stay in channels_last wher
 them out of it, and sums are then rounded in another order.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -20,18 +18,19 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 
-def lighten(unet: UNet2DConditionModel) -> None:
+def lighten(unet: UNet2DConditionModel, *, transformers: bool = True) -> None:
     """Have the layers of a UNet whose weights are frozen keep less. Parameters and their names stay as they are.
 
     Args:
         unet: changed in place. Layers that train, or that are not of the plain kind, are left alone.
+        transformers: False leaves the layers of transformer blocks, which the compiler lightens in its own way.
     """
     for layer in unet.modules():  # a layer becomes another class of the same attributes: hooks and names stay
         if any(weight.requires_grad for weight in layer.parameters()):
             continue
         if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
             layer.__class__ = FrozenConv2d
-        elif type(layer) is GEGLU:
+        elif type(layer) is GEGLU and transformers:
             layer.__class__ = FrozenGEGLU
         elif type(layer) is ResnetBlock2D and _is_plain(layer):
             layer.__class__ = FrozenResnetBlock2D
@@ -62,11 +61,7 @@ class FrozenGEGLU(GEGLU):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, N, C) to (B, N, D)."""
-        return _ComputedAgain.apply(self.proj(hidden_states), self._gate)
-
-    def _gate(self, projected: Tensor) -> Tensor:
-        hidden, gate = projected.chunk(2, dim=-1)
-        return hidden * F.gelu(gate)
+        return _GatedGelu.apply(self.proj(hidden_states))
 
 
 class FrozenResnetBlock2D(ResnetBlock2D):
@@ -74,26 +69,22 @@ class FrozenResnetBlock2D(ResnetBlock2D):
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
         """Image features (B, C, h, w) and the timestep's embedding (B, T) to (B, D, h, w)."""
-        hidden = self.conv1(_norm_silu(self.norm1, input_tensor))
+        hidden = self.conv1(_NormSilu.apply(input_tensor, self.norm1))
         hidden = hidden.add_(self.time_emb_proj(F.silu(temb))[:, :, None, None])
-        hidden = self.conv2(_norm_silu(self.norm2, hidden))
+        hidden = self.conv2(_NormSilu.apply(hidden, self.norm2))
         skip = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         hidden = hidden.add_(skip)
         return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
 
 
-def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return _ComputedAgain.apply(x, lambda x: F.silu(norm(x)))
-
-
-class _ComputedAgain(torch.autograd.Function):
-    """Keeps the input of a cheap function without trained weights, and computes it again in the backward pass."""
+class _NormSilu(torch.autograd.Function):
+    """Keeps what goes into a norm, and computes the norm again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, norm: nn.GroupNorm) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.function = function
-        return function(x)
+        ctx.norm = norm
+        return F.silu(norm(x), inplace=True)
 
     @staticmethod
     @once_differentiable
@@ -101,8 +92,30 @@ class _ComputedAgain(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            y = ctx.function(x)
-        return torch.autograd.grad(y, x, gradient)[0], None
+            normed = ctx.norm(x)
+        gradient = torch.ops.aten.silu_backward(gradient, normed.detach())
+        return torch.autograd.grad(normed, x, gradient)[0], None
+
+
+class _GatedGelu(torch.autograd.Function):
+    """Keeps what both halves of a gated GELU come from, and computes the GELU again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, projected: Tensor) -> Tensor:
+        ctx.save_for_backward(projected)
+        hidden, gate = projected.chunk(2, dim=-1)
+        return F.gelu(gate).mul_(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        (projected,) = ctx.saved_tensors
+        hidden, gate = projected.chunk(2, dim=-1)
+        result = torch.empty_like(projected)
+        of_hidden, of_gate = result.chunk(2, dim=-1)
+        torch.mul(gradient, F.gelu(gate), out=of_hidden)
+        torch.ops.aten.gelu_backward(gradient * hidden, gate, grad_input=of_gate)
+        return result
 
 
 class _Convolution(torch.autograd.Function):

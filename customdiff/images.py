@@ -5,6 +5,8 @@ Everything that comes from a user's folder, an archive or the web passes through
 
 import io
 import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +144,11 @@ def save(image: Image.Image, stem: Path, *, source: bytes = b"") -> Path:
         path = stem.with_name(f"{stem.name}.png")
         image.save(path, compress_level=4)
     return path
+
+
+def save_all(drawn: Mapping[Path, Image.Image]) -> None:
+    """Write images to their paths, several at a time; folders are made."""
+    for folder in {path.parent for path in drawn}:
+        folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:  # Pillow packs without Python's lock
+        list(pool.map(lambda item: item[1].save(item[0]), drawn.items()))

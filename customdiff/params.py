@@ -205,6 +205,7 @@ class Train(Section):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     allow_tf32: bool = False
     gradient_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile of the transformer blocks: a slow start, then faster steps")
     set_grads_to_none: bool = True
     attention: Literal["sdpa", "xformers"] = Field("sdpa", description="xformers needs the extra of that name")
     checkpointing_steps: int = Field(250, ge=1, description="steps between checkpoints that a killed run resumes from")

@@ -128,15 +128,23 @@ def build_index(pool: Path | str, clip: str, out: Path | str, *, max_megapixels:
             embed += [f"--batch_size={min(32, len(staged))}"]
             _run_tool(command, embed, work)
         with _timed(result, "clip-retrieval index"):
-            index = ["index", "--embeddings_folder=embedded", "--index_folder=indexed"]
-            index += [
-                "--max_index_memory_usage=1G",
-                "--current_memory_available=4G",
-                f"--nb_cores={os.cpu_count() or 1}",
-            ]
-            _run_tool(command, index, work)
+            index_embeddings(command, work)
         _gather(work, folder, pool, staged, result)
     return result
+
+
+def index_embeddings(command: list[str], work: Path) -> None:
+    """Index what `clip-retrieval inference` wrote in `work`/embedded; writes `work`/indexed/image.index.
+
+    Args:
+        command: see `tool`.
+
+    Raises:
+        UserError: clip-retrieval fails.
+    """
+    arguments = ["index", "--embeddings_folder=embedded", "--index_folder=indexed"]
+    arguments += ["--max_index_memory_usage=1G", "--current_memory_available=4G", f"--nb_cores={os.cpu_count() or 1}"]
+    _run_tool(command, arguments, work)
 
 
 def _stage(pool: Path, folder: Path, max_megapixels: float, result: Indexed) -> dict[str, SourceImage]:
@@ -356,7 +364,10 @@ def query_index(
             f"retrieve.index.clip: embeds in {len(query)} dimensions, {index} was made with {embeddings.shape[1]}; "
             "run `dvc repro index-pool`"
         )
-    taken = np.zeros((0, len(query)), np.float32) if exclude is None else exclude.astype(np.float32)
+    size = 0 if exclude is None else len(exclude)
+    taken = np.zeros((max(1024, 2 * size), len(query)), np.float32)  # doubled when full, not copied at every hit
+    if size:
+        taken[:size] = exclude
     seen: set[int] = set()
     count = 0
     while count < len(embeddings):
@@ -372,7 +383,10 @@ def query_index(
             ranks = (1 - caption_weight) * cosines + caption_weight * (captions @ query)
         for place in np.lexsort((fresh, -ranks)):  # equal cosines in the order of the pool
             seen.add(int(fresh[place]))
-            if len(taken) and float((taken @ vectors[place]).max()) >= duplicate_similarity:
+            if size and float((taken[:size] @ vectors[place]).max()) >= duplicate_similarity:
                 continue
-            taken = np.vstack([taken, vectors[place]])
+            if size == len(taken):
+                taken = np.concatenate([taken, np.zeros_like(taken)])
+            taken[size] = vectors[place]
+            size += 1
             yield Hit(int(fresh[place]), float(cosines[place]))

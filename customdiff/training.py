@@ -5,8 +5,10 @@ checkpoint to the same weights, bit for bit on a CPU, as one that was not.
 """
 
 import functools
+import os
 import platform
 import resource
+import shutil
 import statistics
 import sys
 import time
@@ -130,7 +132,7 @@ class Batches:
             latents=clean,
             noise=noise,
             timesteps=timesteps,
-            mask=self.sets[0].mask[chosen[0]].to(self.device, torch.float32, non_blocking=True),
+            mask=self._to_device(self.sets[0].mask[chosen[0]].float()),
             ids=[ids[chosen[0]] for ids in self.ids],
             class_text=self.class_text.rows(self.class_place[chosen[1]]) if len(chosen) > 1 else None,
             time_ids=time_ids,
@@ -143,7 +145,11 @@ class Batches:
         timesteps = torch.randint(0, self.num_timesteps, (size,), generator=generator)[mine]
         clean = latents.sample(mean, std, self.scaling_factor, posterior)
         time_ids = torch.cat([prepared.framing[index], self.target_size.expand(len(index), 2)], 1).float()
-        return [x.to(self.device, non_blocking=True) for x in (clean, noise, timesteps, time_ids)]
+        return [self._to_device(x) for x in (clean, noise, timesteps, time_ids)]
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        """A tensor on the device; to a GPU out of pinned memory, so that the loop goes on while it is copied."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def _moments(self, prepared: PreparedSet, index: list[int]) -> tuple[Tensor, Tensor]:
         if prepared.pixels is None:
@@ -410,7 +416,9 @@ def _learner(params, sets, pipe, vae, scaling_factor, trained: Trained, accelera
     # for a UNet without dropout; the encoders need it for gradient checkpointing.
     pipe.unet.train(pipe.unet.config.dropout > 0)
     if params.prepare.resolution >= LIGHTEN_FROM:
-        frozen.lighten(pipe.unet)
+        frozen.lighten(pipe.unet, transformers=not train.compile)
+    if train.compile:
+        _compile(pipe.unet)
     denoiser, optimizer = accelerator.prepare(Denoiser(pipe.unet, encoders), optimizer)
     return Learner(
         pipe=pipe,
@@ -423,6 +431,13 @@ def _learner(params, sets, pipe, vae, scaling_factor, trained: Trained, accelera
         train=train,
         accelerator=accelerator,
     )
+
+
+def _compile(unet: nn.Module) -> None:
+    """Have the transformer blocks compiled: they are many and alike, so one of each size is compiled for all."""
+    if unet.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "cl"))):
+        raise UserError("train.compile: needs a C++ compiler on a CPU; install g++, or set it to false")
+    unet.compile_repeated_blocks(fullgraph=True)
 
 
 def peak_memory_mb() -> float:

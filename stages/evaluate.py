@@ -5,10 +5,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from customdiff import adapter, base, evaluation, report, sampling, tracking
 from customdiff import params as params_file
-from customdiff.clip import Clip
-from customdiff.drawn import DRAWN
 from customdiff.errors import one_line_errors
 from customdiff.files import whole_folder
 
@@ -18,6 +15,12 @@ ADAPTER, TRAINING, RESULTS = Path("models/adapter"), Path("results/train"), Path
 def main() -> None:
     params = params_file.load()
     settings = params.evaluate
+
+    # seconds that a mistake in params.yaml need not wait for
+    from customdiff import adapter, base, evaluation, report, sampling, tracking
+    from customdiff.clip import Clip
+    from customdiff.drawn import DRAWN
+
     card = adapter.read_card(ADAPTER)
     evaluation.check_card(card, params)
     prompts = evaluation.all_prompts(params)

@@ -3,10 +3,6 @@
 import sys
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKL
-
-from customdiff import base, latents, preparation
 from customdiff import params as params_file
 from customdiff.errors import one_line_errors
 from customdiff.files import whole_folder
@@ -15,6 +11,12 @@ from customdiff.files import whole_folder
 def main(name: str) -> None:
     params = params_file.load()
     concept = params_file.concept(params, name)
+
+    import torch  # seconds that a mistake in params.yaml need not wait for
+    from diffusers import AutoencoderKL
+
+    from customdiff import base, latents, preparation
+
     device = base.device(params.base.device)
     vae = base.load_part(params.base, "vae", AutoencoderKL, device=device).to(memory_format=torch.channels_last)
     instances = preparation.instance_examples(Path("data/instances", name), concept, params.prepare, device)

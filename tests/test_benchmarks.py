@@ -3,14 +3,16 @@
 from collections import Counter
 from types import SimpleNamespace
 
+import faiss
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_params, write_prepared
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import against_reference, models, profile_step, project, side
+from benchmarks import against_reference, models, profile_step, project, scale, side
 from benchmarks.configs import Config, config
-from customdiff import base, training
+from customdiff import base, pool, training
 from customdiff.errors import UserError
 from customdiff.tracking import Tracker
 
@@ -188,3 +190,40 @@ def test_a_missing_package_is_named_with_the_mend(tmp_path):
 def test_an_unknown_configuration_is_refused():
     with pytest.raises(UserError, match="'huge' is not known; use one of embedded, quarter-256"):
         config("huge")
+
+
+def test_the_synthetic_index_is_read_as_the_pools_own(tmp_path):
+    scale._synthetic(tmp_path, 50)
+    vectors = np.load(tmp_path / "embeddings.npy").astype(np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
+    index = faiss.IndexFlatIP(scale.WIDTH)
+    index.add(vectors)
+    faiss.write_index(index, str(tmp_path / "image.index"))
+    hits = list(pool.query_index(tmp_path, vectors[7] / np.linalg.norm(vectors[7]), duplicate_similarity=2.0))
+    assert hits[0].row == 7
+    assert len(hits) == 50
+
+
+def test_a_stage_that_fails_says_why(tmp_path):
+    with pytest.raises(UserError, match=r"prepare failed: .*params\.yaml"):
+        scale.stage(tmp_path, "prepare", "cat")
+
+
+def test_a_trainings_own_notes_by_hand(tmp_path, monkeypatch):
+    """Two images a second in batches of four are two seconds a step; the first quarter, the start, is left out."""
+    monkeypatch.setattr(scale, "stage", lambda *_, **__: scale.Cost(30.0, 0.0))
+    (tmp_path / "results/train").mkdir(parents=True)
+    (tmp_path / "results/train/metrics.json").write_text('{"peak_memory_mb": 900, "seconds": 18, "steps": 8}')
+    rows = [f"{number},1.5,{speed}" for number, speed in enumerate([0.1, 0.1, 2, 2, 2, 2, 2, 2], 1)]
+    (tmp_path / "results/train/steps.csv").write_text("\n".join(["step,loss,images_per_second", *rows]))
+    assert scale.train(tmp_path) == scale.Trained(2.0, 900, 12.0, [1.5] * 8)
+
+
+def test_a_table_is_markdown(capsys):
+    scale.table(["px", "s a step"], [[256, 1.2345], [512, 12345.6]])
+    assert capsys.readouterr().out.splitlines() == [
+        "| px | s a step |",
+        "| --- | --- |",
+        "| 256 | 1.23 |",
+        "| 512 | 12346 |",
+    ]

@@ -182,6 +182,17 @@ def test_a_query_gives_what_brute_force_gives(tmp_path, first):
         assert np.allclose([hit.similarity for hit in hits], [exact[hit.row] @ query for hit in hits], atol=1e-3)
 
 
+def test_more_hits_than_there_was_room_for_at_first(tmp_path):
+    """Of 2500 vectors the last 500 are the first again, and three are excluded."""
+    random = np.random.default_rng(6)
+    vectors = unit(unit(random.normal(size=(2000, 64))).astype(np.float16).astype(np.float64))
+    vectors = np.vstack([vectors, vectors[:500]])
+    write_index(tmp_path / "index", vectors, [""] * 2500)
+    query = unit(random.normal(size=64))
+    hits = list(pool.query_index(tmp_path / "index", query, duplicate_similarity=0.99, exclude=vectors[600:603]))
+    assert sorted(hit.row % 2000 for hit in hits) == [row for row in range(2000) if row not in (600, 601, 602)]
+
+
 def test_captions_take_their_share_in_the_ranking(tmp_path):
     random = np.random.default_rng(5)
     vectors, captions = (unit(unit(random.normal(size=(50, 16))).astype(np.float16)) for _ in range(2))

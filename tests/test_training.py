@@ -326,6 +326,29 @@ def test_a_large_image_trains_on_a_lightened_unet(tiny_base, tmp_path, monkeypat
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
 
 
+def test_compiling_needs_a_compiler(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"train\.compile: needs a C\+\+ compiler"):
+        train(tiny_params(tiny_base, max_steps=1, compile=True), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_compiled_blocks_learn_the_same(tiny_base, tmp_path, monkeypatch):
+    """With what is not compiled lightened, too; and a run that was killed ends with the same bits."""
+    monkeypatch.setattr(training, "LIGHTEN_FROM", 8)
+    plain = train(tiny_params(tiny_base, max_steps=2), tmp_path / "a")
+    params = tiny_params(tiny_base, max_steps=2, compile=True, checkpointing_steps=1)
+    compiled = train(params, tmp_path / "b")
+    for name, weight in adapter.read(plain.path / "adapter").weights.items():
+        torch.testing.assert_close(adapter.read(compiled.path / "adapter").weights[name], weight, rtol=1e-4, atol=1e-6)
+    whole = learned(compiled)
+    (compiled.path / "complete").unlink()
+    shutil.rmtree(compiled.path / "adapter")
+    shutil.rmtree(compiled.path / "step-000002")
+    assert learned(train(params, tmp_path / "b")) == whole
+
+
 def test_a_missing_option_package_is_one_line(tiny_base, tmp_path):
     with pytest.raises(UserError, match=r"train\.optimizer: adamw_8bit needs bitsandbytes"):
         train(tiny_params(tiny_base, optimizer="adamw_8bit"), tmp_path)

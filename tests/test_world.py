@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from world.catalogue import CONCEPTS, CURRICULUM, DRAWINGS, SUBJECTS, article, plural
+from world.catalogue import COLOURS, CONCEPTS, CURRICULUM, DRAWINGS, SUBJECTS, article, plural, singular
 from world.exhibits import SHOTS, photograph, tar_entry
 from world.loop import fit, lr_share
 from world.muon import orthogonalised
@@ -23,7 +23,10 @@ from world.scenes import (
     compose,
     curriculum_distribution,
     is_held_out,
+    painted_colour,
 )
+from world.sprites import painted
+from world.train_clip import with_more_individuals
 from world.train_unet import PHASES, build, draw_timesteps, folder_of, importance, last_checkpoint, scheduler
 
 DATA = Path(__file__).parent.parent / "data"
@@ -345,3 +348,35 @@ def test_what_ships_is_small():
     parts = ("base", "clip", "judge", "pool", "concepts", "kept-aside")
     size = sum(f.stat().st_size for part in parts for f in (DATA / part).rglob("*") if f.is_file())
     assert size < 32 * 2**20
+
+
+def test_the_judge_sees_every_subject_in_every_colour_and_reads_which(sprites):
+    more = with_more_individuals(sprites, hues=[90], copies=12)
+    for styles in more.pictures.values():
+        for found in styles.values():
+            names = [name.rpartition("@")[2] for name, _ in found]
+            assert [names.count(name) for name in (*COLOURS, "90")] == [1] * 12
+            assert sum(name.endswith("one") for name in names) == 12
+    scenes = [compose(more, whole_world(pairs=0), "judge", index) for index in range(300)]
+    said = [scene for scene in scenes if painted_colour(scene.sprites[0])]
+    named = [
+        scene
+        for scene in said
+        if f"{painted_colour(scene.sprites[0])} {scene.subjects[0]}" in scene.caption
+        or f"{painted_colour(scene.sprites[0])} {plural(scene.subjects[0])}" in scene.caption
+    ]
+    assert 0.4 < len(named) / len(said) < 0.8
+    assert singular("cat", painted_colour("3d render-one@orange")) == "an orange cat"
+    assert singular("grapes", "red") == "red grapes"
+    assert painted_colour("3d render-1fad6@45") == painted_colour("emoji-one") == ""
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_painted_picture_is_of_that_colour_where_it_is_neither_light_nor_dark(colour):
+    ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (64, 1))
+    picture = Image.fromarray(np.dstack([ramp, ramp[:, ::-1], ramp, np.full((64, 64), 255, np.uint8)]))
+    found = np.asarray(painted(picture, colour))
+    grey = np.asarray(picture.convert("RGB").convert("L")).astype(int)
+    middle = np.unravel_index(np.abs(grey - (grey.min() + grey.max()) / 2).argmin(), grey.shape)
+    np.testing.assert_allclose(found[middle][:3], COLOURS[colour], atol=12)
+    assert (found[..., 3] == 255).all()

@@ -7,9 +7,10 @@ import argparse
 import shutil
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from world.catalogue import CLIPART, CONCEPTS, DRAWINGS, SUBJECTS
+from world.catalogue import CLIPART, COLOURS, CONCEPTS, DRAWINGS, SUBJECTS
 
 SIDE = 96
 CONCEPT_SIDE = 320
@@ -19,7 +20,7 @@ NOTO_SIZE = 109  # the only size that the bitmap font holds
 def trimmed(picture: Image.Image, side: int) -> Image.Image:
     """RGBA, cut to what is not transparent, then scaled so that its longer side is `side`."""
     picture = picture.convert("RGBA")
-    box = picture.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
+    box = opaque(picture).getbbox()
     if box is None:
         raise ValueError("the picture is wholly transparent")
     picture = picture.crop(box)
@@ -37,6 +38,20 @@ def turned(picture: Image.Image, degrees: float) -> Image.Image:
     other = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
     other.putalpha(picture.getchannel("A"))
     return other
+
+
+def painted(picture: Image.Image, colour: str) -> Image.Image:
+    """The picture in shades of one of the catalogue's colours: another individual of the same shape."""
+    dark, light = ((np.array(COLOURS[colour]) * (1 - share) + to * share) for share, to in ((0.65, 0), (0.65, 255)))
+    grey = ImageOps.autocontrast(picture.convert("RGB").convert("L"), cutoff=2, mask=opaque(picture))
+    other = ImageOps.colorize(grey, tuple(dark.astype(int)), tuple(light.astype(int)), COLOURS[colour])
+    other.putalpha(picture.getchannel("A"))
+    return other
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    """Where an RGBA picture is not transparent: a mask of 1 bit."""
+    return picture.getchannel("A").point(lambda alpha: 255 * (alpha > 8), "1")
 
 
 def fluent(sources: Path, code: str) -> Image.Image:

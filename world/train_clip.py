@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from world.catalogue import COLOURS
 from world.loop import fit, load_params
 from world.scenes import (
     BACKGROUNDS,
@@ -22,7 +24,7 @@ from world.scenes import (
     to_tensor,
     world_distribution,
 )
-from world.sprites import turned
+from world.sprites import painted, turned
 
 
 def build(params: dict, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -119,22 +121,37 @@ def few_backgrounds(of: Distribution, step: int, count: int) -> Distribution:
     return replace(of, backgrounds=tuple(BACKGROUNDS[i] for i in rng.choice(len(BACKGROUNDS), count, replace=False)))
 
 
-def in_other_hues(sprites: Sprites, hues: dict[str, list[int]]) -> Sprites:
-    """The pack with further individuals: pictures of the subjects in `hues` with their hue turned by those degrees.
+def with_more_individuals(sprites: Sprites, hues: list[int], copies: int) -> Sprites:
+    """The pack with further individuals of every subject: painted in each colour, and with their hue turned.
 
-    A judge that has seen cats of one colour alone takes the colour for the class, and would count a well-learned cat
-    of another colour as a failure.
+    Stretched, and mirrored half of the time, too. A judge that has seen one picture of each subject takes its colour
+    for the class, and would count a well-learned cat of another colour as a failure. What was painted is named in
+    captions ("a purple cat"), so that colours are told apart as well.
+
+    Args:
+        hues: degrees.
+        copies: how often a picture as it is stands among its changed ones; shapes its share.
     """
-    pictures = {
-        subject: {style: list(found) for style, found in styles.items()} for subject, styles in sprites.pictures.items()
-    }
-    for subject, degrees in hues.items():
-        for style, found in sprites.pictures[subject].items():
+    rng = np.random.default_rng(0)
+    pictures: dict[str, dict[str, list[tuple[str, Image.Image]]]] = {}
+    for subject, styles in sprites.pictures.items():
+        for style, found in styles.items():
+            all_of_them = pictures.setdefault(subject, {}).setdefault(style, [])
             for name, picture in found:
-                if "@" not in name:
-                    whole = picture.convert("RGBA")
-                    pictures[subject][style] += [(f"{name}@{d}", turned(whole, d).convert("RGBa")) for d in degrees]
+                whole = picture.convert("RGBA")
+                changed = [(f"{name}@{colour}", painted(whole, colour)) for colour in COLOURS]
+                changed += [(f"{name}@{degrees}", turned(whole, degrees)) for degrees in hues]
+                all_of_them += copies * [(name, picture)]
+                all_of_them += [(name, reshaped(other, rng).convert("RGBa")) for name, other in changed]
     return Sprites(pictures)
+
+
+def reshaped(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The picture stretched by up to a quarter one way or the other, half of the time mirrored."""
+    stretch = np.exp(rng.uniform(-0.25, 0.25))
+    size = (max(2, round(picture.width * stretch)), max(2, round(picture.height / stretch)))
+    other = picture.convert("RGBa").resize(size, Image.Resampling.LANCZOS)
+    return other.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else other
 
 
 def main() -> None:
@@ -153,7 +170,9 @@ def main() -> None:
     params = load_params(arguments.name)
     torch.manual_seed(params["seed"])
     tokenizer = CLIPTokenizer.from_pretrained(arguments.work / "tokenizer")
-    sprites = in_other_hues(Sprites.load(arguments.work / "sprites"), params.get("hues", {}))
+    sprites = Sprites.load(arguments.work / "sprites")
+    if more := params.get("more_individuals"):
+        sprites = with_more_individuals(sprites, **more)
     of = world_distribution(sprites)
     learner = Learner(build(params, tokenizer), of.subjects).to(arguments.device)
     if arguments.freeze_text:
