@@ -51,11 +51,16 @@ class Trained(NamedTuple):
     losses: list[float]
 
 
-def table(names: list[str], rows: list[list]) -> None:
-    """Print a Markdown table; numbers with three significant digits."""
-    print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")
-    for row in rows:
-        print(f"| {' | '.join(f'{x:.3g}' if isinstance(x, float) and x < 1000 else f'{x:.0f}' for x in row)} |")
+class Table:
+    """A Markdown table, printed as it grows; numbers below 1000 with three significant digits."""
+
+    def __init__(self, *names: str) -> None:
+        print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}", flush=True)
+
+    def add(self, *values: float) -> None:
+        """Print a row."""
+        texts = [f"{x:.3g}" if isinstance(x, float) and x < 1000 else f"{x:.0f}" for x in values]
+        print(f"| {' | '.join(texts)} |", flush=True)
 
 
 def stage(folder: Path, name: str, *arguments: str, machine: Machine = MACHINE) -> Cost:
@@ -132,13 +137,12 @@ def concepts(counts: Annotated[list[int], typer.Argument()] = (1, 2, 4, 8), step
     change(one, concepts={name: concept | {"modifier_token": f"<new{number}>"} for number, name in enumerate(names, 1)})
     everything = yaml.safe_load((one.ours / "params.yaml").read_text(encoding="utf-8"))["concepts"]
     prepared = [stage(one.ours, "prepare", name).seconds for name in names]
-    rows = []
+    rows = Table("concepts", "prepare, s", "start of train, s", "s a step", "peak, MB", "adapter, MB")
     for count in counts:
         change(one, concepts=dict(itertools.islice(everything.items(), count)))
         found = train(one.ours)
         size = sum(path.stat().st_size for path in (one.ours / "models/adapter").glob("*.safetensors")) / 1e6
-        rows.append([count, sum(prepared[:count]), found.start_seconds, found.seconds_a_step, found.peak_mb, size])
-    table(["concepts", "prepare, s", "start of train, s", "s a step", "peak, MB", "adapter, MB"], rows)
+        rows.add(count, sum(prepared[:count]), found.start_seconds, found.seconds_a_step, found.peak_mb, size)
 
 
 @app.command("class-images")
@@ -146,7 +150,10 @@ def class_images(
     counts: Annotated[list[int], typer.Argument()] = (200, 1000, 5000), steps: int = 40, work: WORK = None
 ) -> None:
     """Class images of 64 px, all their captions different."""
-    rows, folder = [], in_folder(work)
+    folder = in_folder(work)
+    rows = Table(
+        "class images", "prepare, s", "its peak, MB", "prepared set, MB", "start of train, s", "s a step", "peak, MB"
+    )
     for count in counts:
         one = made(folder, "embedded", steps)
         classes = one.ours / "data/classes" / CLASS
@@ -158,11 +165,7 @@ def class_images(
         prepared = stage(one.ours, "prepare", CLASS)
         found = train(one.ours)
         size = sum(path.stat().st_size for path in (one.ours / "data/prepared").rglob("*")) / 1e6
-        rows.append([count, *prepared, size, found.start_seconds, found.seconds_a_step, found.peak_mb])
-    table(
-        ["class images", "prepare, s", "its peak, MB", "prepared set, MB", "start of train, s", "s a step", "peak, MB"],
-        rows,
-    )
+        rows.add(count, *prepared, size, found.start_seconds, found.seconds_a_step, found.peak_mb)
 
 
 @app.command()
@@ -171,7 +174,7 @@ def prompts(counts: Annotated[list[int], typer.Argument()] = (10, 40, 160), work
     one = made(in_folder(work), "embedded", 10)
     stage(one.ours, "prepare", CLASS)
     train(one.ours)
-    rows = []
+    rows = Table("prompts", "evaluate, s", "peak, MB", "again, the base's pictures kept, s")
     for count in counts:
         lines = "".join(f"a photo of a {{}} number {number}\n" for number in range(count))
         (one.ours / "prompts").mkdir(exist_ok=True)
@@ -180,8 +183,7 @@ def prompts(counts: Annotated[list[int], typer.Argument()] = (10, 40, 160), work
         change(one, evaluate=settings)
         shutil.rmtree(one.ours / ".drawn", ignore_errors=True)
         first, again = (stage(one.ours, "evaluate") for _ in range(2))
-        rows.append([count, *first, again.seconds])
-    table(["prompts", "evaluate, s", "peak, MB", "again, the base's pictures kept, s"], rows)
+        rows.add(count, *first, again.seconds)
 
 
 @app.command()
@@ -189,14 +191,14 @@ def resolution(
     sides: Annotated[list[int], typer.Argument()] = (128, 256, 512), steps: int = 10, work: WORK = None
 ) -> None:
     """Image side in pixels, on Stable Diffusion's shape at a quarter of its width; 20 views and 20 class images."""
-    rows, folder = [], in_folder(work)
+    folder = in_folder(work)
+    rows = Table("px", "prepare, s", "its peak, MB", "s a step", "peak, MB")
     for side in sides:
         one = made(folder, "quarter-256", steps, resolution=side, class_images=20)
         change(one, prepare={"resolution": side, "views": 4}, tracking={"log_every": 1})
         prepared = stage(one.ours, "prepare", CLASS)
         found = train(one.ours)
-        rows.append([side, prepared.seconds, prepared.peak_mb, found.seconds_a_step, found.peak_mb])
-    table(["px", "prepare, s", "its peak, MB", "s a step", "peak, MB"], rows)
+        rows.add(side, prepared.seconds, prepared.peak_mb, found.seconds_a_step, found.peak_mb)
 
 
 @app.command()
@@ -205,21 +207,21 @@ def processes(counts: Annotated[list[int], typer.Argument()] = (1, 2), steps: in
     one = made(in_folder(work), "quarter-256", steps, class_images=20)
     change(one, prepare={"views": 4}, tracking={"log_every": 5})
     stage(one.ours, "prepare", CLASS)
-    rows, losses = [], []
+    losses = []
+    rows = Table("processes", "threads each", "s a step", "peak of one, MB", "losses apart, relative")
     for count in counts:
         change(one, train={"batch_size": 2 // count, "launch": {"num_processes": count}})
         found = train(one.ours, replace(MACHINE, threads=max(1, THREADS // count)))
         losses.append(np.array(found.losses))
         apart = float(np.abs(losses[-1] / losses[0] - 1).max())
-        rows.append([count, MACHINE.threads // count, found.seconds_a_step, found.peak_mb, apart])
-    table(["processes", "threads each", "s a step", "peak of one, MB", "losses apart, relative"], rows)
+        rows.add(count, MACHINE.threads // count, found.seconds_a_step, found.peak_mb, apart)
 
 
 @app.command()
 def index(sizes: Annotated[list[int], typer.Argument()] = (1_000, 10_000, 100_000, 1_000_000), hits: int = 200) -> None:
     """The pool's index, by clip-retrieval, over random unit vectors of 512 numbers; a query for `hits` images."""
     command = pool.tool(ROOT)
-    rows = []
+    rows = Table("images", "index, s", "its size, MB", f"query of {hits}, s", "recall of them")
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="customdiff-scale-") as name:
             folder = Path(name)
@@ -235,8 +237,7 @@ def index(sizes: Annotated[list[int], typer.Argument()] = (1_000, 10_000, 100_00
             asked = time.perf_counter() - started
             best = np.load(folder / "embeddings.npy", mmap_mode="r") @ query.astype(np.float16)
             recall = len({hit.row for hit in found} & set(np.argsort(-best)[:hits].tolist())) / hits
-            rows.append([size, built, (folder / "image.index").stat().st_size / 1e6, asked, recall])
-    table(["images", "index, s", "its size, MB", f"query of {hits}, s", "recall of them"], rows)
+            rows.add(size, built, (folder / "image.index").stat().st_size / 1e6, asked, recall)
 
 
 def _synthetic(folder: Path, size: int) -> None:

@@ -220,7 +220,9 @@ def test_a_trainings_own_notes_by_hand(tmp_path, monkeypatch):
 
 
 def test_a_table_is_markdown(capsys):
-    scale.table(["px", "s a step"], [[256, 1.2345], [512, 12345.6]])
+    table = scale.Table("px", "s a step")
+    table.add(256, 1.2345)
+    table.add(512, 12345.6)
     assert capsys.readouterr().out.splitlines() == [
         "| px | s a step |",
         "| --- | --- |",

@@ -223,10 +223,9 @@ def plural(name: str) -> str:
     return name + "s"
 
 
-def singular(name: str, adjective: str = "") -> str:
-    """How one of it is spoken of: "an apple", "a red apple"; grapes have no article."""
-    words = f"{adjective} {name}".strip()
-    return words if PLURALS.get(name) == name == "grapes" else article(words)
+def singular(name: str) -> str:
+    """How one of it is spoken of: grapes have no article."""
+    return name if PLURALS.get(name) == name == "grapes" else article(name)
 
 
 def background_phrase(background: str) -> str:

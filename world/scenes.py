@@ -122,12 +122,6 @@ class Sprites:
         return found[rng.integers(len(found))]
 
 
-def painted_colour(name: str) -> str:
-    """The colour that a sprite was painted in, by its name; "" where it has its own."""
-    colour = name.rpartition("@")[2]
-    return colour if colour in COLOURS else ""
-
-
 def pasted(canvas: np.ndarray, sprite: Image.Image, longer: float, centre: tuple[float, float]) -> None:
     """Paste a premultiplied sprite into `canvas` (H, W, 3) in place; `longer` and `centre` (x, y) in its pixels."""
     scale = longer / max(sprite.size)
@@ -159,31 +153,21 @@ def place_phrase(rng: np.random.Generator, background: str) -> str:
 
 
 def caption_of(
-    rng: np.random.Generator,
-    subjects: tuple[str, ...],
-    count: int,
-    style: str | None,
-    background: str,
-    size: str,
-    colour: str = "",
+    rng: np.random.Generator, subjects: tuple[str, ...], count: int, style: str | None, background: str, size: str
 ) -> str:
-    """A caption in one of the wordings; among them those of Custom Diffusion's augmentation.
-
-    Args:
-        colour: said of the subject where there is one alone; "" says none.
-    """
+    """A caption in one of the wordings; among them those of Custom Diffusion's augmentation."""
     if len(subjects) == 2:
         thing = f"{singular(subjects[0])} {choice(rng, ('next to', 'and'))} {singular(subjects[1])}"
     elif count > 1:
-        thing = " ".join(filter(None, (("two", "three")[count - 2], colour, plural(subjects[0]))))
+        thing = f"{('two', 'three')[count - 2]} {plural(subjects[0])}"
     else:
-        thing = singular(subjects[0], colour)
+        thing = singular(subjects[0])
     kinds = ("photo", "photo", "picture")
     kind = style if style and rng.random() < 0.45 else choice(rng, (None, *kinds))
     place = place_phrase(rng, background)
     if size == "very small":
         if kind is None:
-            small = " ".join(filter(None, ("a very small", colour, subjects[0])))
+            small = f"a very small {subjects[0]}"
             return choice(rng, (f"{small}{place}", f"{thing} far away{place}"))
         return choice(rng, ("very small ", "a far away ")) + f"{kind} of {thing}{place}"
     if size == "close up":
@@ -247,10 +231,7 @@ def compose(
             pasted(canvas, sprite, longer, (x + rng.uniform(-2, 2), SIDE / 2 + rng.uniform(-7, 7)))
             used.append(name)
     image = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
-    colour = painted_colour(used[0]) if len(subjects) == 1 else ""
-    if colour and rng.random() < 0.4:
-        colour = ""
-    caption = caption_of(rng, subjects, count, style, background, size, colour)
+    caption = caption_of(rng, subjects, count, style, background, size)
     return Scene(image, caption, subjects, background, size, count, style, tuple(used))
 
 

@@ -7,10 +7,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from world.catalogue import CLIPART, COLOURS, CONCEPTS, DRAWINGS, SUBJECTS
+from world.catalogue import CLIPART, CONCEPTS, DRAWINGS, SUBJECTS
 
 SIDE = 96
 CONCEPT_SIDE = 320
@@ -20,7 +19,7 @@ NOTO_SIZE = 109  # the only size that the bitmap font holds
 def trimmed(picture: Image.Image, side: int) -> Image.Image:
     """RGBA, cut to what is not transparent, then scaled so that its longer side is `side`."""
     picture = picture.convert("RGBA")
-    box = opaque(picture).getbbox()
+    box = picture.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
     if box is None:
         raise ValueError("the picture is wholly transparent")
     picture = picture.crop(box)
@@ -40,18 +39,22 @@ def turned(picture: Image.Image, degrees: float) -> Image.Image:
     return other
 
 
-def painted(picture: Image.Image, colour: str) -> Image.Image:
-    """The picture in shades of one of the catalogue's colours: another individual of the same shape."""
-    dark, light = ((np.array(COLOURS[colour]) * (1 - share) + to * share) for share, to in ((0.65, 0), (0.65, 255)))
-    grey = ImageOps.autocontrast(picture.convert("RGB").convert("L"), cutoff=2, mask=opaque(picture))
-    other = ImageOps.colorize(grey, tuple(dark.astype(int)), tuple(light.astype(int)), COLOURS[colour])
+TONES = {"white": (0.1, 0.2, 0.8), "grey": (0.0, 0.8, 0.05), "dark": (0.5, 0.35, 0.0)}
+
+
+def toned(picture: Image.Image, tone: str) -> Image.Image:
+    """The picture in white, grey or dark, its shades kept: another individual of the same shape.
+
+    Args:
+        tone: names in `TONES` what the saturation is multiplied by, and the value multiplied by and raised by.
+    """
+    saturation_by, value_by, value_from = TONES[tone]
+    hue, saturation, value = picture.convert("RGB").convert("HSV").split()
+    saturation = saturation.point(lambda s: round(s * saturation_by))
+    value = value.point(lambda v: round(v * value_by + 255 * value_from))
+    other = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
     other.putalpha(picture.getchannel("A"))
     return other
-
-
-def opaque(picture: Image.Image) -> Image.Image:
-    """Where an RGBA picture is not transparent: a mask of 1 bit."""
-    return picture.getchannel("A").point(lambda alpha: 255 * (alpha > 8), "1")
 
 
 def fluent(sources: Path, code: str) -> Image.Image:

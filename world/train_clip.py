@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from world.catalogue import COLOURS
 from world.loop import fit, load_params
 from world.scenes import (
     BACKGROUNDS,
@@ -24,7 +22,7 @@ from world.scenes import (
     to_tensor,
     world_distribution,
 )
-from world.sprites import painted, turned
+from world.sprites import toned, turned
 
 
 def build(params: dict, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -121,37 +119,27 @@ def few_backgrounds(of: Distribution, step: int, count: int) -> Distribution:
     return replace(of, backgrounds=tuple(BACKGROUNDS[i] for i in rng.choice(len(BACKGROUNDS), count, replace=False)))
 
 
-def with_more_individuals(sprites: Sprites, hues: list[int], copies: int) -> Sprites:
-    """The pack with further individuals of every subject: painted in each colour, and with their hue turned.
+def with_more_individuals(sprites: Sprites, colours: dict[str, list[int | str]]) -> Sprites:
+    """The pack with further individuals: pictures of the subjects in `colours`, their hue turned or their tone changed.
 
-    Stretched, and mirrored half of the time, too. A judge that has seen one picture of each subject takes its colour
-    for the class, and would count a well-learned cat of another colour as a failure. What was painted is named in
-    captions ("a purple cat"), so that colours are told apart as well.
+    A judge that has seen cats of one colour alone takes the colour for the class, and would count a well-learned cat
+    of another colour as a failure.
 
     Args:
-        hues: degrees.
-        copies: how often a picture as it is stands among its changed ones; shapes its share.
+        colours: for each subject degrees of hue, for individuals that were not turned yet, or names in `sprites.TONES`.
     """
-    rng = np.random.default_rng(0)
-    pictures: dict[str, dict[str, list[tuple[str, Image.Image]]]] = {}
-    for subject, styles in sprites.pictures.items():
-        for style, found in styles.items():
-            all_of_them = pictures.setdefault(subject, {}).setdefault(style, [])
+    pictures = {
+        subject: {style: list(found) for style, found in styles.items()} for subject, styles in sprites.pictures.items()
+    }
+    for subject, changes in colours.items():
+        for style, found in sprites.pictures[subject].items():
             for name, picture in found:
                 whole = picture.convert("RGBA")
-                changed = [(f"{name}@{colour}", painted(whole, colour)) for colour in COLOURS]
-                changed += [(f"{name}@{degrees}", turned(whole, degrees)) for degrees in hues]
-                all_of_them += copies * [(name, picture)]
-                all_of_them += [(name, reshaped(other, rng).convert("RGBa")) for name, other in changed]
+                for change in changes:
+                    if isinstance(change, str) or "@" not in name:
+                        other = toned(whole, change) if isinstance(change, str) else turned(whole, change)
+                        pictures[subject][style].append((f"{name}@{change}", other.convert("RGBa")))
     return Sprites(pictures)
-
-
-def reshaped(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The picture stretched by up to a quarter one way or the other, half of the time mirrored."""
-    stretch = np.exp(rng.uniform(-0.25, 0.25))
-    size = (max(2, round(picture.width * stretch)), max(2, round(picture.height / stretch)))
-    other = picture.convert("RGBa").resize(size, Image.Resampling.LANCZOS)
-    return other.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else other
 
 
 def main() -> None:
@@ -170,9 +158,7 @@ def main() -> None:
     params = load_params(arguments.name)
     torch.manual_seed(params["seed"])
     tokenizer = CLIPTokenizer.from_pretrained(arguments.work / "tokenizer")
-    sprites = Sprites.load(arguments.work / "sprites")
-    if more := params.get("more_individuals"):
-        sprites = with_more_individuals(sprites, **more)
+    sprites = with_more_individuals(Sprites.load(arguments.work / "sprites"), params.get("colours", {}))
     of = world_distribution(sprites)
     learner = Learner(build(params, tokenizer), of.subjects).to(arguments.device)
     if arguments.freeze_text:
