@@ -169,10 +169,15 @@ class Text(NamedTuple):
         """The captions at `index` (M,)."""
         return Text(*(None if part is None else part[index] for part in self))
 
-    def followed_by(self, other: "Text") -> "Text":
-        """These captions, then `other`, in the dtype of these."""
-        pairs = zip(self, other, strict=True)
-        return Text(*(None if one is None else torch.cat([one, two.to(one.dtype)]) for one, two in pairs))
+    def followed_by(self, *others: "Text") -> "Text":
+        """These captions, then those of `others`, in the dtype of these."""
+        columns = zip(self, *others, strict=True)
+        return Text(
+            *(
+                None if one is None else torch.cat([one, *(other.to(one.dtype) for other in rest)])
+                for one, *rest in columns
+            )
+        )
 
 
 def token_ids(pipe: DiffusionPipeline, captions: list[str]) -> list[torch.Tensor]:

@@ -4,7 +4,6 @@ Everything random in step n follows from (base.seed, n) alone. A run that was ki
 checkpoint to the same weights, bit for bit on a CPU, as one that was not.
 """
 
-import functools
 import os
 import platform
 import resource
@@ -111,8 +110,8 @@ class Batches:
             # Class captions hold no modifier token, so their states are the same at every step.
             unique = sorted(set(sets[1].captions))
             with torch.no_grad():  # a few at a time, for what is freed again still counts in the peak of memory
-                parts = [base.text_of(pipe, unique[at : at + 16]) for at in range(0, len(unique), 16)]
-            self.class_text = functools.reduce(Text.followed_by, parts)
+                first, *others = (base.text_of(pipe, unique[at : at + 16]) for at in range(0, len(unique), 16))
+            self.class_text = first.followed_by(*others)
             places = {caption: place for place, caption in enumerate(unique)}
             self.class_place = torch.tensor([places[caption] for caption in sets[1].captions])
 
