@@ -90,11 +90,16 @@ class _NormSilu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            normed = ctx.norm(x)
-        gradient = torch.ops.aten.silu_backward(gradient, normed.detach())
-        return torch.autograd.grad(normed, x, gradient)[0], None
+        form = torch.contiguous_format  # as group norm itself takes its input: channels_last on a CPU alone
+        if x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
+            form = torch.channels_last
+        x, norm = x.contiguous(memory_format=form), ctx.norm
+        shape = (x.shape[0], x.shape[1], x[0, 0].numel(), norm.num_groups)
+        normed, mean, deviation = torch.native_group_norm(x, norm.weight, norm.bias, *shape, norm.eps)
+        gradient = torch.ops.aten.silu_backward(gradient, normed).contiguous(memory_format=form)
+        return torch.ops.aten.native_group_norm_backward(
+            gradient, x, mean, deviation, norm.weight, *shape, [True, False, False]
+        )[0], None
 
 
 class _GatedGelu(torch.autograd.Function):

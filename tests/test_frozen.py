@@ -7,6 +7,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.count_memory import counting
 from customdiff import base, frozen, methods
@@ -107,6 +108,14 @@ def test_gradient_checkpointing_goes_with_it(tiny_base):
     _, again, kept_again = step(light)
     assert kept_again < kept
     assert all(torch.equal(again[name], gradient) for name, gradient in gradients.items())
+
+
+def test_the_arithmetic_of_a_lightened_step_can_be_counted(tiny_base):
+    """PyTorch's counter follows modules by hooks, which a backward pass within a backward pass would stop."""
+    _, light = two_unets(tiny_base, HOW)
+    with FlopCounterMode(display=False) as counter:
+        step(light)
+    assert counter.get_total_flops() > 0
 
 
 def test_features_of_any_layout_pass(tiny_base):
