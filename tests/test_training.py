@@ -315,7 +315,9 @@ def test_gradient_checkpointing_changes_nothing(tiny_base, tmp_path):
 def test_a_large_image_trains_on_a_lightened_unet(tiny_base, tmp_path, monkeypatch, precision):
     """It learns what diffusers' layers learn; here for a small image, by another threshold."""
     lightened = []
-    monkeypatch.setattr(frozen, "lighten", lambda unet, lighten=frozen.lighten: lightened.append(lighten(unet)))
+    monkeypatch.setattr(
+        frozen, "lighten", lambda unet, lighten=frozen.lighten, **how: lightened.append(lighten(unet, **how))
+    )
     params = tiny_params(tiny_base, max_steps=2, mixed_precision=precision)
     plain = adapter.read(train(params, tmp_path / "a").path / "adapter").weights
     assert not lightened
