@@ -24,7 +24,7 @@ import typer
 import yaml
 
 from benchmarks import project
-from benchmarks.configs import CLASS, CONFIGS, IMAGES_A_STEP
+from benchmarks.configs import CLASS, CONFIGS, IMAGES_A_STEP, SEED
 from benchmarks.project import ROOT, Machine, Project
 from customdiff import pool
 from customdiff.errors import UserError, one_line_errors
@@ -108,7 +108,7 @@ def change(work: Project, **sections: dict) -> None:
 def made(folder: Path, name: str, steps: int, **changes) -> Project:
     """A project of the configuration `name`, changed; its models are kept in `folder`."""
     work = project.make(folder / name, replace(CONFIGS[name], **changes), MACHINE, steps)
-    work.write_params(42)
+    work.write_params(SEED)
     change(work, tracking={"enabled": False, "log_every": 5})
     return work
 
@@ -134,8 +134,8 @@ def concepts(counts: Annotated[list[int], typer.Argument()] = (1, 2, 4, 8), step
         link = one.ours / "data" / kind / name
         link.unlink(missing_ok=True)
         link.symlink_to((one.ours / "data" / kind / CLASS).resolve())
-    change(one, concepts={name: concept | {"modifier_token": f"<new{number}>"} for number, name in enumerate(names, 1)})
-    everything = yaml.safe_load((one.ours / "params.yaml").read_text(encoding="utf-8"))["concepts"]
+    everything = {name: concept | {"modifier_token": f"<new{number}>"} for number, name in enumerate(names, 1)}
+    change(one, concepts=everything)
     prepared = [stage(one.ours, "prepare", name).seconds for name in names]
     rows = Table("concepts", "prepare, s", "start of train, s", "s a step", "peak, MB", "adapter, MB")
     for count in counts:
@@ -211,10 +211,11 @@ def processes(counts: Annotated[list[int], typer.Argument()] = (1, 2), steps: in
     rows = Table("processes", "threads each", "s a step", "peak of one, MB", "losses apart, relative")
     for count in counts:
         change(one, train={"batch_size": 2 // count, "launch": {"num_processes": count}})
-        found = train(one.ours, replace(MACHINE, threads=max(1, THREADS // count)))
+        machine = replace(MACHINE, threads=max(1, THREADS // count))
+        found = train(one.ours, machine)
         losses.append(np.array(found.losses))
         apart = float(np.abs(losses[-1] / losses[0] - 1).max())
-        rows.add(count, MACHINE.threads // count, found.seconds_a_step, found.peak_mb, apart)
+        rows.add(count, machine.threads, found.seconds_a_step, found.peak_mb, apart)
 
 
 @app.command()
