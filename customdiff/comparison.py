@@ -77,6 +77,7 @@ def grade(
     instances: Mapping[str, Sequence[Image.Image]],
     judge: Clip,
     device: torch.device,
+    kept: Path | None = None,
 ) -> dict[str, Graded]:
     """Draw and grade the base model once, then each adapter in a pipeline of its own.
 
@@ -85,6 +86,7 @@ def grade(
         params: the sections `base`, `evaluate` and `concepts`.
         prompts: as `evaluation.all_prompts` gives them; an adapter draws those whose concepts it has learned.
         instances: instance images by concept.
+        kept: folder with what the base model drew in the last evaluations; see `drawn.base_images`.
 
     Raises:
         UserError: an adapter is not whole, or was learned on another base model.
@@ -95,7 +97,7 @@ def grade(
     for name, folder in adapters.items():
         pipe = base.load_pipeline(params.base, dtype=base.DTYPES[settings.precision], device=device)
         sampling.set_scheduler(pipe, settings.scheduler)
-        drawn = drawn or evaluation.take(pipe, wanted, params, evaluation.class_subject, "base model")
+        drawn = drawn or evaluation.take_of_base(pipe, wanted, params, kept)
         known = adapter.load(pipe, folder).card["concepts"]
         mine = [place for place, shot in enumerate(wanted) if all(each in known for each in shot.concept.split(AND))]
         chosen = [wanted[place] for place in mine]

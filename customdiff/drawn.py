@@ -1,10 +1,11 @@
-"""What the base model drew in the last evaluation, kept: it is the same after every training, and half of the drawing.
+"""What the base model drew in the last evaluations, kept: it is the same after every training, and half of the drawing.
 
 The pictures lie outside of every DVC output, like checkpoints, in a folder named by a hash of all that shapes them.
 """
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from customdiff.images import open_rgb, save_all
 from customdiff.params import Params
 
 DRAWN = Path(".drawn")
+SETS = 3  # kept: those of `evaluate`, and of a sweep and a comparison with other prompts or numbers of images
 
 
 def base_images(
@@ -34,7 +36,7 @@ def base_images(
     """The pictures that the base model draws: those in `folder`, where they are of the very same kind, else drawn now.
 
     Args:
-        folder: holds the pictures of one evaluation, and is replaced by those of the next; None: none are kept.
+        folder: holds the pictures of the last `SETS` evaluations, in a folder each; None: none are kept.
         pipe: the base model, nothing put into it yet.
         params: the sections `base` and `evaluate`.
         texts, seeds: one a picture.
@@ -44,11 +46,13 @@ def base_images(
         return draw()
     kept = folder / _name(pipe, params, texts, seeds)
     if kept.is_dir():
+        os.utime(kept)  # used last
         return [open_rgb(kept / f"{number:05d}.png") for number in range(len(texts))]
     images = draw()
-    shutil.rmtree(folder, ignore_errors=True)
     with whole_folder(kept) as out:
         save_all({out / f"{number:05d}.png": image for number, image in enumerate(images)})
+    for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-SETS]:
+        shutil.rmtree(old, ignore_errors=True)
     return images
 
 

@@ -181,17 +181,10 @@ def draw(
         customize: puts the adapter into `pipe`.
         params: the sections `evaluate`, `concepts` and `base.seed`.
         prompts: by concept, or by several joined by `AND`; see `all_prompts`.
-        kept: folder with what the base model drew in the last evaluation; see `drawn.base_images`.
+        kept: folder with what the base model drew in the last evaluations; see `drawn.base_images`.
     """
     wanted = shots(params, prompts)
-    base = base_images(
-        kept,
-        pipe,
-        params,
-        texts_of(wanted, params, class_subject),
-        [shot.seed for shot in wanted],
-        lambda: take(pipe, wanted, params, class_subject, "base model"),
-    )
+    base = take_of_base(pipe, wanted, params, kept)
     customize(pipe)
     return pairs(wanted, base, take(pipe, wanted, params, customized_subject, "customized"), params)
 
@@ -224,6 +217,25 @@ def take(
         eta=settings.eta,
         batch_size=settings.batch_size,
         progress=progress,
+    )
+
+
+def take_of_base(
+    pipe: DiffusionPipeline, wanted: Sequence[Shot], params: Params, kept: Path | None
+) -> list[Image.Image]:
+    """Each shot as the base model draws it, asked for the class; drawn once while nothing that shapes it changes.
+
+    Args:
+        pipe: the base model, nothing put into it yet.
+        kept: see `drawn.base_images`.
+    """
+    return base_images(
+        kept,
+        pipe,
+        params,
+        texts_of(wanted, params, class_subject),
+        [shot.seed for shot in wanted],
+        lambda: take(pipe, wanted, params, class_subject, "base model"),
     )
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import runpy
 
 import numpy as np
@@ -332,7 +333,26 @@ def test_what_the_base_model_drew_is_kept_for_the_next_training(tiny_base, tmp_p
         next(layer for layer in pipe.unet.modules() if getattr(layer, "is_cross_attention", False)).to_k.weight += 1
     evaluate()
     assert len(calls) == 5
-    assert len(list((tmp_path / "drawn").iterdir())) == 1
+
+
+def test_only_what_was_used_last_is_kept(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawn, "SETS", 2)
+    pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
+    calls = []
+
+    def evaluate(seed):
+        def drawing():
+            calls.append(seed)
+            return [Image.new("RGB", (8, 8))]
+
+        drawn.base_images(tmp_path / "drawn", pipe, params(), ["a cat"], [seed], drawing)
+        for folder in (tmp_path / "drawn").iterdir():  # a second passes
+            os.utime(folder, (folder.stat().st_atime, folder.stat().st_mtime - 1))
+
+    for seed in (1, 2, 1, 3, 1, 2):
+        evaluate(seed)
+    assert calls == [1, 2, 3, 2]
+    assert len(list((tmp_path / "drawn").iterdir())) == 2
 
 
 def test_a_drawing_that_fails_keeps_nothing(tiny_base, tmp_path):

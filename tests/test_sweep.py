@@ -314,6 +314,22 @@ def test_a_sweep_of_a_finished_training_joins_its_run(project, tmp_path):
     assert client.get_run(training_run.run_id()).info.status == "FINISHED"
 
 
+def test_what_the_base_model_drew_is_not_drawn_again(project, tmp_path, monkeypatch):
+    project()
+    drawn, take = [], evaluation.take
+
+    def noted(*arguments):
+        drawn.append(arguments[-1])
+        return take(*arguments)
+
+    monkeypatch.setattr(evaluation, "take", noted)
+    run("--steps", "2", "--num-images", "1")
+    first = (tmp_path / "results/sweep/per_prompt.csv").read_bytes()
+    run("--steps", "2", "--num-images", "1")
+    assert drawn == ["base model", "step 2 (1 of 1)", "step 2 (1 of 1)"]
+    assert (tmp_path / "results/sweep/per_prompt.csv").read_bytes() == first
+
+
 def test_what_is_wrong_with_a_sweep_is_one_line_and_leaves_no_results(project, tmp_path):
     project()
     for arguments, message in (
