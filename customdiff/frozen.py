@@ -136,4 +136,9 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.options), *[None] * 6
+        form = torch.channels_last if gradient.is_contiguous(memory_format=torch.channels_last) else None
+        # The input's numbers do not matter, but its layout does: in another than the gradient's it would be copied.
+        x = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=form)
+        stride, padding, dilation, groups = ctx.options
+        options = (None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+        return torch.ops.aten.convolution_backward(gradient, x, weight, *options)[0], *[None] * 6

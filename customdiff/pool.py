@@ -1,7 +1,8 @@
-"""A pool of captioned images, its clip-retrieval index, and queries of that index.
+"""A pool of captioned images, the index of their embeddings that clip-retrieval writes, and queries of it.
 
 clip-retrieval is not imported: it holds back numpy and transformers, so it lives in an environment of its own and is
-driven by its command line. What it writes, a faiss index and embeddings, is read here without it.
+driven by its command line. A query compares all embeddings, exactly: a pipeline asks once a concept, and a million of
+them are compared sooner than an approximate index of them is built.
 """
 
 import json
@@ -30,6 +31,8 @@ TOOL = "clip-retrieval"
 TOOL_FOLDER = ".venv-clip-retrieval"
 TOOL_VARIABLE = "CUSTOMDIFF_CLIP_RETRIEVAL"
 MAX_IMAGE_BYTES = 32_000_000
+EMBEDDINGS = "img_emb/img_emb_0.npy"  # clip-retrieval's own name
+ROWS_AT_ONCE = 65_536
 OPENAI_NAMES = {  # names that clip-retrieval knows, and the same models as Hub repositories
     "ViT-B/32": "openai/clip-vit-base-patch32",
     "ViT-B/16": "openai/clip-vit-base-patch16",
@@ -101,10 +104,10 @@ class Indexed:
 
 
 def build_index(pool: Path | str, clip: str, out: Path | str, *, max_megapixels: float = 64) -> Indexed:
-    """Embed a pool and index it, by `clip-retrieval inference` and `clip-retrieval index` in their own environment.
+    """Embed a pool, by `clip-retrieval inference` in its own environment.
 
-    Writes `image.index` (faiss), `embeddings.npy` ((N, D) float16, unit norm), `rows.json` (name in the pool and
-    caption of each row) and `metadata/metadata_0.parquet`, with which `clip-retrieval back` can serve the folder.
+    Writes `img_emb/img_emb_0.npy` ((N, D) float16, unit norm), `rows.json` (name in the pool and caption of each row)
+    and `metadata/metadata_0.parquet`, which `clip-retrieval index` takes as they are where the pool is to be served.
 
     Args:
         pool: see `pool_images`.
@@ -127,24 +130,8 @@ def build_index(pool: Path | str, clip: str, out: Path | str, *, max_megapixels:
             embed += [f"--clip_model={model}", "--enable_text=False", "--use_jit=False"]
             embed += [f"--batch_size={min(32, len(staged))}"]
             _run_tool(command, embed, work)
-        with _timed(result, "clip-retrieval index"):
-            index_embeddings(command, work)
         _gather(work, folder, pool, staged, result)
     return result
-
-
-def index_embeddings(command: list[str], work: Path) -> None:
-    """Index what `clip-retrieval inference` wrote in `work`/embedded; writes `work`/indexed/image.index.
-
-    Args:
-        command: see `tool`.
-
-    Raises:
-        UserError: clip-retrieval fails.
-    """
-    arguments = ["index", "--embeddings_folder=embedded", "--index_folder=indexed"]
-    arguments += ["--max_index_memory_usage=1G", "--current_memory_available=4G", f"--nb_cores={os.cpu_count() or 1}"]
-    _run_tool(command, arguments, work)
 
 
 def _stage(pool: Path, folder: Path, max_megapixels: float, result: Indexed) -> dict[str, SourceImage]:
@@ -174,11 +161,11 @@ def _gather(work: Path, folder: Path, pool: Path, staged: dict[str, SourceImage]
         for path in parquet.read_table(part, columns=["image_path"])["image_path"].to_pylist():
             item = staged[PurePosixPath(path).name]
             rows.append({"name": item.name, "caption": item.caption or ""})
-    embeddings = np.concatenate([np.load(part) for part in sorted((work / "embedded" / "img_emb").glob("*.npy"))])
-    if len(embeddings) != len(rows):
-        raise UserError(f"{TOOL}: wrote {len(embeddings)} embeddings for {len(rows)} images")
-    shutil.copyfile(work / "indexed" / "image.index", folder / "image.index")
-    np.save(folder / "embeddings.npy", embeddings)
+    (folder / EMBEDDINGS).parent.mkdir()
+    shutil.move(work / "embedded" / EMBEDDINGS, folder / EMBEDDINGS)
+    count = len(np.load(folder / EMBEDDINGS, mmap_mode="r"))
+    if count != len(rows):
+        raise UserError(f"{TOOL}: wrote {count} embeddings for {len(rows)} images")
     (folder / "rows.json").write_text(json.dumps(rows, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "metadata").mkdir()
     table = {
@@ -344,21 +331,20 @@ def query_index(
 ) -> Iterator[Hit]:
     """Rows of an index by falling cosine to a query, without near-duplicates.
 
-    faiss names the candidates, since its index may be approximate; the embeddings beside it give exact cosines. A row
-    whose cosine to an excluded vector, or to a row given before, is `duplicate_similarity` or more is left out.
+    A row whose cosine to an excluded vector, or to a row given before, is `duplicate_similarity` or more is left out.
 
     Args:
         query: (D,) float32 of norm 1.
         exclude: (M, D) float32 of norm 1.
-        first: candidates that faiss is asked for at first; four times as many whenever they are used up.
-        caption_weight: w of the ranking (1 - w) * cosine to the image + w * cosine to its caption, of the candidates.
+        first: rows that are looked at together, the nearest ones; then the next ones, up to four times as many, ...
+        caption_weight: w of the ranking (1 - w) * cosine to the image + w * cosine to its caption, among these.
         embed: texts to (N, D) float32 of norm 1, the captions' side of that; needed where the weight is above 0.
-    """
-    import faiss
 
-    searcher = faiss.read_index(str(index / "image.index"))
-    embeddings = np.load(index / "embeddings.npy", mmap_mode="r")
+    Raises:
+        UserError: there is no index, or another CLIP made it.
+    """
     names = read_rows(index)
+    embeddings = np.load(index / EMBEDDINGS, mmap_mode="r")
     if embeddings.shape[1] != len(query):
         raise UserError(
             f"retrieve.index.clip: embeds in {len(query)} dimensions, {index} was made with {embeddings.shape[1]}; "
@@ -368,21 +354,18 @@ def query_index(
     taken = np.zeros((max(1024, 2 * size), len(query)), np.float32)  # doubled when full, not copied at every hit
     if size:
         taken[:size] = exclude
-    seen: set[int] = set()
-    count = 0
-    while count < len(embeddings):
-        count = min(len(embeddings), max(first, 4 * count))
-        _, rows = searcher.search(query[None].astype(np.float32), count)
-        fresh = np.array([row for row in rows[0] if row >= 0 and int(row) not in seen], dtype=np.int64)
-        vectors = embeddings[fresh].astype(np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    nearest = np.argsort(-_cosines(embeddings, query), kind="stable")
+    start, end = 0, first
+    while start < len(nearest):
+        fresh = nearest[start:end]
+        start, end = end, 4 * end
+        vectors = _unit(embeddings[fresh])
         cosines = vectors @ query
         ranks = cosines
         if caption_weight and embed:
             captions = embed([names[row]["caption"] for row in fresh])
             ranks = (1 - caption_weight) * cosines + caption_weight * (captions @ query)
         for place in np.lexsort((fresh, -ranks)):  # equal cosines in the order of the pool
-            seen.add(int(fresh[place]))
             if size and float((taken[:size] @ vectors[place]).max()) >= duplicate_similarity:
                 continue
             if size == len(taken):
@@ -390,3 +373,15 @@ def query_index(
             taken[size] = vectors[place]
             size += 1
             yield Hit(int(fresh[place]), float(cosines[place]))
+
+
+def _cosines(embeddings: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """(N,) float32: of each row, read from its file a part at a time, to the query."""
+    starts = range(0, len(embeddings), ROWS_AT_ONCE)
+    return np.concatenate([_unit(embeddings[start : start + ROWS_AT_ONCE]) @ query for start in starts])
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """(N, D) float32 of norm 1."""
+    vectors = vectors.astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -3,7 +3,6 @@
 from collections import Counter
 from types import SimpleNamespace
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -194,11 +193,8 @@ def test_an_unknown_configuration_is_refused():
 
 def test_the_synthetic_index_is_read_as_the_pools_own(tmp_path):
     scale._synthetic(tmp_path, 50)
-    vectors = np.load(tmp_path / "embeddings.npy").astype(np.float32)
+    vectors = np.load(tmp_path / pool.EMBEDDINGS).astype(np.float32)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
-    index = faiss.IndexFlatIP(scale.WIDTH)
-    index.add(vectors)
-    faiss.write_index(index, str(tmp_path / "image.index"))
     hits = list(pool.query_index(tmp_path, vectors[7] / np.linalg.norm(vectors[7]), duplicate_similarity=2.0))
     assert hits[0].row == 7
     assert len(hits) == 50
