@@ -32,7 +32,7 @@ TOOL_FOLDER = ".venv-clip-retrieval"
 TOOL_VARIABLE = "CUSTOMDIFF_CLIP_RETRIEVAL"
 MAX_IMAGE_BYTES = 32_000_000
 EMBEDDINGS = "img_emb/img_emb_0.npy"  # clip-retrieval's own name
-ROWS_AT_ONCE = 65_536
+ROWS_AT_ONCE = 16_384
 OPENAI_NAMES = {  # names that clip-retrieval knows, and the same models as Hub repositories
     "ViT-B/32": "openai/clip-vit-base-patch32",
     "ViT-B/16": "openai/clip-vit-base-patch16",
@@ -359,7 +359,8 @@ def query_index(
     while start < len(nearest):
         fresh = nearest[start:end]
         start, end = end, 4 * end
-        vectors = _unit(embeddings[fresh])
+        vectors = embeddings[fresh].astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         cosines = vectors @ query
         ranks = cosines
         if caption_weight and embed:
@@ -377,11 +378,8 @@ def query_index(
 
 def _cosines(embeddings: np.ndarray, query: np.ndarray) -> np.ndarray:
     """(N,) float32: of each row, read from its file a part at a time, to the query."""
-    starts = range(0, len(embeddings), ROWS_AT_ONCE)
-    return np.concatenate([_unit(embeddings[start : start + ROWS_AT_ONCE]) @ query for start in starts])
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """(N, D) float32 of norm 1."""
-    vectors = vectors.astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = np.empty(len(embeddings), np.float32)
+    for start in range(0, len(embeddings), ROWS_AT_ONCE):
+        part = embeddings[start : start + ROWS_AT_ONCE].astype(np.float32)
+        found[start : start + ROWS_AT_ONCE] = part @ query / np.linalg.norm(part, axis=1)
+    return found
