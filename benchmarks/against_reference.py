@@ -14,9 +14,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 
 from benchmarks import project
 from benchmarks.configs import BATCH_SIZE, CONFIGS, IMAGES_A_STEP, SEED, Config, config
@@ -189,6 +190,14 @@ def main(
     work: Annotated[
         Path | None, typer.Option(help="Folder for models, images and runs, kept; by default a temporary one.")
     ] = None,
+    options: Annotated[
+        list[str],
+        typer.Option(
+            "--ours",
+            metavar="KEY=VALUE",
+            help="A key of params.yaml for our side alone, as train.compile=true; images a step must stay the same.",
+        ),
+    ] = (),
     out: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
 ) -> None:
     """Measure both sides and print their figures."""
@@ -198,18 +207,32 @@ def main(
             raise UserError("--reference: give the path of diffusers' train_custom_diffusion.py")
         if not reference.is_file():
             raise UserError(f"--reference: {reference} is not there")
+    ours_alone = dict(map(_option, options))
     machine = Machine(device, threads, precision or ("no" if device == "cpu" else "bf16"))
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         for name, one in chosen.items():
             folder = (work or Path(temporary)) / name
-            made = project.make(folder, one, machine, steps)
+            made = project.make(folder, one, machine, steps, options=ours_alone)
             script = reference.resolve() if one.in_reference else None
             extra = str(Path(packages).resolve()) if packages else ""
             ours, theirs, about = measure(made, script, extra, rounds, workers)
+            about |= {"options of ours": ours_alone}
             figures[name] = _report(name, one, machine, steps, ours, theirs, about)
             if out:
                 out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """A key of params.yaml and its value from KEY=VALUE.
+
+    Raises:
+        UserError: it is of another form.
+    """
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise UserError(f"--ours: {text!r} is not of the form KEY=VALUE, as train.compile=true")
+    return key, yaml.safe_load(value)
 
 
 def _report(
@@ -221,6 +244,8 @@ def _report(
         f"\n{name}: {one.resolution} px, batch {BATCH_SIZE}+{BATCH_SIZE}, {steps} steps, {len(ours)} rounds; "
         f"{about['device']}, {about['threads']} threads, precision {machine.precision}; {versions}"
     )
+    for key, value in about["options of ours"].items():
+        print(f"ours alone: {key}: {value}")
     for change in about.get("mended", []):
         print(f"mended in the reference: {change}")
     if not one.in_reference:

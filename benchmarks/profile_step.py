@@ -107,15 +107,24 @@ class Meter:
         }
 
     def _counting(self):
-        from torch.utils.flop_counter import FlopCounterMode
-
-        self._counter = FlopCounterMode(display=False)
+        self._counter = flop_counter()
         return self._counter
 
     def _read(self) -> Counter:
         self.synchronize()
         counted = self._counter.get_flop_counts().get("Global", {}) if self._counter else {}
         return Counter({str(name): count for name, count in counted.items()} | {SECONDS: time.perf_counter()})
+
+
+def flop_counter():
+    """PyTorch's counter, which knows nothing of convolutions with packed weights (`frozen.FrozenConv2d`) by itself."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+    def packed(x: list[int], weight: list[int], *_, out_shape: list[int], **__) -> int:
+        return conv_flop_count(x, weight, out_shape)
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._convolution_pointwise: packed})
 
 
 def _less(one: Counter, other: Counter) -> Counter:

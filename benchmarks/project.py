@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from PIL import Image
@@ -51,6 +52,7 @@ class Project:
     Attributes:
         base: the base model's folder.
         steps: of a run.
+        options: of our side alone, in place of the configuration's: value by dotted key of params.yaml.
     """
 
     folder: Path
@@ -58,6 +60,7 @@ class Project:
     config: Config
     machine: Machine
     steps: int
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ours(self) -> Path:
@@ -111,6 +114,12 @@ class Project:
             },
             "tracking": {"enabled": False},
         }
+        for key, value in self.options.items():
+            *sections, name = key.split(".")
+            section = values
+            for each in sections:
+                section = section.setdefault(each, {})
+            section[name] = value
         (self.ours / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
     def reference_arguments(self, seed: int, workers: int) -> list[str]:
@@ -142,11 +151,19 @@ class Project:
         return [f"--{name}={value}" for name, value in values.items()] + [f"--{name}" for name in flags]
 
 
-def make(folder: Path, config: Config, machine: Machine, steps: int, base: Path | None = None) -> Project:
+def make(
+    folder: Path,
+    config: Config,
+    machine: Machine,
+    steps: int,
+    base: Path | None = None,
+    options: dict[str, Any] | None = None,
+) -> Project:
     """Fill a work folder; a model of random weights that lies there already is kept.
 
     Args:
         base: a base model in place of the configuration's own.
+        options: see `Project`.
     """
     folder = folder.resolve()
     photos, classes = folder / "photos", folder / "classes"
@@ -158,7 +175,7 @@ def make(folder: Path, config: Config, machine: Machine, steps: int, base: Path 
         (data / name / CLASS).unlink(missing_ok=True)
         (data / name / CLASS).symlink_to(source)
     base = base or (ROOT / "data/base" if config.shape is None else folder / f"base-{config.shape}")
-    project = Project(folder, base, config, machine, steps)
+    project = Project(folder, base, config, machine, steps, options or {})
     if config.shape and not (base / "model_index.json").exists():
         project.run("model", config.shape, str(base), machine.device)
     return project

@@ -77,7 +77,7 @@ def grade(
     instances: Mapping[str, Sequence[Image.Image]],
     judge: Clip,
     device: torch.device,
-    kept: Path | None = None,
+    base_drawn: Path | None = None,
 ) -> dict[str, Graded]:
     """Draw and grade the base model once, then each adapter in a pipeline of its own.
 
@@ -86,7 +86,7 @@ def grade(
         params: the sections `base`, `evaluate` and `concepts`.
         prompts: as `evaluation.all_prompts` gives them; an adapter draws those whose concepts it has learned.
         instances: instance images by concept.
-        kept: folder with what the base model drew in the last evaluations; see `drawn.base_images`.
+        base_drawn: folder with what the base model drew in the last evaluations; see `drawn.base_images`.
 
     Raises:
         UserError: an adapter is not whole, or was learned on another base model.
@@ -97,7 +97,7 @@ def grade(
     for name, folder in adapters.items():
         pipe = base.load_pipeline(params.base, dtype=base.DTYPES[settings.precision], device=device)
         sampling.set_scheduler(pipe, settings.scheduler)
-        drawn = drawn or evaluation.take_of_base(pipe, wanted, params, kept)
+        drawn = drawn or evaluation.take_of_base(pipe, wanted, params, base_drawn)
         known = adapter.load(pipe, folder).card["concepts"]
         mine = [place for place, shot in enumerate(wanted) if all(each in known for each in shot.concept.split(AND))]
         chosen = [wanted[place] for place in mine]

@@ -170,7 +170,7 @@ def draw(
     customize: Callable[[DiffusionPipeline], object],
     params: Params,
     prompts: Mapping[str, Sequence[Prompt]],
-    kept: Path | None = None,
+    base_drawn: Path | None = None,
 ) -> list[Pair]:
     """Draw every prompt of every concept, first with the base model, then, from the same seeds, with the adapter.
 
@@ -181,10 +181,10 @@ def draw(
         customize: puts the adapter into `pipe`.
         params: the sections `evaluate`, `concepts` and `base.seed`.
         prompts: by concept, or by several joined by `AND`; see `all_prompts`.
-        kept: folder with what the base model drew in the last evaluations; see `drawn.base_images`.
+        base_drawn: folder with what the base model drew in the last evaluations; see `drawn.base_images`.
     """
     wanted = shots(params, prompts)
-    base = take_of_base(pipe, wanted, params, kept)
+    base = take_of_base(pipe, wanted, params, base_drawn)
     customize(pipe)
     return pairs(wanted, base, take(pipe, wanted, params, customized_subject, "customized"), params)
 
@@ -221,16 +221,16 @@ def take(
 
 
 def take_of_base(
-    pipe: DiffusionPipeline, wanted: Sequence[Shot], params: Params, kept: Path | None
+    pipe: DiffusionPipeline, wanted: Sequence[Shot], params: Params, base_drawn: Path | None
 ) -> list[Image.Image]:
     """Each shot as the base model draws it, asked for the class; drawn once while nothing that shapes it changes.
 
     Args:
         pipe: the base model, nothing put into it yet.
-        kept: see `drawn.base_images`.
+        base_drawn: see `drawn.base_images`.
     """
     return base_images(
-        kept,
+        base_drawn,
         pipe,
         params,
         texts_of(wanted, params, class_subject),

@@ -4,9 +4,12 @@ Nothing of it trains, yet gradients must flow through it to the attention that d
 a convolution keeps its input for the gradient of a weight that asks for none, and normalisation and activation each
 keep a tensor that follows in one cheap step from another that is kept anyway (Bhatia and Dangel 2024, "Lowering
 PyTorch's memory consumption for selective differentiation"). Here a residual block keeps two tensors in place of six,
-and a gated feed-forward layer one in place of two. Every layer computes what diffusers' does, bit for bit, by the same
-kernels on the same numbers; in a whole UNet features stay in channels_last where diffusers' linear projections turn
-them out of it, and sums are then rounded in another order.
+and a gated feed-forward layer one in place of two. Nor need what never changes be prepared at every step: on a CPU a
+small feature map's convolution spends up to three quarters of its time on laying out its weight.
+
+Convolutions and residual blocks compute what diffusers' do, bit for bit, by the same kernels on the same numbers. The
+gated layers take PyTorch's vectorised GELU, which rounds otherwise than the one for strided halves; and features stay in
+channels_last where diffusers' linear projections turn them out of it, so that sums are rounded in another order.
 """
 
 import torch
@@ -17,9 +20,14 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+PACK_UNTIL = 256  # pixels of a batch's feature map; with more, arithmetic outweighs what is saved
+
 
 def lighten(unet: UNet2DConditionModel, *, transformers: bool = True) -> None:
-    """Have the layers of a UNet whose weights are frozen keep less. Parameters and their names stay as they are.
+    """Have the layers of a UNet whose weights are frozen keep less.
+
+    Parameters and their names stay as they are until a convolution's first pass, which may pack its weight
+    (`FrozenConv2d`).
 
     Args:
         unet: changed in place. Layers that train, or that are not of the plain kind, are left alone.
@@ -49,19 +57,62 @@ def _is_plain(block: ResnetBlock2D) -> bool:
 
 
 class FrozenConv2d(nn.Conv2d):
-    """A convolution that keeps its weight alone."""
+    """A convolution that keeps its weight alone.
+
+    On an x86 CPU oneDNN lays out a weight anew at each call. Where the first feature map that gradients must flow
+    through is small, two layouts are kept in place of the parameter `weight`, which is None from then on: one for the
+    pass forward, and one, turned round, for the pass back, which is a convolution as well.
+    """
+
+    packed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to (B, D, h', w')."""
+        if self.packed is None and self._packing_pays(x):
+            self._pack(x)
+        if self.packed is not None:
+            return _PackedConvolution.apply(x, self.bias, self.padding, self._padding_back, *self.packed)
         return _Convolution.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def _padding_back(self) -> tuple[int, ...]:
+        return tuple(size - 1 - padding for size, padding in zip(self.kernel_size, self.padding, strict=True))
+
+    def _packing_pays(self, x: Tensor) -> bool:
+        plain = self.stride == self.dilation == (1, 1) and self.groups == 1 and not isinstance(self.padding, str)
+        return (
+            x.requires_grad
+            and x.dtype == torch.float32
+            and x.device.type == "cpu"
+            and torch.backends.mkldnn.is_available()
+            and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+            and plain
+            and min(self._padding_back) >= 0
+            and x.shape[0] * x.shape[2] * x.shape[3] <= PACK_UNTIL
+        )
+
+    def _pack(self, x: Tensor) -> None:
+        turned = self.weight.transpose(0, 1).flip(2, 3).contiguous(memory_format=torch.channels_last)
+        pairs = zip(x.shape[2:], self._padding_back, self.padding, strict=True)
+        result = (x.shape[0], self.out_channels, *(side - back + padding for side, back, padding in pairs))
+        self.packed = (
+            _packed(self.weight.detach(), self.padding, x.shape),
+            _packed(turned.detach(), self._padding_back, result),
+        )
+        self.weight = None
+
+
+def _packed(weight: Tensor, padding: tuple[int, ...], shape: torch.Size) -> Tensor:
+    """The weight as oneDNN wants it for features of that shape; others pass as well."""
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, (1, 1), (1, 1), 1, shape)
 
 
 class FrozenGEGLU(GEGLU):
-    """A gated GELU that keeps its projection alone."""
+    """A gated GELU that keeps the two halves of its projection alone."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, N, C) to (B, N, D)."""
-        return _GatedGelu.apply(self.proj(hidden_states))
+        return _GatedGelu.apply(hidden_states, self.proj.weight, self.proj.bias)
 
 
 class FrozenResnetBlock2D(ResnetBlock2D):
@@ -103,24 +154,21 @@ class _NormSilu(torch.autograd.Function):
 
 
 class _GatedGelu(torch.autograd.Function):
-    """Keeps what both halves of a gated GELU come from, and computes the GELU again in the backward pass."""
+    """Projects to both halves apart, since kernels for halves of one tensor are slow; computes the GELU again."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, projected: Tensor) -> Tensor:
-        ctx.save_for_backward(projected)
-        hidden, gate = projected.chunk(2, dim=-1)
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        biases = (None, None) if bias is None else bias.chunk(2)
+        hidden, gate = (F.linear(x, half, its_bias) for half, its_bias in zip(weight.chunk(2), biases, strict=True))
+        ctx.save_for_backward(hidden, gate, weight)
         return F.gelu(gate).mul_(hidden)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
-        (projected,) = ctx.saved_tensors
-        hidden, gate = projected.chunk(2, dim=-1)
-        result = torch.empty_like(projected)
-        of_hidden, of_gate = result.chunk(2, dim=-1)
-        torch.mul(gradient, F.gelu(gate), out=of_hidden)
-        torch.ops.aten.gelu_backward(gradient * hidden, gate, grad_input=of_gate)
-        return result
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        hidden, gate, weight = ctx.saved_tensors
+        of_hidden, of_gate = F.gelu(gate).mul_(gradient), torch.ops.aten.gelu_backward(gradient * hidden, gate)
+        return torch.cat([of_hidden, of_gate], dim=-1) @ weight, None, None
 
 
 class _Convolution(torch.autograd.Function):
@@ -142,3 +190,21 @@ class _Convolution(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.options
         options = (None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
         return torch.ops.aten.convolution_backward(gradient, x, weight, *options)[0], *[None] * 6
+
+
+class _PackedConvolution(torch.autograd.Function):
+    """Keeps the packed weight of the pass back. Strides and dilations are 1."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x, bias, padding, padding_back, weight, turned) -> Tensor:
+        ctx.turned, ctx.padding_back = turned, padding_back
+        return _convolve_packed(x, weight, bias, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _convolve_packed(gradient, ctx.turned, None, ctx.padding_back), *[None] * 5
+
+
+def _convolve_packed(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, (1, 1), (1, 1), 1, "none", [], "")

@@ -129,7 +129,7 @@ def build_index(pool: Path | str, clip: str, out: Path | str, *, max_megapixels:
             embed += ["--input_dataset=images", "--input_format=files", "--output_folder=embedded"]
             embed += [f"--clip_model={model}", "--enable_text=False", "--use_jit=False"]
             embed += [f"--batch_size={min(32, len(staged))}"]
-            _run_tool(command, embed, work)
+            run_tool(command, embed, work)
         _gather(work, folder, pool, staged, result)
     return result
 
@@ -215,8 +215,16 @@ def tool(root: Path | str = ".") -> list[str]:
     )
 
 
-def _run_tool(command: list[str], arguments: list[str], folder: Path) -> None:
-    """Run clip-retrieval in a folder; its own chatter is shown only if it fails."""
+def run_tool(command: list[str], arguments: list[str], folder: Path) -> None:
+    """Run clip-retrieval in a folder; its own chatter is shown only if it fails.
+
+    Args:
+        command: as `tool` gives it.
+        arguments: its subcommand and options.
+
+    Raises:
+        UserError: it cannot be run, or ended with an error.
+    """
     env = os.environ | {"WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
     # Its imports take 30 s where Python may not keep compiled files, and 12 s where it may.
     env.pop("PYTHONDONTWRITEBYTECODE", None)

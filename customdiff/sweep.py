@@ -62,7 +62,7 @@ def sweep(
     instances: Mapping[str, Sequence[Image.Image]],
     judge: Clip,
     kept_aside: Mapping[str, Sequence[Image.Image]] | None = None,
-    kept: Path | None = None,
+    base_drawn: Path | None = None,
 ) -> list[Point]:
     """Draw and grade the base model once, then each checkpoint; see `evaluation.draw` and `evaluation.score`.
 
@@ -73,7 +73,7 @@ def sweep(
         prompts, instances: by concept.
         judge: embeds texts and images.
         kept_aside: by concept, photos that the training has not seen; None where a concept has none.
-        kept: folder with what the base model drew in the last evaluations; see `drawn.base_images`.
+        base_drawn: folder with what the base model drew in the last evaluations; see `drawn.base_images`.
 
     Returns:
         The base model, then the checkpoints in their order.
@@ -85,7 +85,7 @@ def sweep(
         adapter.check_base(pipe, adapter.read(folder))
     wanted = evaluation.shots(params, prompts)
     first = [place for place, shot in enumerate(wanted) if shot.number == 0]
-    before = evaluation.take_of_base(pipe, wanted, params, kept)
+    before = evaluation.take_of_base(pipe, wanted, params, base_drawn)
     points: list[Point] = []
     for count, (step, folder) in enumerate(checkpoints.items(), 1):
         learned = adapter.read(folder)

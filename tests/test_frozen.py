@@ -7,9 +7,9 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.count_memory import counting
+from benchmarks.profile_step import flop_counter
 from customdiff import base, frozen, methods
 from customdiff.params import Base
 
@@ -71,7 +71,9 @@ def test_a_lightened_unet_predicts_and_learns_the_same_and_keeps_less(request, m
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("kind", "shape"), [(ResnetBlock2D, (2, 32, 8, 8)), (nn.Conv2d, (2, 32, 8, 8)), (GEGLU, (2, 64, 16))]
+    ("kind", "shape"),
+    [(ResnetBlock2D, (2, 32, 8, 8)), (nn.Conv2d, (2, 32, 8, 8)), (nn.Conv2d, (2, 32, 16, 16))],
+    ids=["block", "convolution", "convolution of many pixels"],
 )
 def test_each_layer_computes_the_same_bits(tiny_base, kind, shape, dtype):
     plain, light = two_unets(tiny_base, HOW, dtype)
@@ -82,7 +84,7 @@ def test_each_layer_computes_the_same_bits(tiny_base, kind, shape, dtype):
     for unet in (plain, light):
         layer = unet.get_submodule(name)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-        x = (x.to(memory_format=torch.channels_last) if x.ndim == 4 else x).requires_grad_()
+        x = x.to(memory_format=torch.channels_last).requires_grad_()
         time = [torch.ones(2, layer.time_emb_proj.in_features, dtype=dtype)] if kind is ResnetBlock2D else []
         y = layer(x, *time)
         y.float().square().sum().backward()
@@ -91,6 +93,70 @@ def test_each_layer_computes_the_same_bits(tiny_base, kind, shape, dtype):
     assert found[0][1].abs().sum() > 0
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_gated_layer_is_as_near_to_the_exact_values_as_diffusers_own(tiny_base, dtype):
+    generator = torch.Generator().manual_seed(2)
+    plain, light = two_unets(tiny_base, HOW, dtype)
+    name = next(name for name, layer in plain.named_modules() if type(layer) is GEGLU)
+    layers = [plain.get_submodule(name), light.get_submodule(name)]
+    x = torch.randn(2, 64, layers[0].proj.in_features, generator=generator).to(dtype)
+    weighing = torch.randn(2, 64, layers[0].proj.out_features // 2, generator=generator).to(dtype)
+
+    def values(layer, exact=False):
+        given = (x.double() if exact else x.clone()).requires_grad_()
+        y = layer(given)
+        y.backward(weighing.to(y.dtype))
+        return y.detach().double(), given.grad.double()
+
+    found = [values(layer) for layer in layers]
+    for each, other, exact in zip(*found, values(layers[0].double(), exact=True), strict=True):
+        assert exact.abs().sum() > 0
+        assert (other - exact).norm() < 1.5 * (each - exact).norm()
+
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="an x86 CPU's layout")
+@pytest.mark.parametrize(("size", "padding"), [(1, 0), (3, 1), (3, 0), (5, 1)])
+def test_a_packed_convolution_takes_features_of_any_shape(size, padding):
+    """The first decide whether it is packed, and have no say in what comes after, such as validation images."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(24, 40, size, padding=padding).requires_grad_(False)
+    light = nn.Sequential(copy.deepcopy(plain))
+    frozen.lighten(light)
+    light = light[0]
+    for shape in ((2, 24, 9, 7), (1, 24, 40, 48), (3, 24, 8, 8)):
+        found = []
+        for layer in (plain, light):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+            y = layer(x)
+            y.square().sum().backward()
+            found.append((y.detach(), x.grad))
+        assert light.weight is None
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(light(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "side", "dtype"),
+    [
+        ({}, 17, torch.float32),
+        ({}, 8, torch.float64),
+        *[
+            (options, 8, torch.float32)
+            for options in ({"stride": 2}, {"groups": 2}, {"dilation": 2}, {"padding": "same"}, {"padding": 3})
+        ],
+    ],
+    ids=str,
+)
+def test_a_convolution_that_would_not_gain_stays_unpacked(options, side, dtype):
+    plain = nn.Conv2d(4, 4, 3, **options, dtype=dtype).requires_grad_(False)
+    light = nn.Sequential(copy.deepcopy(plain))
+    frozen.lighten(light)
+    x = torch.randn(1, 4, side, side, dtype=dtype, requires_grad=True)
+    assert torch.equal(light(x), plain(x))
+    assert light[0].weight is not None
 
 
 def test_layers_that_train_are_left_as_they_are(tiny_base):
@@ -112,10 +178,12 @@ def test_gradient_checkpointing_goes_with_it(tiny_base):
 
 def test_the_arithmetic_of_a_lightened_step_can_be_counted(tiny_base):
     """PyTorch's counter follows modules by hooks, which a backward pass within a backward pass would stop."""
-    _, light = two_unets(tiny_base, HOW)
-    with FlopCounterMode(display=False) as counter:
-        step(light)
-    assert counter.get_total_flops() > 0
+    counts = []
+    for unet in two_unets(tiny_base, HOW):
+        with flop_counter() as counter:
+            step(unet)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_features_of_any_layout_pass(tiny_base):

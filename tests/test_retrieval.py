@@ -372,7 +372,7 @@ def test_clip_retrieval_itself_embeds_and_indexes_a_pool(tmp_path, clip_folder):
     noisy_images(tmp_path / "instances", 2, seed=99)
     retrieve(tmp_path, settings(settled))
     assert len(layout(tmp_path / "out")) == 4
-    pool._run_tool(pool.tool(), ["index", "--embeddings_folder=index", "--index_folder=served"], tmp_path)
+    pool.run_tool(pool.tool(), ["index", "--embeddings_folder=index", "--index_folder=served"], tmp_path)
     assert {path.name for path in (tmp_path / "served").iterdir()} >= {"image.index", "metadata"}
 
 
