@@ -8,8 +8,8 @@ and a gated feed-forward layer one in place of two. Nor need what never changes 
 small feature map's convolution spends up to three quarters of its time on laying out its weight.
 
 Convolutions and residual blocks compute what diffusers' do, bit for bit, by the same kernels on the same numbers. The
-gated layers take PyTorch's vectorised GELU, which rounds otherwise than the one for strided halves; and features stay in
-channels_last where diffusers' linear projections turn them out of it, so that sums are rounded in another order.
+gated layers take PyTorch's vectorised GELU, which rounds otherwise than the one for strided halves; and features stay
+in channels_last where diffusers' linear projections turn them out of it, so that sums are rounded in another order.
 """
 
 import torch
