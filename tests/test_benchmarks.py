@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import tiny_params, write_prepared
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -177,6 +178,22 @@ def test_a_whole_measurement(tiny_base, tmp_path):
     script.write_text("raise RuntimeError('broken by the test')")
     with pytest.raises(UserError, match=r"reference ended with status 1: .*broken by the test"):
         against_reference.measure(work, script, "", rounds=1, workers=0)
+
+
+def test_options_are_of_our_side_alone(tmp_path):
+    options = {"train.compile": True, "train.validation.num_images": 2}
+    work = project.Project(tmp_path, tmp_path / "base", config("quarter-256"), MACHINE, 3, options)
+    work.ours.mkdir()
+    work.write_params(1)
+    train = yaml.safe_load((work.ours / "params.yaml").read_text())["train"]
+    assert (train["compile"], train["validation"], train["max_steps"]) == (True, {"num_images": 2}, 3)
+    assert not any("compile" in argument for argument in work.reference_arguments(1, 0))
+
+
+@pytest.mark.parametrize("text", ["train.compile", "=true"])
+def test_an_option_of_another_form_is_refused(text):
+    with pytest.raises(UserError, match=r"--ours: '.*' is not of the form KEY=VALUE"):
+        against_reference.main(configs=["sdxl-1024"], options=[text])
 
 
 def test_a_missing_package_is_named_with_the_mend(tmp_path):
