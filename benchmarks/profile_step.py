@@ -124,7 +124,8 @@ def flop_counter():
     def packed(x: list[int], weight: list[int], *_, out_shape: list[int], **__) -> int:
         return conv_flop_count(x, weight, out_shape)
 
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._convolution_pointwise: packed})
+    known = {torch.ops.mkldnn._convolution_pointwise: packed} if torch.backends.mkldnn.is_available() else {}
+    return FlopCounterMode(display=False, custom_mapping=known)
 
 
 def _less(one: Counter, other: Counter) -> Counter:
