@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import diffusers
@@ -17,12 +19,16 @@ from PIL import Image
 
 from customdiff.adapter import fingerprint
 from customdiff.base import weight_hashes
-from customdiff.files import whole_folder
+from customdiff.files import project_home
 from customdiff.images import open_rgb, save_all
 from customdiff.params import Params
 
-DRAWN = Path(".drawn")
 SETS = 3  # kept: those of `evaluate`, and of a sweep and a comparison with other prompts or numbers of images
+
+
+def drawn_folder() -> Path:
+    """Where the project keeps them, for its queued experiments too."""
+    return project_home() / ".drawn"
 
 
 def base_images(
@@ -49,10 +55,14 @@ def base_images(
         os.utime(kept)  # used last
         return [open_rgb(kept / f"{number:05d}.png") for number in range(len(texts))]
     images = draw()
-    with whole_folder(kept) as out:
-        save_all({out / f"{number:05d}.png": image for number, image in enumerate(images)})
-    for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-SETS]:
-        shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as incoming:
+        save_all({Path(incoming) / f"{number:05d}.png": image for number, image in enumerate(images)})
+        with suppress(OSError):  # another experiment has kept the same meanwhile
+            Path(incoming).rename(kept)
+    with suppress(FileNotFoundError):  # another experiment clears up as well
+        for old in sorted(folder.glob("[!.]*"), key=lambda path: path.stat().st_mtime)[:-SETS]:
+            shutil.rmtree(old, ignore_errors=True)
     return images
 
 

@@ -1,6 +1,7 @@
-"""Write outputs whole or not at all: beside their place first, then renamed into it."""
+"""Write outputs whole or not at all: beside their place first, then renamed into it; and where the project lies."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,11 @@ from pathlib import Path
 from customdiff.errors import UserError
 
 INCOMING = ".incoming"
+
+
+def project_home() -> Path:
+    """The project's folder, for what outlives a run. DVC runs a queued experiment in a copy, which it removes."""
+    return Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
 
 @contextmanager

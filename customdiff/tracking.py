@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from customdiff.files import whole_file
+from customdiff.files import project_home, whole_file
 from customdiff.params import Params
 
 DATABASE = "mlflow.db"
@@ -315,8 +315,7 @@ class _Store:
         project = Path(folder or ".")
         if os.environ.get("MLFLOW_TRACKING_URI"):
             return cls(os.environ["MLFLOW_TRACKING_URI"], None, project)
-        # A queued experiment runs in a temporary copy that DVC removes; DVC_ROOT then is the project proper.
-        home = Path(folder or os.environ.get("DVC_ROOT") or ".").resolve()
+        home = Path(folder).resolve() if folder else project_home()
         return cls(f"sqlite:///{home / DATABASE}", home / ARTIFACTS, project)
 
 

@@ -19,7 +19,7 @@ def main() -> None:
     # seconds that a mistake in params.yaml need not wait for
     from customdiff import adapter, base, evaluation, report, sampling, tracking
     from customdiff.clip import Clip
-    from customdiff.drawn import DRAWN
+    from customdiff.drawn import drawn_folder
 
     card = adapter.read_card(ADAPTER)
     evaluation.check_card(card, params)
@@ -31,7 +31,7 @@ def main() -> None:
     judge = Clip.load(settings.clip, device)
 
     started = time.perf_counter()
-    pairs = evaluation.draw(pipe, partial(adapter.load, folder=ADAPTER), params, prompts, DRAWN)
+    pairs = evaluation.draw(pipe, partial(adapter.load, folder=ADAPTER), params, prompts, drawn_folder())
     rows = evaluation.score(pairs, instances, judge)
     metrics = evaluation.summarize(rows, resamples=settings.bootstrap, seed=params.base.seed)
     metrics |= {

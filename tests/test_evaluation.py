@@ -355,6 +355,31 @@ def test_only_what_was_used_last_is_kept(tiny_base, tmp_path, monkeypatch):
     assert len(list((tmp_path / "drawn").iterdir())) == 2
 
 
+def test_two_experiments_may_draw_the_same_at_once(tiny_base, tmp_path):
+    pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
+    images = [Image.new("RGB", (8, 8), "red")]
+
+    def evaluate(draw):
+        found = drawn.base_images(tmp_path / "drawn", pipe, params(), ["a cat"], [1], draw)
+        return [np.asarray(image).tolist() for image in found]
+
+    def while_another_does():
+        evaluate(lambda: images)
+        return images
+
+    first = evaluate(while_another_does)
+    assert evaluate(lambda: pytest.fail("drawn again")) == first
+    assert len(list((tmp_path / "drawn").iterdir())) == 1
+
+
+def test_queued_experiments_share_the_projects_pictures(monkeypatch, tmp_path):
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert drawn.drawn_folder() == tmp_path / ".drawn"
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "project"))
+    assert drawn.drawn_folder() == tmp_path / "project" / ".drawn"
+
+
 def test_a_drawing_that_fails_keeps_nothing(tiny_base, tmp_path):
     pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
 

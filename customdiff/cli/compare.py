@@ -47,7 +47,7 @@ def compare(
     from customdiff import base, comparison, evaluation, tracking
     from customdiff.adapter import read_card
     from customdiff.clip import Clip
-    from customdiff.drawn import DRAWN
+    from customdiff.drawn import drawn_folder
 
     for name in [*wanted, *rates]:
         if name not in comparison.RATES:
@@ -70,7 +70,7 @@ def compare(
         run = comparison.train(chosen, PREPARED, RUNS / name, tracker_for)
         folders[name], facts[name] = run.path / "adapter", comparison.facts_of(run, chosen)
 
-    graded = comparison.grade(folders, params, prompts, instances, judge, device, DRAWN)
+    graded = comparison.grade(folders, params, prompts, instances, judge, device, drawn_folder())
     for name, found in facts.items():
         graded[name].facts.update(found)
     rows = comparison.table(graded)

@@ -47,7 +47,7 @@ def sweep(
     from customdiff import adapter, base, checkpoints, evaluation, sampling, tracking
     from customdiff import sweep as sweeps
     from customdiff.clip import Clip
-    from customdiff.drawn import DRAWN
+    from customdiff.drawn import drawn_folder
 
     folder = checkpoints.find_run(run)
     paths = [folder.checkpoint(step) for step in wanted] if wanted else folder.checkpoints()
@@ -64,7 +64,7 @@ def sweep(
     judge = Clip.load(settings.clip, device)
 
     started = time.perf_counter()
-    points = sweeps.sweep(pipe, chosen, params, prompts, instances, judge, photos, DRAWN)
+    points = sweeps.sweep(pipe, chosen, params, prompts, instances, judge, photos, drawn_folder())
     table = [sweeps.figures(point, resamples=settings.bootstrap, seed=params.base.seed) for point in points]
     metrics = {
         "run": str(folder.path),
