@@ -168,6 +168,8 @@ class _GatedGelu(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
         hidden, gate, weight = ctx.saved_tensors
         of_hidden, of_gate = F.gelu(gate).mul_(gradient), torch.ops.aten.gelu_backward(gradient * hidden, gate)
+        if gradient.dtype != torch.float32:  # one product, for of two the first would be rounded before the sum
+            return torch.cat([of_hidden, of_gate], dim=-1) @ weight, None, None
         to_hidden, to_gate = weight.chunk(2)
         of_x = torch.addmm((of_hidden @ to_hidden).flatten(0, -2), of_gate.flatten(0, -2), to_gate)
         return of_x.view(*gradient.shape[:-1], -1), None, None
