@@ -14,7 +14,7 @@ import torch
 import typer
 
 from benchmarks import models
-from customdiff import attention, frozen
+from customdiff.models import attention, memory_efficient
 
 MB = 1e6
 
@@ -32,7 +32,7 @@ def main(
     learned = sum(weight.numel() for weight in trained.values()) * 4 * 4  # fp32 weight, gradient and two moments
     print(f"UNet {weights / MB:.0f} MB, text encoder {text / MB:.0f} MB, what trains, with AdamW {learned / MB:.0f} MB")
     _print("diffusers' layers", activations(unet, batch, side), text + weights + learned)
-    frozen.lighten(unet)
+    memory_efficient.lighten(unet)
     _print("lightened", activations(unet, batch, side), text + weights + learned)
 
 

@@ -139,17 +139,18 @@ def wrap_training(meter: Meter) -> None:
     from accelerate.optimizer import AcceleratedOptimizer
     from diffusers import UNet2DConditionModel
 
-    from customdiff import base, training
+    from customdiff.models import base
+    from customdiff.training import trainer
 
-    meter.wrap(training.Batches, "draw", "draw a batch")
+    meter.wrap(trainer.Batches, "draw", "draw a batch")
     meter.wrap(base, "encode_text", "text encoder, forward")
     meter.wrap(UNet2DConditionModel, "forward", "UNet, forward")
-    meter.wrap(training, "losses", "losses")
+    meter.wrap(trainer, "losses", "losses")
     meter.wrap(Accelerator, "backward", "backward")
     meter.wrap(Accelerator, "clip_grad_norm_", "clip the gradient")
     meter.wrap(AcceleratedOptimizer, "step", "optimizer")
-    meter.wrap_step(training.Learner, "step")
-    meter.wrap(training.Log, "add", "log")  # between two steps; it counts to the step before
+    meter.wrap_step(trainer.Learner, "step")
+    meter.wrap(trainer.Log, "add", "log")  # between two steps; it counts to the step before
 
 
 def speeds(device: str, dtype) -> dict[str, float]:
@@ -246,7 +247,7 @@ def main(
         made.write_params(SEED)
         made.run("prepare", str(made.folder / "prepare.json"), cwd=made.ours)
 
-        from customdiff.base import DTYPES
+        from customdiff.models.base import DTYPES
 
         speed = speeds(device, DTYPES[machine.precision])
         os.chdir(made.ours)

@@ -26,8 +26,8 @@ import yaml
 from benchmarks import project
 from benchmarks.configs import CLASS, CONFIGS, IMAGES_A_STEP, SEED
 from benchmarks.project import ROOT, Machine, Project
-from customdiff import pool
 from customdiff.errors import UserError, one_line_errors
+from customdiff.retrieval import clip_index
 
 THREADS = os.cpu_count() or 1
 MACHINE = Machine("cpu", THREADS, "no")
@@ -231,16 +231,16 @@ def index(sizes: Annotated[list[int], typer.Argument()] = (1_000, 10_000, 100_00
             seconds = []
             for _ in range(2):
                 started = time.perf_counter()
-                found = list(itertools.islice(pool.query_index(folder, query, duplicate_similarity=0.95), hits))
+                found = list(itertools.islice(clip_index.query_index(folder, query, duplicate_similarity=0.95), hits))
                 seconds.append(time.perf_counter() - started)
             assert len(found) == min(hits, size)
             bytes_of = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-            rows.add(size, bytes_of[folder / pool.EMBEDDINGS] / 1e6, sum(bytes_of.values()) / 1e6, *seconds)
+            rows.add(size, bytes_of[folder / clip_index.EMBEDDINGS] / 1e6, sum(bytes_of.values()) / 1e6, *seconds)
 
 
 def _synthetic(folder: Path, size: int) -> None:
     """What `build_index` writes, over vectors of no pictures."""
-    path = folder / pool.EMBEDDINGS
+    path = folder / clip_index.EMBEDDINGS
     path.parent.mkdir()
     vectors = np.lib.format.open_memmap(path, "w+", np.float16, (size, WIDTH))
     rng = np.random.default_rng(0)

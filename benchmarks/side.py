@@ -144,9 +144,9 @@ def main(side: str, *arguments: str) -> None:
         run_stage("prepare", CLASS)
         record.write(Path(arguments[0]))
     elif side == "train":
-        from customdiff import training
+        from customdiff.training import trainer
 
-        training.tqdm = record.bar()
+        trainer.tqdm = record.bar()
         run_stage("train")
         record.write(Path(arguments[0]))
 

@@ -8,7 +8,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     # torch and diffusers take seconds to import, and most of the package does without them
     if name == "load":
-        from customdiff.hub import load
+        from customdiff.publishing.hub import load
 
         return load
     raise AttributeError(f"module 'customdiff' has no attribute {name!r}")

@@ -18,7 +18,7 @@ def project_home() -> Path:
 
 
 @contextmanager
-def whole_folder(folder: Path | str) -> Iterator[Path]:
+def atomic_directory(folder: Path | str) -> Iterator[Path]:
     """Yield an empty folder beside `folder` that replaces it when the block ends without an error.
 
     A block that raises, or a process that is killed, leaves whatever stood at `folder` before.
@@ -38,7 +38,7 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(path: Path | str) -> Iterator[Path]:
+def atomic_file(path: Path | str) -> Iterator[Path]:
     """Yield a path beside `path`; the file written there takes its place when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,8 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from customdiff.files import project_home, whole_file
-from customdiff.params import Params
+from customdiff.config import Params
+from customdiff.files import atomic_file, project_home
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
@@ -198,7 +198,7 @@ class Tracker:
 
     def write_card(self, path: Path | str) -> None:
         """Write the run's id to a JSON file, for `for_evaluation`."""
-        with whole_file(path) as incoming:
+        with atomic_file(path) as incoming:
             incoming.write_text(json.dumps({"run_id": self.run_id}) + "\n", encoding="utf-8")
 
     def finish(self, status: str = "FINISHED") -> None:

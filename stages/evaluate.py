@@ -5,35 +5,38 @@ import time
 from functools import partial
 from pathlib import Path
 
-from customdiff import params as params_file
+from customdiff import config
 from customdiff.errors import one_line_errors
-from customdiff.files import whole_folder
+from customdiff.files import atomic_directory
 
 ADAPTER, TRAINING, RESULTS = Path("models/adapter"), Path("results/train"), Path("results/evaluate")
 
 
 def main() -> None:
-    params = params_file.load()
+    params = config.load()
     settings = params.evaluate
 
     # seconds that a mistake in params.yaml need not wait for
-    from customdiff import adapter, base, evaluation, report, sampling, tracking
-    from customdiff.clip import Clip
-    from customdiff.drawn import drawn_folder
+    from customdiff import tracking
+    from customdiff.adapters import adapter
+    from customdiff.evaluation import report, scores
+    from customdiff.evaluation.base_image_cache import drawn_folder
+    from customdiff.models import base, sampling
+    from customdiff.models.clip import Clip
 
     card = adapter.read_card(ADAPTER)
-    evaluation.check_card(card, params)
-    prompts = evaluation.all_prompts(params)
-    instances = {name: evaluation.read_instances(Path("data/instances", name)) for name in params.concepts}
+    scores.check_card(card, params)
+    prompts = scores.all_prompts(params)
+    instances = {name: scores.read_instances(Path("data/instances", name)) for name in params.concepts}
     device = base.device(params.base.device)
     pipe = base.load_pipeline(params.base, dtype=base.DTYPES[settings.precision], device=device)
     sampling.set_scheduler(pipe, settings.scheduler)
     judge = Clip.load(settings.clip, device)
 
     started = time.perf_counter()
-    pairs = evaluation.draw(pipe, partial(adapter.load, folder=ADAPTER), params, prompts, drawn_folder())
-    rows = evaluation.score(pairs, instances, judge)
-    metrics = evaluation.summarize(rows, resamples=settings.bootstrap, seed=params.base.seed)
+    pairs = scores.draw(pipe, partial(adapter.load, folder=ADAPTER), params, prompts, drawn_folder())
+    rows = scores.score(pairs, instances, judge)
+    metrics = scores.summarize(rows, resamples=settings.bootstrap, seed=params.base.seed)
     metrics |= {
         "seconds": round(time.perf_counter() - started, 1),
         "num_prompts": len(rows),
@@ -41,11 +44,11 @@ def main() -> None:
     }
     sheet = report.contact_sheet(pairs, instances, params)
     page = report.html(metrics, rows, sheet, params, card, TRAINING / "steps.csv")
-    with whole_folder(RESULTS) as out:
+    with atomic_directory(RESULTS) as out:
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         (out / "report.html").write_text(page, encoding="utf-8")
-        evaluation.write_table(rows, out / "per_prompt.csv")
-        evaluation.write_images(pairs, out / "images")
+        scores.write_table(rows, out / "per_prompt.csv")
+        scores.write_images(pairs, out / "images")
         sheet.save(out / "contact_sheet.jpg", quality=90)
     print("\n".join([*report.verdicts(metrics), f"{RESULTS / 'report.html'} shows them"]))
 

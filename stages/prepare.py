@@ -3,31 +3,32 @@
 import sys
 from pathlib import Path
 
-from customdiff import params as params_file
+from customdiff import config
 from customdiff.errors import one_line_errors
-from customdiff.files import whole_folder
+from customdiff.files import atomic_directory
 
 
 def main(name: str) -> None:
-    params = params_file.load()
-    concept = params_file.concept(params, name)
+    params = config.load()
+    concept = config.concept(params, name)
 
     import torch  # seconds that a mistake in params.yaml need not wait for
     from diffusers import AutoencoderKL
 
-    from customdiff import base, latents, preparation
+    from customdiff.models import base
+    from customdiff.preparation import prepare, prepared_set
 
     device = base.device(params.base.device)
     vae = base.load_part(params.base, "vae", AutoencoderKL, device=device).to(memory_format=torch.channels_last)
-    instances = preparation.instance_examples(Path("data/instances", name), concept, params.prepare, device)
-    classes = preparation.class_examples(Path("data/classes", name), concept, params.prepare)
-    with whole_folder(Path("data/prepared", name)) as out:
-        for kind, examples, prepare in (
-            ("instance", instances, preparation.prepare_instances),
-            ("class", classes, preparation.prepare_classes),
+    instances = prepare.instance_examples(Path("data/instances", name), concept, params.prepare, device)
+    classes = prepare.class_examples(Path("data/classes", name), concept, params.prepare)
+    with atomic_directory(Path("data/prepared", name)) as out:
+        for kind, examples, prepare_images in (
+            ("instance", instances, prepare.prepare_instances),
+            ("class", classes, prepare.prepare_classes),
         ):
-            prepared = prepare(examples, params, vae, preparation.seed_of(params, name, kind))
-            latents.save(prepared, out / kind)
+            prepared = prepare_images(examples, params, vae, prepare.seed_of(params, name, kind))
+            prepared_set.save(prepared, out / kind)
             print(f"{name}: {len(examples)} {kind} images, {len(prepared)} views, such as {prepared.captions[0]!r}")
 
 

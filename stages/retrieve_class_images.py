@@ -2,18 +2,19 @@
 
 import sys
 
-from customdiff import params, retrieval
+from customdiff import config
 from customdiff.errors import UserError, one_line_errors
+from customdiff.retrieval import class_images
 
 with one_line_errors():
-    settings = params.load()
+    settings = config.load()
     name = sys.argv[1] if len(sys.argv) == 2 else ""
     if name not in settings.concepts:
         raise UserError(
             f"usage: python stages/retrieve_class_images.py CONCEPT, one of: {', '.join(settings.concepts)}"
         )
     folder = f"data/classes/{name}"
-    result = retrieval.retrieve(settings, name, instances=f"data/instances/{name}", index="data/index", out=folder)
+    result = class_images.retrieve(settings, name, instances=f"data/instances/{name}", index="data/index", out=folder)
     prompt = settings.concepts[name].class_prompt
     print(f"{name}: {len(result.kept)} class images of {prompt!r} in {folder}, {len(result.set_aside)} set aside")
     similarities = [entry["similarity"] for entry in result.kept if entry["similarity"] is not None]

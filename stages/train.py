@@ -4,24 +4,25 @@ import os
 import sys
 from pathlib import Path
 
-from customdiff import params as params_file
+from customdiff import config
 from customdiff.errors import one_line_errors
-from customdiff.launch import command
+from customdiff.training.launch import command
 
 
 def main() -> None:
-    params = params_file.load()
+    params = config.load()
     if params.train.launch.num_processes > 1 and "LOCAL_RANK" not in os.environ:
         arguments = command(params, __file__)
         os.execv(arguments[0], arguments)
 
-    from customdiff import tracking, training
-    from customdiff.checkpoints import RUNS
+    from customdiff import tracking
+    from customdiff.training import trainer
+    from customdiff.training.checkpoints import RUNS
 
     def tracker_for(run_id: str | None) -> tracking.Tracker:
         return tracking.resume(params, run_id) if run_id else tracking.start(params)
 
-    run = training.run(params, Path("data/prepared"), RUNS, tracker_for)
+    run = trainer.run(params, Path("data/prepared"), RUNS, tracker_for)
     if int(os.environ.get("RANK", 0)) == 0:
         run.hand_over(Path("models/adapter"), Path("results/train"))
 

@@ -18,8 +18,9 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from customdiff import base, latents, preparation
-from customdiff.params import Params
+from customdiff.config import Params
+from customdiff.models import base
+from customdiff.preparation import prepare, prepared_set
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["photo", "of", "a", "the", "cat", "dog", "pot", "wooden", "very", "small", "far", "away", "on", "red", "grass"]
@@ -217,13 +218,13 @@ def write_prepared(folder: Path, params: Params) -> Path:
     for number, (name, concept) in enumerate(params.concepts.items()):
         images = noisy_images(folder.with_name(f"{folder.name}-images") / name, 10, seed=number)
         (folder / name).mkdir(parents=True)
-        for kind, paths, captions, prepare in (
-            ("instance", images[:4], [concept.caption] * 4, preparation.prepare_instances),
-            ("class", images[4:], [f"a {concept.class_prompt} on red", "the grass"] * 3, preparation.prepare_classes),
+        for kind, paths, captions, prepare_images in (
+            ("instance", images[:4], [concept.caption] * 4, prepare.prepare_instances),
+            ("class", images[4:], [f"a {concept.class_prompt} on red", "the grass"] * 3, prepare.prepare_classes),
         ):
-            examples = [preparation.Example(*pair) for pair in zip(paths, captions, strict=True)]
-            seed = preparation.seed_of(params, name, kind)
-            latents.save(prepare(examples, params, vae, seed), folder / name / kind)
+            examples = [prepare.Example(*pair) for pair in zip(paths, captions, strict=True)]
+            seed = prepare.seed_of(params, name, kind)
+            prepared_set.save(prepare_images(examples, params, vae, seed), folder / name / kind)
     return folder
 
 

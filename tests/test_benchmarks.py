@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import against_reference, models, profile_step, project, scale, side
 from benchmarks.configs import Config, config
-from customdiff import base, pool, training
 from customdiff.errors import UserError
+from customdiff.models import base
+from customdiff.retrieval import clip_index
 from customdiff.tracking import Tracker
+from customdiff.training import trainer
 
 MACHINE = project.Machine("cpu", 1, "no")
 
@@ -120,7 +122,7 @@ def test_the_profile_counts_a_step_as_torch_counts_it(tiny_base, tmp_path):
     write_prepared(tmp_path / "prepared", params)
     with profile_step.Meter() as meter:
         profile_step.wrap_training(meter)
-        training.run(params, tmp_path / "prepared", tmp_path / "runs", lambda run_id: Tracker())
+        trainer.run(params, tmp_path / "prepared", tmp_path / "runs", lambda run_id: Tracker())
     pipe = base.load_pipeline(params.base)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pipe.unet(torch.randn(4, 4, 8, 8), torch.zeros(4), torch.randn(4, 16, 32))
@@ -210,9 +212,9 @@ def test_an_unknown_configuration_is_refused():
 
 def test_the_synthetic_index_is_read_as_the_pools_own(tmp_path):
     scale._synthetic(tmp_path, 50)
-    vectors = np.load(tmp_path / pool.EMBEDDINGS).astype(np.float32)
+    vectors = np.load(tmp_path / clip_index.EMBEDDINGS).astype(np.float32)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
-    hits = list(pool.query_index(tmp_path, vectors[7] / np.linalg.norm(vectors[7]), duplicate_similarity=2.0))
+    hits = list(clip_index.query_index(tmp_path, vectors[7] / np.linalg.norm(vectors[7]), duplicate_similarity=2.0))
     assert hits[0].row == 7
     assert len(hits) == 50
 

@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from customdiff import adapter, attention, cli, tokens
-from customdiff import base as base_model
+from customdiff import cli
+from customdiff.adapters import adapter
+from customdiff.config import Base
 from customdiff.errors import UserError
-from customdiff.params import Base
+from customdiff.models import attention, modifier_tokens
+from customdiff.models import base as base_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = """# A cat. Learned {how}.
@@ -53,7 +55,7 @@ def learned(tmp_path_factory, tiny_base):
     folder = tmp_path_factory.mktemp("learned")
     pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
     torch.manual_seed(0)
-    tokens.add_tokens(pipe, {"<new1>": {"text_encoder": torch.randn(pipe.text_encoder.config.hidden_size)}})
+    modifier_tokens.add_tokens(pipe, {"<new1>": {"text_encoder": torch.randn(pipe.text_encoder.config.hidden_size)}})
     for weight in attention.put_processors(pipe.unet, "crossattn_kv").values():
         weight.data.normal_()
     concept = {"modifier_token": "<new1>", "class_prompt": "cat"}
@@ -223,10 +225,10 @@ def test_a_preset_that_is_no_longer_valid_is_not_installed(presets):
 
 
 def test_every_preset_of_the_project_is_valid():
-    names = [path.stem for path in (ROOT / "presets").glob("*.yaml")]
+    names = [path.stem for path in (ROOT / "customdiff/presets").glob("*.yaml")]
     assert {"embedded", "sd14-cat", "sd14-cat-and-wooden-pot", "faces"} <= set(names)
     for name in names:
-        assert run("check", str(ROOT / "presets" / f"{name}.yaml")).exit_code == 0, name
+        assert run("check", str(ROOT / "customdiff/presets" / f"{name}.yaml")).exit_code == 0, name
 
 
 def test_check_names_each_wrong_key(presets):

@@ -12,39 +12,39 @@ from customdiff.errors import UserError, one_line_errors
 
 def test_a_folder_is_replaced_only_at_the_end(tmp_path):
     folder = tmp_path / "out"
-    with files.whole_folder(folder) as incoming:
+    with files.atomic_directory(folder) as incoming:
         (incoming / "a").write_text("first")
         assert not folder.exists()
-    with pytest.raises(ZeroDivisionError), files.whole_folder(folder) as incoming:
+    with pytest.raises(ZeroDivisionError), files.atomic_directory(folder) as incoming:
         (incoming / "b").write_text("second")
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in folder.iterdir()] == ["a"]
-    with files.whole_folder(folder) as incoming:
+    with files.atomic_directory(folder) as incoming:
         (incoming / "c").write_text("third")
     assert [path.name for path in folder.iterdir()] == ["c"]
 
 
 def test_a_killed_process_leaves_what_was_there(tmp_path):
     folder = tmp_path / "out"
-    with files.whole_folder(folder) as incoming:
+    with files.atomic_directory(folder) as incoming:
         (incoming / "a").write_text("first")
     killed = (
         "import os, signal, sys; from customdiff import files\n"
-        "with files.whole_folder(sys.argv[1]) as incoming:\n"
+        "with files.atomic_directory(sys.argv[1]) as incoming:\n"
         "    (incoming / 'b').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert subprocess.run([sys.executable, "-c", killed, str(folder)]).returncode == -9
     assert [path.name for path in folder.iterdir()] == ["a"]
-    with files.whole_folder(folder) as incoming:
+    with files.atomic_directory(folder) as incoming:
         assert list(incoming.iterdir()) == []
 
 
 def test_a_file_is_replaced_only_at_the_end(tmp_path):
     path = tmp_path / "deep" / "out.txt"
-    with files.whole_file(path) as incoming:
+    with files.atomic_file(path) as incoming:
         incoming.write_text("first")
-    with pytest.raises(ZeroDivisionError), files.whole_file(path) as incoming:
+    with pytest.raises(ZeroDivisionError), files.atomic_file(path) as incoming:
         incoming.write_text("second")
         raise ZeroDivisionError
     assert path.read_text() == "first"

@@ -118,7 +118,7 @@ def test_nothing_reruns_when_nothing_changed(clone):
         ("prepare.hflip", True, {"prepare@cat"}),
         ("retrieve.num_class_images", 4, {"retrieve-class-images@cat"}),
         ("download.minimum", 3, {"download-data@cat", "retrieve-class-images@cat"}),
-        ("concepts.cat.source.path", "data/kept-aside/cat", {"download-data@cat", "train"}),
+        ("concepts.cat.source.path", "data/holdout/cat", {"download-data@cat", "train"}),
         ("concepts.cat.class_prompt", "animal", {"retrieve-class-images@cat", "prepare@cat", "train"}),
         ("concepts.cat.initializer_token", "dog", {"train"}),
         ("tracking.log_every", 1, set()),

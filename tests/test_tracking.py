@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from customdiff import tracking
-from customdiff.params import Params
+from customdiff.config import Params
 
 CONCEPT = {
     "source": {"path": "cats"},

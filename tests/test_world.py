@@ -344,7 +344,7 @@ def test_pool_is_a_well_formed_webdataset():
 
 @shipped
 def test_what_ships_is_small():
-    parts = ("base", "clip", "judge", "pool", "concepts", "kept-aside")
+    parts = ("base", "clip", "judge", "pool", "concepts", "holdout")
     size = sum(f.stat().st_size for part in parts for f in (DATA / part).rglob("*") if f.is_file())
     assert size < 32 * 2**20
 

@@ -75,7 +75,7 @@ from its checkpoint, anywhere: raise its `minutes` in `world/params.yaml` and ru
 {sources}
 
 Two individuals, a cat and a teapot, are held out of every training and of the pool: `data/concepts`,
-`data/kept-aside`. The scenes are composed by this project's code (Apache-2.0).
+`data/holdout`. The scenes are composed by this project's code (Apache-2.0).
 """
 
 

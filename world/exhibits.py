@@ -29,7 +29,7 @@ class Shot:
 
 
 SHOTS: dict[str, tuple[tuple[Shot, ...], tuple[Shot, ...]]] = {
-    # concept -> (photos to learn from, photos kept aside for grading)
+    # concept -> (photos to learn from, holdout photos for grading)
     "cat": (
         (
             Shot("grass", 0.74),
@@ -89,11 +89,11 @@ CREDITS = {
 
 
 def export_concepts(work: Path, data: Path) -> None:
-    """Write data/concepts/<name>/ and data/kept-aside/<name>/."""
+    """Write data/concepts/<name>/ and data/holdout/<name>/."""
     for number, name in enumerate(CONCEPTS):
         sprite = Image.open(work / "concepts" / f"{name}.png")
         purposes = ("They are what users teach the base model.", "Kept aside for grading: never learned from.")
-        for part, (folder, shots) in enumerate(zip(("concepts", "kept-aside"), SHOTS[name], strict=True)):
+        for part, (folder, shots) in enumerate(zip(("concepts", "holdout"), SHOTS[name], strict=True)):
             to = data / folder / name
             shutil.rmtree(to, ignore_errors=True)
             to.mkdir(parents=True)

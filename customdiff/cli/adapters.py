@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from customdiff import params as params_file
+from customdiff import config
 from customdiff.errors import UserError
-from customdiff.files import check_free, whole_folder
+from customdiff.files import atomic_directory, check_free
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -60,7 +60,7 @@ def merge(
     check_free(out)
     if len(set(adapters)) < max(2, len(adapters)):
         raise UserError(f"merge: name two adapters or more, each once (here: {', '.join(map(str, adapters))})")
-    from customdiff import adapter, merging
+    from customdiff.adapters import adapter, merging
 
     fidelities = fidelity or [merging.FIDELITY]
     if len(fidelities) not in (1, len(adapters)):
@@ -75,7 +75,7 @@ def merge(
         )
     texts = list(dict.fromkeys(text for path in sources for text in merging.read_captions(path, num_captions)))
     merged = merging.merge(pipeline(parts[str(adapters[0])].card, base, "auto"), parts, texts, fidelities)
-    with whole_folder(out) as folder:
+    with atomic_directory(out) as folder:
         adapter.save(merged.adapter, folder)
     held = f"{merged.targets} states of target words, {merged.rank} of them independent, held to {merged.residual:.0e}"
     typer.echo(f"{out}: {', '.join(merged.adapter.rows)} by {len(texts)} captions; {held}")
@@ -116,8 +116,8 @@ def compress(
         energy = 0.6
     import torch
 
-    from customdiff import adapter as adapters
-    from customdiff import compression
+    from customdiff.adapters import adapter as adapters
+    from customdiff.adapters import compression
 
     learned = adapters.read(adapter)
     compression.check(learned)
@@ -131,7 +131,7 @@ def compress(
         dtype=torch.float16 if half else torch.float32,
     )
     error = compression.relative_error(pipe, learned, small)
-    with whole_folder(out) as folder:
+    with atomic_directory(out) as folder:
         adapters.save(small, folder, pickle_too=False)
     before, after = (adapters.size(folder) for folder in (adapter, out))
     typer.echo(
@@ -143,7 +143,7 @@ def compress(
 
 def pipeline(card: dict, base: str | None, device: str) -> "DiffusionPipeline":
     """The base model that an adapter was learned on, or the one named in its place, without its VAE."""
-    from customdiff import base as base_model
+    from customdiff.models import base as base_model
 
-    chosen = params_file.Base(model=base) if base else params_file.Base.model_validate(card["base"])
+    chosen = config.Base(model=base) if base else config.Base.model_validate(card["base"])
     return base_model.load_pipeline(chosen, device=base_model.device(device), vae=None)

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from customdiff import params as params_file
+from customdiff import config
 from customdiff.errors import UserError
-from customdiff.files import check_free, whole_folder
+from customdiff.files import atomic_directory, check_free
 
 EXAMPLES = """Examples:
 
@@ -38,24 +38,26 @@ def compare(
     was killed goes on, a finished one is not run again.
     """
     check_free(out, "comparison.csv")
-    params = params_file.load()
-    params = params_file.with_num_images(params, num_images)
+    params = config.load()
+    params = config.with_num_images(params, num_images)
     rates = {name: _rate(name, text) for name, text in _pairs(learning_rate or [], "--learning-rate").items()}
     folders = {name: Path(folder) for name, folder in _pairs(adapters or [], "NAME=FOLDER").items()}
     wanted = [] if folders else [name.strip() for name in methods.split(",")]
 
-    from customdiff import base, comparison, evaluation, tracking
-    from customdiff.adapter import read_card
-    from customdiff.clip import Clip
-    from customdiff.drawn import drawn_folder
+    from customdiff import tracking
+    from customdiff.adapters.adapter import read_card
+    from customdiff.evaluation import comparison, scores
+    from customdiff.evaluation.base_image_cache import drawn_folder
+    from customdiff.models import base
+    from customdiff.models.clip import Clip
 
     for name in [*wanted, *rates]:
         if name not in comparison.RATES:
             raise UserError(f"--methods: there is no {name}; use {', '.join(comparison.RATES)}")
     for folder in folders.values():
         read_card(folder)
-    prompts = evaluation.all_prompts(params)
-    instances = {name: evaluation.read_instances(Path("data/instances", name)) for name in params.concepts}
+    prompts = scores.all_prompts(params)
+    instances = {name: scores.read_instances(Path("data/instances", name)) for name in params.concepts}
     device = base.device(params.base.device)
     judge = Clip.load(params.evaluate.clip, device)
 
@@ -74,7 +76,7 @@ def compare(
     for name, found in facts.items():
         graded[name].facts.update(found)
     rows = comparison.table(graded)
-    with whole_folder(out) as incoming:
+    with atomic_directory(out) as incoming:
         comparison.write_table(rows, incoming / "comparison.csv")
         (incoming / "comparison.md").write_text(comparison.markdown(rows), encoding="utf-8")
         comparison.sheet(graded).save(incoming / "comparison.jpg", quality=90)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from customdiff import formats
+from customdiff.adapters import formats
 from customdiff.errors import UserError
 
 EXPORT_EXAMPLES = f"""Formats:

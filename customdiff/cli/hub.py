@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from customdiff import params as params_file
+from customdiff import config
 from customdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from customdiff.model_card import Evaluation
+    from customdiff.publishing.model_card import Evaluation
 
 ADAPTER, RESULTS = Path("models/adapter"), Path("results/evaluate")
 LICENCES = "apache-2.0, cc-by-4.0, cc-by-nc-4.0, creativeml-openrail-m, other, ..."
@@ -58,10 +58,10 @@ def push(
     ] = None,
 ) -> None:
     """Publish an adapter on the Hugging Face Hub: its files, a model card, images and figures, in one commit."""
-    from customdiff import hub, model_card
-    from customdiff.adapter import read_card
-    from customdiff.base import quiet
-    from customdiff.files import whole_folder
+    from customdiff.adapters.adapter import read_card
+    from customdiff.files import atomic_directory
+    from customdiff.models.base import quiet
+    from customdiff.publishing import hub, model_card
 
     hub.check_repository(repository, "OWNER/NAME")
     if base_model is not None:
@@ -82,7 +82,10 @@ def push(
     if contact_sheet and (evaluation is None or evaluation.sheet is None):
         raise UserError("--contact-sheet: there is none in the results; `dvc repro` draws it")
 
-    with tempfile.TemporaryDirectory(prefix="customdiff-") as work, whole_folder(dry_run or Path(work, "out")) as out:
+    with (
+        tempfile.TemporaryDirectory(prefix="customdiff-") as work,
+        atomic_directory(dry_run or Path(work, "out")) as out,
+    ):
         hub.build(
             adapter,
             out,
@@ -120,7 +123,7 @@ def _license(given: str | None) -> str:
 
 def _evaluation(adapter: Path, results: Path | None, card: dict) -> "Evaluation | None":
     """What `evaluate` wrote of this adapter: asked for, or found in the pipeline's own places and not older."""
-    from customdiff.model_card import read_evaluation
+    from customdiff.publishing.model_card import read_evaluation
 
     if results is not None:
         return read_evaluation(results, card, _settings(results))
@@ -133,14 +136,14 @@ def _evaluation(adapter: Path, results: Path | None, card: dict) -> "Evaluation 
     return read_evaluation(RESULTS, card, _settings(RESULTS))
 
 
-def _settings(results: Path) -> params_file.Evaluate | None:
+def _settings(results: Path) -> config.Evaluate | None:
     """How the images of the pipeline's own results were drawn, where params.yaml was not edited since."""
     path = Path("params.yaml")
     is_own = results.resolve() == RESULTS.resolve() and (results / "metrics.json").is_file() and path.is_file()
     if not is_own or _written(path) > _written(results / "metrics.json"):
         return None
     try:
-        return params_file.load(path).evaluate
+        return config.load(path).evaluate
     except UserError:
         return None
 

@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from customdiff import params as params_file
+from customdiff import config
 from customdiff.errors import UserError
-from customdiff.files import whole_file
+from customdiff.files import atomic_file
 
-PRESETS = Path(__file__).resolve().parents[2] / "presets"
+PRESETS = Path(__file__).resolve().parent.parent / "presets"
 
 EXAMPLES = """Examples:
 
@@ -55,7 +55,7 @@ def check(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The file to check.")] = Path("params.yaml"),
 ) -> None:
     """Check params.yaml: every unknown key, wrong type and value out of range, before any work starts."""
-    params = params_file.load(path)
+    params = config.load(path)
     concepts = ", ".join(f"{name} ({concept.modifier_token})" for name, concept in params.concepts.items())
     typer.echo(f"{path}: good. Learns {concepts} on {params.base.model} in {params.train.max_steps} steps.")
 
@@ -66,7 +66,7 @@ def install_preset(source: Path, target: Path, presets: Iterable[Path], *, force
     Raises:
         UserError: `target` is no preset as it came, so somebody's work, and `force` is not given.
     """
-    params_file.load(source)
+    config.load(source)
     new = source.read_bytes()
     if not target.exists():
         kept = ""
@@ -78,7 +78,7 @@ def install_preset(source: Path, target: Path, presets: Iterable[Path], *, force
         backup = _free_backup(target)
         shutil.copy2(target, backup)
         kept = f"; the old one is kept as {backup}"
-    with whole_file(target) as incoming:
+    with atomic_file(target) as incoming:
         incoming.write_bytes(new)
     return f"{target} is {source.stem} now{kept}"
 

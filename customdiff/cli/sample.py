@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import ValidationError
 
-from customdiff import params as params_file
+from customdiff import config
 from customdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,13 +81,14 @@ def sample(
         if length is not None and length % 8:
             raise UserError(f"{name}: must be a multiple of 8 (here: {length}); {length - length % 8} would be")
     try:
-        params_file.Base(device=device)
+        config.Base(device=device)
     except ValidationError as error:
         raise UserError(f"--device: must be auto, cpu, mps, cuda or such as cuda:1 (here: {device!r})") from error
 
-    from customdiff import adapter as adapters
-    from customdiff import base as base_model
-    from customdiff import hub, sampling
+    from customdiff.adapters import adapter as adapters
+    from customdiff.models import base as base_model
+    from customdiff.models import sampling
+    from customdiff.publishing import hub
 
     if checkpoint is not None and adapter != "models/adapter":
         raise UserError("--checkpoint: stands in place of --adapter; give one of the two")
@@ -96,7 +97,7 @@ def sample(
     tokens = [concept["modifier_token"] for concept in card["concepts"].values()]
     if not any(token in prompt for token in tokens for prompt in prompts):
         typer.echo(f"note: no prompt names what was learned; its words are {', '.join(tokens)}", err=True)
-    chosen = params_file.Base(model=base) if base else params_file.Base.model_validate(card["base"])
+    chosen = config.Base(model=base) if base else config.Base.model_validate(card["base"])
     if chosen.model.startswith("./") and not Path(chosen.model).is_dir():  # as `push` names a base that is a folder
         raise UserError(f"{adapter}: belongs to a base model in {chosen.model}, which is not here; name it by --base")
     pipe = base_model.load_pipeline(chosen, dtype=base_model.DTYPES[precision], device=base_model.device(device))
@@ -124,7 +125,7 @@ def sample(
 
 def of_checkpoint(name: str) -> Path:
     """The folder of a checkpoint; where the user gave no folder, says whose it is."""
-    from customdiff import checkpoints
+    from customdiff.training import checkpoints
 
     found = checkpoints.find(name)
     if found != Path(name):

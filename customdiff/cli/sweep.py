@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from customdiff import params as params_file
+from customdiff import config
 from customdiff.errors import UserError
-from customdiff.files import check_free, whole_folder
+from customdiff.files import atomic_directory, check_free
 
 EXAMPLES = """Examples:
 
@@ -30,9 +30,9 @@ def sweep(
     num_images: Annotated[
         int | None, typer.Option(min=1, help="A prompt and model; by default evaluate.num_images.")
     ] = None,
-    kept_aside: Annotated[
+    holdout: Annotated[
         Path, typer.Option(help="Photos that were not trained on, in <concept>/; left out where there are none.")
-    ] = Path("data/kept-aside"),
+    ] = Path("data/holdout"),
     out: Annotated[Path, typer.Option(help="Folder for tables and pictures.")] = Path("results/sweep"),
 ) -> None:
     """Grade checkpoints of a training beside the base model: how far to train, and where overfitting begins.
@@ -41,22 +41,26 @@ def sweep(
     """
     wanted = _steps(steps)
     check_free(out, "sweep.csv")
-    params = params_file.load()
-    params = params_file.with_num_images(params, num_images)
+    params = config.load()
+    params = config.with_num_images(params, num_images)
 
-    from customdiff import adapter, base, checkpoints, evaluation, sampling, tracking
-    from customdiff import sweep as sweeps
-    from customdiff.clip import Clip
-    from customdiff.drawn import drawn_folder
+    from customdiff import tracking
+    from customdiff.adapters import adapter
+    from customdiff.evaluation import scores
+    from customdiff.evaluation import sweep as sweeps
+    from customdiff.evaluation.base_image_cache import drawn_folder
+    from customdiff.models import base, sampling
+    from customdiff.models.clip import Clip
+    from customdiff.training import checkpoints
 
     folder = checkpoints.find_run(run)
     paths = [folder.checkpoint(step) for step in wanted] if wanted else folder.checkpoints()
     chosen = {checkpoints.step_of(path): path for path in paths}
-    evaluation.check_card(adapter.read_card(paths[0]), params)
+    scores.check_card(adapter.read_card(paths[0]), params)
     settings = params.evaluate
-    prompts = evaluation.all_prompts(params)
-    instances = {name: evaluation.read_instances(Path("data/instances", name)) for name in params.concepts}
-    photos = sweeps.read_kept_aside(kept_aside, list(params.concepts))
+    prompts = scores.all_prompts(params)
+    instances = {name: scores.read_instances(Path("data/instances", name)) for name in params.concepts}
+    photos = sweeps.read_holdout(holdout, list(params.concepts))
     typer.echo(f"{folder.path}: steps {', '.join(map(str, chosen))}")
     device = base.device(params.base.device)
     pipe = base.load_pipeline(params.base, dtype=base.DTYPES[settings.precision], device=device)
@@ -70,15 +74,15 @@ def sweep(
         "run": str(folder.path),
         "base": table[0],
         "steps": {str(row["step"]): row for row in table[1:]},
-        "photos_kept_aside": photos and sweeps.photos_alignment(photos, instances, judge),
+        "holdout_photos": photos and sweeps.photos_alignment(photos, instances, judge),
         "num_prompts": len(points[0].rows),
         "num_images": len(points[0].rows) * settings.num_images,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    with whole_folder(out) as incoming:
+    with atomic_directory(out) as incoming:
         (incoming / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         sweeps.write_tables(points, table, incoming)
-        sweeps.picture(points, table, metrics["photos_kept_aside"]).savefig(incoming / "trade_off.png")
+        sweeps.picture(points, table, metrics["holdout_photos"]).savefig(incoming / "trade_off.png")
         sweeps.sheet(points).save(incoming / "prompts.jpg", quality=90)
     typer.echo(f"{out / 'trade_off.png'} shows them")
 
@@ -93,8 +97,8 @@ def sweep(
 
 def checkpoints() -> None:
     """List the trainings that have checkpoints, the last one first, and the steps of each."""
-    from customdiff import adapter
-    from customdiff import checkpoints as folders
+    from customdiff.adapters import adapter
+    from customdiff.training import checkpoints as folders
 
     folders.find_run()
     for run in folders.find_runs():

@@ -1,0 +1,261 @@
+"""What an evaluation looks like: a contact sheet, and a report in one HTML file that needs nothing beside it."""
+
+import base64
+import csv
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+import yaml
+from PIL import Image, ImageDraw, ImageFont
+
+from customdiff.config import Params
+from customdiff.evaluation.scores import AND, FIGURES, Pair, concepts_of, customized_subject
+
+TEMPLATES = Path(__file__).parent / "templates"
+INK, FAINT, BASE, CUSTOMIZED = "#1f2430", "#7a8194", "#9aa3b5", "#2f6fde"
+IMAGES_A_PROMPT = 4  # shown on the sheet; all are among the files
+GAP, LABEL_WIDTH = 6, 220  # px
+
+
+def contact_sheet(pairs: Sequence[Pair], instances: Mapping[str, Sequence[Image.Image]], params: Params) -> Image.Image:
+    """All prompts at a glance: instance images on top, then a row a prompt, base model beside customized.
+
+    Args:
+        pairs: of all concepts, in order.
+        instances: instance images by concept.
+        params: for the words above the columns.
+    """
+    sections = []
+    for name in dict.fromkeys(pair.concept for pair in pairs):
+        # of several concepts in one picture, instance images of each in turn
+        shown = [
+            image for images in zip(*(instances[each] for each in name.split(AND)), strict=False) for image in images
+        ]
+        sections.append(_section([pair for pair in pairs if pair.concept == name], shown, params, name))
+    sheet = Image.new("RGB", (max(s.width for s in sections), sum(s.height for s in sections)), "white")
+    top = 0
+    for section in sections:
+        sheet.paste(section, (0, top))
+        top += section.height
+    return sheet
+
+
+def _section(pairs: Sequence[Pair], instances: Sequence[Image.Image], params: Params, name: str) -> Image.Image:
+    """One concept's part of the contact sheet."""
+    concepts = concepts_of(name, params)
+    rows: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        rows.setdefault(pair.prompt.template, []).append(pair)
+    columns = min(IMAGES_A_PROMPT, max(map(len, rows.values())))
+    side = _cell_side(pairs[0].base)
+    block = columns * (side + GAP)
+    left, right = LABEL_WIDTH, LABEL_WIDTH + block + 3 * GAP
+    width = right + block + GAP
+    shown = instances[: (width - LABEL_WIDTH) // (side + GAP)]
+    head, line = 2 * GAP, 30
+    first_row = head + side + GAP + 2 * line
+    sheet = Image.new("RGB", (width, first_row + len(rows) * (side + GAP) + 2 * GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    _label(draw, (2 * GAP, head), side, name, "instance images")
+    for column, image in enumerate(shown):
+        sheet.paste(_cell(image, side), (left + column * (side + GAP), head))
+    classes, subjects = (AND.join(map(of, concepts)) for of in (lambda c: c.class_prompt, customized_subject))
+    headings = ((left, "base model", classes), (right, "customized", subjects))
+    for x, title, subject in headings:
+        draw.text((x, first_row - line), title, INK, _font(17))
+        offset = draw.textlength(f"{title}  ", _font(17))
+        draw.text((x + offset, first_row - line + 1), subject, FAINT, _font(15))
+    for row, drawn in enumerate(rows.values()):
+        top = first_row + row * (side + GAP)
+        _label(draw, (2 * GAP, top), side, drawn[0].text, drawn[0].prompt.kind)
+        for column, pair in enumerate(drawn[:columns]):
+            sheet.paste(_cell(pair.base, side), (left + column * (side + GAP), top))
+            sheet.paste(_cell(pair.customized, side), (right + column * (side + GAP), top))
+    return sheet
+
+
+def side_by_side(rows: Mapping[str, Mapping[str, Image.Image]], columns: Sequence[str]) -> Image.Image:
+    """Pictures in a table: a row a text, a column a model; where a row lacks a column's picture, white."""
+    side = _cell_side(next(iter(next(iter(rows.values())).values())))
+    head = 40
+    sheet = Image.new("RGB", (LABEL_WIDTH + len(columns) * (side + GAP), head + len(rows) * (side + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, name in enumerate(columns):
+        words = textwrap.wrap(name.replace("_", " "), max(6, side // 8), max_lines=2, placeholder="...")
+        for line, word in enumerate(words):
+            draw.text((LABEL_WIDTH + column * (side + GAP), 4 + 16 * line), word, INK, _font(14))
+    for row, (text, pictures) in enumerate(rows.items()):
+        top = head + row * (side + GAP)
+        _label(draw, (2 * GAP, top), side, text, "")
+        for column, name in enumerate(columns):
+            if name in pictures:
+                sheet.paste(_cell(pictures[name], side), (LABEL_WIDTH + column * (side + GAP), top))
+    return sheet
+
+
+def _label(draw: ImageDraw.ImageDraw, corner: tuple[int, int], side: int, text: str, note: str) -> None:
+    """A text and a fainter note under it, wrapped and centred beside a row of images."""
+    lines = textwrap.wrap(text, 25, max_lines=max(1, (side - 24) // 20), placeholder=" ...") or [""]
+    x, y = corner[0], corner[1] + (side - 20 * len(lines) - 18) // 2
+    for number, line in enumerate(lines):
+        draw.text((x, y + 20 * number), line, INK, _font(15))
+    draw.text((x, y + 20 * len(lines) + 1), note, FAINT, _font(13))
+
+
+def _cell_side(image: Image.Image) -> int:
+    """Small images are shown at twice their size, large ones at 192 px."""
+    return max(96, min(192, 2 * max(image.size)))
+
+
+def _cell(image: Image.Image, side: int) -> Image.Image:
+    """An image fitted into a square of `side` px on white."""
+    scale = side / max(image.size)
+    method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+    fitted = image.convert("RGB").resize([max(1, round(scale * length)) for length in image.size], method)
+    cell = Image.new("RGB", (side, side), "white")
+    cell.paste(fitted, ((side - fitted.width) // 2, (side - fitted.height) // 2))
+    return cell
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def html(
+    metrics: Mapping,
+    rows: Sequence[Mapping],
+    sheet: Image.Image,
+    params: Params,
+    card: Mapping,
+    steps: Path | None = None,
+) -> str:
+    """The report: figures with intervals, curves, contact sheet, table of prompts, parameters. One file, no scripts.
+
+    Args:
+        metrics: what goes into metrics.json.
+        rows: the table of prompts.
+        sheet: the contact sheet, embedded as JPEG.
+        params: shown as YAML.
+        card: the adapter's adapter.json.
+        steps: CSV with a row a training step (results/train/steps.csv); left out where it is not there.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    curves = read_steps(steps) if steps else {}
+    return environment.get_template("report.html").render(
+        metrics=metrics,
+        concepts=params.concepts,
+        figures=FIGURES,
+        verdicts=verdicts(metrics),
+        rows=rows,
+        sheet=_data_uri(_jpeg(sheet), "image/jpeg"),
+        plane=_data_uri(alignment_plane(rows), "image/svg+xml"),
+        curves=_data_uri(loss_curves(curves), "image/svg+xml") if curves else None,
+        card=card,
+        settings=params.evaluate,
+        parameters=yaml.safe_dump(params.model_dump(), sort_keys=False, allow_unicode=True),
+    )
+
+
+def verdicts(metrics: Mapping) -> list[str]:
+    """Each figure's change in a sentence; one whose interval holds zero is not called a change."""
+    sentences = []
+    for name in FIGURES:
+        delta, (low, high) = metrics[f"{name}_delta"], metrics[f"{name}_delta_ci95"]
+        title = name.replace("_", " ").capitalize()
+        if low <= 0 <= high:
+            sentences.append(
+                f"{title} does not change measurably ({delta:+.3f}; 95 % interval {low:+.3f} to {high:+.3f})."
+            )
+        else:
+            verb = "rises" if delta > 0 else "falls"
+            sentences.append(f"{title} {verb} by {abs(delta):.3f} (95 % interval {low:+.3f} to {high:+.3f}).")
+    return sentences
+
+
+def read_steps(path: Path) -> dict[str, list[float]]:
+    """The columns of a CSV of steps; empty where there is no such file, or no step in it."""
+    if not path.is_file():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        return {}
+    return {name: [float(row[name]) for row in rows] for name in rows[0] if name and all(row[name] for row in rows)}
+
+
+def loss_curves(columns: Mapping[str, Sequence[float]]) -> bytes:
+    """SVG of the losses over steps: each step faint, and their running mean over a twentieth of the run."""
+    names = [name for name in ("loss", "instance_loss", "prior_loss") if name in columns]
+    steps = columns.get("step") or range(1, len(columns[names[0]]) + 1)
+    figure, axes = _figure(5.6, 3.4)
+    for name, color in zip(names, (INK, CUSTOMIZED, "#d9822b"), strict=False):
+        values = columns[name]
+        axes.plot(steps, values, color=color, alpha=0.18, linewidth=0.8)
+        axes.plot(steps, running_mean(values, max(1, len(values) // 20)), color=color, label=name.replace("_", " "))
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """The mean of each value and those up to `width` - 1 before it."""
+    return [sum(window) / len(window) for i in range(len(values)) for window in [values[max(0, i + 1 - width) : i + 1]]]
+
+
+def alignment_plane(rows: Sequence[Mapping]) -> bytes:
+    """SVG of the paper's plane (section 4): image over text alignment, a line a prompt from base to customized."""
+    figure, axes = _figure(5.6, 3.4)
+    ends = {
+        label: [(row[f"{prefix}text_alignment"], row[f"{prefix}image_alignment"]) for row in rows]
+        for label, prefix in (("base model", "base_"), ("customized", ""))
+    }
+    for start, end in zip(*ends.values(), strict=True):
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "-", "color": FAINT, "alpha": 0.35, "linewidth": 0.8})
+    for (label, points), color in zip(ends.items(), (BASE, CUSTOMIZED), strict=True):
+        axes.scatter(*zip(*points, strict=True), s=22, color=color, label=label, zorder=3)
+    axes.set_xlabel("text alignment")
+    axes.set_ylabel("image alignment")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=FAINT, labelsize=9)
+    axes.grid(color="#eceef3")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure) -> bytes:
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "customdiff"}):  # the same figure gives the same bytes
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,168 @@
+"""Ask a clip-retrieval HTTP service (`clip-retrieval back`) for images of a class, and download what it names.
+
+The words of the protocol are those of clip-retrieval's ClipClient, which is one POST; importing it would pull torch,
+faiss and old pins in. What the service names comes from the open web: every address goes through `web.fetch`.
+"""
+
+import base64
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from customdiff.config import Service
+from customdiff.errors import UserError
+from customdiff.sources import http, image_folder
+from customdiff.sources.image_folder import SourceImage
+
+FACTOR = 1.5  # how many more images than wanted a service is asked for, as in the reference
+MAX_RESULTS = 10_000  # where the reference stops asking for more
+MAX_IMAGE_BYTES = 32_000_000
+MAX_ANSWER_BYTES = 512_000_000
+
+
+def service_images(
+    service: Service,
+    class_prompt: str,
+    count: int,
+    *,
+    transport: httpx.BaseTransport | None = None,
+    pause: Callable[[float], None] = time.sleep,
+) -> Iterator[tuple[SourceImage, float | None]]:
+    """Images that a service names for a class prompt, undecoded, in its order, each with its similarity.
+
+    As the reference does, 1.5 times `count` are asked for at first, and 1.5 times more whenever those are used up; stop
+    iterating when enough are good. Downloads run `service.parallel` at a time and not far ahead of what is used. A
+    server that answers `X-Robots-Tag: noai` is taken at its word.
+
+    Args:
+        transport, pause: stand in for the network and for waiting in tests.
+
+    Raises:
+        UserError: the service cannot be reached, or does not answer as one.
+    """
+    asked = int(FACTOR * count)
+    tried: set[str] = set()
+    with http.client(service.timeout, transport) as client, ThreadPoolExecutor(service.parallel) as threads:
+        while True:
+            fresh = []
+            for answer in ask_service(client, service, class_prompt, asked, pause):
+                label = str(answer.get("url") or answer.get("image_path") or answer.get("id"))
+                if label not in tried:
+                    tried.add(label)
+                    fresh.append((label, answer))
+            for start in range(0, len(fresh), 2 * service.parallel):
+                batch = fresh[start : start + 2 * service.parallel]
+                items = threads.map(lambda named: _download(client, service, *named), batch)
+                for item, (_, answer) in zip(items, batch, strict=True):
+                    yield item, _number(answer)
+            if not fresh or asked > MAX_RESULTS:
+                return
+            asked = int(FACTOR * asked)
+
+
+def ask_service(
+    client: httpx.Client, service: Service, class_prompt: str, count: int, pause: Callable[[float], None] = time.sleep
+) -> list[dict[str, Any]]:
+    """POST one query to a knn-service, in the words of clip-retrieval's ClipClient.
+
+    Returns:
+        Entries with `id`, `similarity`, and as the index has them `url`, `caption`, `image` (base64) and `image_path`.
+
+    Raises:
+        UserError: no answer after `retries` more tries, or one that is not a knn-service's.
+    """
+    query = {
+        "text": class_prompt,
+        "image": None,
+        "image_url": None,
+        "embedding_input": None,
+        "deduplicate": True,
+        "use_safety_model": True,
+        "use_violence_detector": True,
+        "indice_name": service.index_name,
+        "use_mclip": False,
+        "aesthetic_score": 9,
+        "aesthetic_weight": 0.1,  # the reference's
+        "modality": "image",
+        "num_images": count,
+        "num_result_ids": count,
+    }
+    for attempt in range(service.retries + 1):
+        if attempt:
+            pause(min(2.0 ** (attempt - 1), 30))
+        body = io.BytesIO()
+        try:
+            http.post_json(client, service.url, query, body, max_bytes=MAX_ANSWER_BYTES)
+            break
+        except http.FetchError as error:
+            if attempt == service.retries or not error.again:
+                raise UserError(_problem(client, service, error)) from error
+    try:
+        answers = json.loads(body.getvalue())
+    except ValueError:
+        answers = None
+    if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+        raise UserError(
+            f"retrieve.service.url: {service.url} answers, but not as a knn-service does (a list of images)"
+        )
+    return answers
+
+
+def _problem(client: httpx.Client, service: Service, error: http.FetchError) -> str:
+    message = f"retrieve.service.url: {service.url}: {error}"
+    names = _index_names(client, service) if "500" in str(error) else []
+    if names and service.index_name not in names:
+        return f"retrieve.service.index_name: the service has no {service.index_name}; it has {', '.join(names)}"
+    if (urlsplit(service.url).hostname or "").endswith("laion.ai"):
+        message += "; LAION's public service has been off since 2024"
+    return f"{message}; use retrieve.backend: index or generate, or serve an index of your own by `clip-retrieval back`"
+
+
+def _index_names(client: httpx.Client, service: Service) -> list[str]:
+    """The indices that a service knows, from its indices-list; none where it does not say."""
+    try:
+        answer = client.get(str(httpx.URL(service.url).join("indices-list")))
+        names = answer.json() if answer.status_code == 200 else []
+    except (httpx.HTTPError, ValueError):
+        return []
+    return [str(name) for name in names][:20] if isinstance(names, list) else []
+
+
+def _download(client: httpx.Client, service: Service, label: str, answer: dict[str, Any]) -> SourceImage:
+    """The bytes behind one entry of a service's answer; runs in a thread."""
+    caption = image_folder.one_line(str(answer.get("caption") or ""))
+    if encoded := answer.get("image"):
+        try:
+            return SourceImage(label, base64.b64decode(encoded, validate=True), caption)
+        except (ValueError, TypeError):
+            return SourceImage(label, b"", caption, "its base64 is broken")
+    if not answer.get("url"):
+        return SourceImage(label, b"", caption, "comes with neither an address nor an image")
+    body = io.BytesIO()
+    try:
+        headers = http.fetch(
+            client,
+            str(answer["url"]),
+            body,
+            max_bytes=MAX_IMAGE_BYTES,
+            schemes=("http", "https"),
+            trusted_hosts=frozenset({urlsplit(service.url).hostname or ""}),
+            deadline=2 * service.timeout,
+        )
+    except http.FetchError as error:
+        return SourceImage(label, b"", caption, str(error))
+    robots = headers.get("x-robots-tag", "").lower()
+    if "noai" in robots or "noimageai" in robots:
+        return SourceImage(label, b"", caption, "its server asks not to be used for training (X-Robots-Tag)")
+    return SourceImage(label, body.getvalue(), caption)
+
+
+def _number(answer: dict[str, Any]) -> float | None:
+    similarity = answer.get("similarity")
+    return float(similarity) if isinstance(similarity, int | float) else None

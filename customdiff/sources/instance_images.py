@@ -1,0 +1,275 @@
+"""Instance images from a folder, an archive, an https address or a Hugging Face data set: checked, RGB, in order.
+
+What comes is untrusted: archives are unpacked under limits that count real bytes (archives.py), addresses are
+followed with care (web.py), and every image is decoded by `images.open_rgb`. What is not taken in is named,
+with the reason.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from PIL import Image
+from tqdm import tqdm
+
+from customdiff import files, images
+from customdiff.config import Download, Source
+from customdiff.errors import UserError
+from customdiff.images import brief
+from customdiff.sources import archive, http, image_folder
+from customdiff.sources.image_folder import Refused, SourceImage
+
+
+@dataclass
+class Collected:
+    """What `collect` wrote and what it set aside."""
+
+    kept: list[dict[str, Any]] = field(default_factory=list)
+    set_aside: list[Refused] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def collect(
+    concept: str,
+    source: Source,
+    limits: Download,
+    out: Path | str,
+    *,
+    transport: httpx.BaseTransport | None = None,
+) -> Collected:
+    """Gather a concept's instance images into a folder, whole or not at all.
+
+    Writes `000.png`, `001.png`, ... (RGB, in natural order of their source names, no side above
+    `limits.max_side` px), `000.txt` where a caption lay beside an image, and `manifest.json`: file, source
+    name, SHA-256 of the source bytes and stored size [width, height] of each, and what was set aside with
+    the reason.
+
+    Args:
+        concept: its name in params.yaml, for the messages of errors.
+        transport: stands in for the network in tests.
+
+    Raises:
+        UserError: the source cannot be reached or read, is unsafe, or has too few or too many good images.
+    """
+    key = f"concepts.{concept}.source"
+    result = Collected()
+    out = Path(out)
+    with tempfile.TemporaryDirectory(prefix="customdiff-") as work, files.atomic_directory(out) as folder:
+        found = _open_source(key, source, limits, Path(work), result, transport)
+        seen: dict[str, str] = {}
+        for item in found:
+            digest = hashlib.sha256(item.data).hexdigest()
+            if digest in seen and not item.problem:
+                result.set_aside.append(Refused(item.name, f"the same file as {seen[digest]}"))
+                continue
+            try:
+                image = image_folder.decode(item, limits.max_megapixels)
+            except images.ImageError as error:
+                result.set_aside.append(Refused(item.name, error.reason))
+                continue
+            seen[digest] = item.name
+            _keep(item, digest, images.limit_side(image, limits.max_side), folder, result)
+        _check_count(key, limits, result)
+        manifest = {"images": result.kept, "set_aside": [vars(refused) for refused in result.set_aside]}
+        (folder / "manifest.json").write_text(
+            json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    return result
+
+
+def _keep(item: SourceImage, digest: str, image: Image.Image, folder: Path, result: Collected) -> None:
+    stem = f"{len(result.kept):03}"
+    image.save(folder / f"{stem}.png")
+    entry = {"file": f"{stem}.png", "source": item.name, "sha256": digest, "size": list(image.size)}
+    if item.caption:
+        (folder / f"{stem}.txt").write_text(item.caption + "\n", encoding="utf-8")
+        entry["caption"] = f"{stem}.txt"
+    result.kept.append(entry)
+
+
+def _check_count(key: str, limits: Download, result: Collected) -> None:
+    good = len(result.kept)
+    if good >= limits.minimum:
+        return
+    aside = "; ".join(f"{refused.name}: {refused.reason}" for refused in result.set_aside[:5])
+    more = f" and {len(result.set_aside) - 5} more" if len(result.set_aside) > 5 else ""
+    raise UserError(
+        f"{key}: {good} good image{'' if good == 1 else 's'}, but download.minimum is {limits.minimum}; "
+        + (f"set aside: {aside}{more}; " if aside else "")
+        + "add images, or lower download.minimum"
+    )
+
+
+def _open_source(
+    key: str,
+    source: Source,
+    limits: Download,
+    work: Path,
+    result: Collected,
+    transport: httpx.BaseTransport | None,
+) -> Iterable[SourceImage]:
+    """The images of any kind of source, in natural order."""
+    if source.hub:
+        _refuse_sha256(key, source)
+        return hub_images(key, source, limits)
+    if source.url:
+        archive_path = work / "download"
+        download(source.url, archive_path, limits, key=f"{key}.url", transport=transport)
+        return _from_archive(f"{key}.url", key, archive_path, source, limits, work, result)
+    path = Path(source.path or "")
+    if path.is_dir():
+        _refuse_sha256(key, source)
+        return _from_folder(key, path, source.subfolder, limits, result)
+    if not path.is_file():
+        raise UserError(f"{key}.path: {path} does not exist; give a folder of images, or a zip or tar archive")
+    return _from_archive(f"{key}.path", key, path, source, limits, work, result)
+
+
+def _refuse_sha256(key: str, source: Source) -> None:
+    if source.sha256:
+        raise UserError(f"{key}.sha256: only an archive has one checksum; leave it out for a folder or a data set")
+
+
+def _from_archive(
+    named: str, key: str, archive_path: Path, source: Source, limits: Download, work: Path, result: Collected
+) -> Iterator[SourceImage]:
+    if source.sha256:
+        digest = files.sha256(archive_path)
+        if digest != source.sha256.lower():
+            raise UserError(
+                f"{key}.sha256: the archive has {digest}, params.yaml says {source.sha256.lower()}; "
+                "the file has changed: correct the key if you trust it"
+            )
+    unpacked = work / "unpacked"
+    result.set_aside += archive.unpack(
+        archive_path, unpacked, limits.max_megabytes, key=named, subfolder=source.subfolder
+    )
+    return _from_folder(key, unpacked, source.subfolder, limits, result)
+
+
+def _from_folder(
+    key: str, root: Path, subfolder: str | None, limits: Download, result: Collected
+) -> Iterator[SourceImage]:
+    folder = root / subfolder if subfolder else root
+    names = [name for name in image_folder.walk(folder) if image_folder.is_image(name)]
+    if not names:
+        raise UserError(f"{key}: no image lies in {subfolder or root}; {_folders_with_images(root)}")
+    if len(names) > limits.maximum:
+        raise UserError(
+            f"{key}: {len(names)} images, but download.maximum is {limits.maximum}; "
+            f"name one folder by {key}.subfolder ({_folders_with_images(root)}), or raise download.maximum"
+        )
+    parents = {str(PurePosixPath(name).parent) for name in names}
+    if len(parents) > 1:
+        result.notes.append(
+            f"{key}: the images come from {len(parents)} folders; if they show several subjects, "
+            f"name one by {key}.subfolder ({_folders_with_images(folder)})"
+        )
+    return image_folder.folder_images(folder, names, limits.max_megabytes)
+
+
+def _folders_with_images(root: Path) -> str:
+    found = {str(PurePosixPath(name).parent) for name in image_folder.walk(root) if image_folder.is_image(name)}
+    if not found:
+        return "there is none at all"
+    parents = ["its top" if parent == "." else parent for parent in sorted(found, key=image_folder.natural)]
+    return f"images lie in: {', '.join(parents[:8])}{', ...' if len(parents) > 8 else ''}"
+
+
+def download(url: str, path: Path, limits: Download, *, key: str, transport: httpx.BaseTransport | None = None) -> None:
+    """Download an https address to a file, with a progress bar.
+
+    The address itself is the user's own and may be in a private network; what it redirects to may not.
+
+    Raises:
+        UserError: it did not come; the message names `key` and what to do.
+    """
+    host = urlsplit(url).hostname or ""
+    bar = tqdm(unit="B", unit_scale=True, desc=f"download {host}", leave=False, disable=None)
+
+    def show(count: int, total: int | None) -> None:
+        bar.total = total
+        bar.update(count)
+
+    try:
+        with bar, http.client(limits.timeout, transport) as client, path.open("wb") as file:
+            http.fetch(
+                client,
+                url,
+                file,
+                max_bytes=limits.max_megabytes * 1e6,
+                trusted_hosts=frozenset({host}),
+                on_chunk=show,
+            )
+    except http.FetchError as error:
+        mend = "raise download.max_megabytes" if "larger than" in str(error) else "check the address and the network"
+        raise UserError(f"{key}: {url}: {error}; {mend}, or download the archive and name it by path") from error
+
+
+def hub_images(key: str, source: Source, limits: Download) -> Iterator[SourceImage]:
+    """Stream the first image column of a Hub data set, undecoded, with its `text` or `caption` column if any.
+
+    `source.hub` may also be a local folder that `datasets` can read. Only image bytes inside the data set
+    itself are read: a row that points to another place is set aside.
+
+    Raises:
+        UserError: the data set, split or an image column cannot be found, or there are too many images.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{key}.hub: needs the package datasets; pip install 'customdiff[pipeline]'") from error
+    datasets.utils.logging.set_verbosity_error()
+    name = source.hub or ""
+    try:
+        rows = datasets.load_dataset(
+            name, data_dir=source.subfolder, split=source.split, revision=source.revision, streaming=True
+        )
+        columns = rows.features or {}
+        pictures = [column for column, feature in columns.items() if isinstance(feature, datasets.Image)]
+        if not pictures:
+            raise UserError(f"{key}.hub: {name} has no image column; its columns: {', '.join(columns) or 'unknown'}")
+        caption = next((column for column in ("text", "caption") if column in columns), None)
+        for number, row in enumerate(rows.cast_column(pictures[0], datasets.Image(decode=False))):
+            if number >= limits.maximum:
+                raise UserError(
+                    f"{key}.hub: {name} has more than {limits.maximum} images (download.maximum) in split "
+                    f"{source.split}; name a smaller split or subfolder, or raise download.maximum"
+                )
+            yield _hub_image(row[pictures[0]] or {}, row.get(caption), name, limits, number)
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:  # datasets and its file systems raise from a dozen families when something is not there
+        raise UserError(
+            f"{key}.hub: {name} cannot be read ({type(error).__name__}: {brief(error)}); check the name, the "
+            "split, the revision and the network, or log in with `hf auth login` if it is private"
+        ) from error
+
+
+def _hub_image(cell: dict[str, Any], caption: Any, name: str, limits: Download, number: int) -> SourceImage:
+    """One undecoded cell of an image column; only bytes inside the data set `name` are read."""
+    path = cell.get("path") or ""
+    label = path.rpartition("/")[2] or f"row {number}"
+    text = image_folder.one_line(caption) if isinstance(caption, str) else None
+    if cell.get("bytes"):
+        return SourceImage(label, cell["bytes"], text)
+    home = Path(name).resolve()
+    if home.is_dir():
+        local = Path(path.removeprefix("file://")).resolve()
+        opened: Any = local.open("rb") if local.is_relative_to(home) and local.is_file() else None
+    elif path.rpartition("::")[2].startswith((f"hf://datasets/{name}@", f"hf://datasets/{name}/")):
+        import fsspec
+
+        opened = fsspec.open(path, "rb").open()
+    else:
+        opened = None
+    if opened is None:
+        return SourceImage(label, b"", problem="lies outside the data set")
+    with opened as file:
+        return SourceImage(label, file.read(int(limits.max_megabytes * 1e6)), text)

@@ -1,0 +1,205 @@
+"""An adapter goes to disk and comes back exactly, in our loader and in diffusers' own; a stranger's base is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import concept_values, tiny_params
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
+from safetensors.torch import load_file, save_file
+
+import customdiff
+from customdiff.adapters import adapter
+from customdiff.errors import UserError
+from customdiff.models import attention, base, methods, modifier_tokens
+
+PROMPT = "photo of a <new1> cat"
+
+
+@pytest.fixture(params=["tiny_base", "tiny_v_base", "tiny_xl_base"])
+def any_base(request):
+    """Folder of a base model of each family."""
+    return request.getfixturevalue(request.param)
+
+
+def teach(model, folder, method="custom_diffusion", freeze_model="crossattn_kv"):
+    """A pipeline whose trained weights and two tokens were moved at random, saved to `folder`."""
+    params = tiny_params(model, method=method, freeze_model=freeze_model, lora_rank=3)
+    pipe = base.load_pipeline(params.base)
+    torch.manual_seed(7)
+    widths = {name: encoder.config.hidden_size for name, (_, encoder) in base.text_encoders(pipe).items()}
+    rows = {token: {name: torch.randn(width) for name, width in widths.items()} for token in ("<new1>", "<new2>")}
+    modifier_tokens.add_tokens(pipe, rows)
+    with torch.no_grad():
+        for weight in methods.put(pipe.unet, params.train.how).values():
+            weight += 0.3 * torch.randn_like(weight)
+    concepts = {"cat": concept_values(), "dog": concept_values("<new2>", "dog")}
+    card = {"base": params.base.model_dump(), "concepts": concepts, **params.train.how}
+    adapter.save(adapter.from_pipeline(pipe, card), folder)
+    return pipe, folder
+
+
+@pytest.fixture(params=["crossattn_kv", "crossattn"])
+def learned(request, tiny_base, tmp_path):
+    return teach(tiny_base, tmp_path / "adapter", freeze_model=request.param)
+
+
+def draw(pipe, prompt=PROMPT):
+    """(32, 32, 3) float, before rounding to bytes."""
+    generator = torch.Generator().manual_seed(0)
+    return pipe(prompt, num_inference_steps=3, guidance_scale=6.0, generator=generator, output_type="np").images[0]
+
+
+def plain(model):
+    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_our_loader_draws_the_same_image(any_base, tmp_path, method):
+    pipe, folder = teach(any_base, tmp_path / "adapter", method)
+    loaded = base.load_pipeline(tiny_params(any_base).base)
+    before = draw(loaded)
+    customdiff.load(loaded, folder)
+    np.testing.assert_array_equal(draw(loaded), draw(pipe))
+    assert np.abs(draw(loaded) - before).max() > 0.01
+    np.testing.assert_array_equal(draw(loaded, "<new1> cat on <new2> grass"), draw(pipe, "<new1> cat on <new2> grass"))
+
+
+def load_tokens(pipe, folder, ending):
+    """As diffusers' documentation has it: one call a token, in SDXL one a token and text encoder."""
+    for token in ("<new1>", "<new2>"):
+        if not hasattr(pipe, "text_encoder_2"):
+            pipe.load_textual_inversion(str(folder), weight_name=f"{token}.{ending}")
+            continue
+        path = folder / f"{token}.{ending}"
+        rows = load_file(path) if ending == "safetensors" else torch.load(path, weights_only=True)
+        pipe.load_textual_inversion(
+            rows["clip_l"], token=token, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer
+        )
+        pipe.load_textual_inversion(
+            rows["clip_g"], token=token, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
+        )
+
+
+@pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_plain_diffusers_draws_the_same_image(any_base, tmp_path, ending, freeze_model):
+    """The form that works: load_attn_procs with `_pipeline`, on files that name the self-attention layers too."""
+    pipe, folder = teach(any_base, tmp_path / "adapter", freeze_model=freeze_model)
+    other = plain(any_base)
+    other.unet.load_attn_procs(folder, weight_name=f"pytorch_custom_diffusion_weights.{ending}", _pipeline=other)
+    load_tokens(other, folder, ending)
+    np.testing.assert_allclose(draw(other), draw(pipe), atol=1e-4)
+    assert np.abs(draw(other) - draw(plain(any_base))).max() > 0.01
+
+
+@pytest.mark.parametrize("method", ["textual_inversion", "lora"])
+def test_plain_diffusers_draws_the_baselines_images(any_base, tmp_path, method):
+    """The baselines' files are what diffusers calls a LoRA and a textual inversion."""
+    pipe, folder = teach(any_base, tmp_path / "adapter", method)
+    other = plain(any_base)
+    if method == "lora":
+        other.load_lora_weights(folder)
+    load_tokens(other, folder, "safetensors")
+    np.testing.assert_allclose(draw(other), draw(pipe), atol=1e-4)
+    assert np.abs(draw(other) - draw(plain(any_base))).max() > 0.01
+
+
+def test_the_documented_call_of_diffusers_still_loads_nothing(learned, tiny_base):
+    """Why our loader exists. When this fails, diffusers has mended it, and the README may say so."""
+    _, folder = learned
+    other = plain(tiny_base)
+    before = draw(other)
+    other.unet.load_attn_procs(folder, weight_name="pytorch_custom_diffusion_weights.bin")
+    np.testing.assert_array_equal(draw(other), before)
+
+
+def test_half_precision_pipelines_take_the_adapter(learned, tiny_base):
+    _, folder = learned
+    pipe = base.load_pipeline(tiny_params(tiny_base).base, dtype=torch.bfloat16)
+    customdiff.load(pipe, folder)
+    assert np.isfinite(draw(pipe)).all()
+
+
+def test_another_base_is_refused(learned, tiny_v_base):
+    _, folder = learned
+    with pytest.raises(UserError, match=r"learned on .*tiny; the pipeline is of another base model"):
+        customdiff.load(base.load_pipeline(tiny_params(tiny_v_base).base), folder)
+
+
+def test_a_second_adapter_on_top_is_refused(learned, tiny_base):
+    _, folder = learned
+    pipe = base.load_pipeline(tiny_params(tiny_base).base)
+    customdiff.load(pipe, folder)
+    with pytest.raises(UserError, match="holds an adapter already"):
+        customdiff.load(pipe, folder)
+
+
+def test_weights_that_are_not_in_place_are_found(learned, tiny_base):
+    _, folder = learned
+    pipe = base.load_pipeline(tiny_params(tiny_base).base)
+    read = customdiff.load(pipe, folder)
+    with torch.no_grad():
+        next(iter(attention.trainable(pipe.unet).values()))[0, 0] += 1e-3
+    with pytest.raises(UserError, match=r"to_k_custom_diffusion\.weight is missing from the pipeline, or differs"):
+        adapter.verify(pipe, read)
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    with pytest.raises(UserError, match="not in place"):
+        adapter.verify(pipe, read)
+
+
+def test_missing_and_damaged_files_are_one_line(learned, tmp_path):
+    _, folder = learned
+    with pytest.raises(UserError, match="there is no adapter here"):
+        adapter.read(tmp_path / "nowhere")
+    (folder / "<new2>.safetensors").unlink()
+    with pytest.raises(UserError, match="not a whole adapter"):
+        adapter.read(folder)
+    weights = folder / "pytorch_custom_diffusion_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="not a whole adapter"):
+        adapter.read(folder)
+    (folder / "adapter.json").write_text(json.dumps({})[:1])
+    with pytest.raises(UserError, match="damaged"):
+        adapter.read(folder)
+
+
+@pytest.mark.parametrize("spoil", [lambda w: w[:, 1:].contiguous(), None])
+def test_a_weight_that_is_missing_or_of_another_shape_is_one_line(learned, tiny_base, spoil):
+    _, folder = learned
+    path = folder / "pytorch_custom_diffusion_weights.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("to_v_custom_diffusion.weight"))
+    kept = {key: weight for key, weight in weights.items() if key != name}
+    save_file(kept | ({name: spoil(weights[name])} if spoil else {}), path)
+    with pytest.raises(UserError, match=r"the adapter is not whole: .*to_v_custom_diffusion.weight"):
+        customdiff.load(base.load_pipeline(tiny_params(tiny_base).base), folder)
+
+
+def test_a_word_of_the_vocabulary_is_no_modifier_token(tiny_base):
+    pipe = base.load_pipeline(tiny_params(tiny_base).base)
+    with pytest.raises(UserError, match="modifier_token cat is in the base model's vocabulary"):
+        modifier_tokens.add_tokens(pipe, {"cat": {"text_encoder": torch.zeros(32)}})
+
+
+def test_an_initial_row_is_the_mean_of_its_tokens(tiny_base):
+    pipe = base.load_pipeline(tiny_params(tiny_base).base)
+    table = pipe.text_encoder.get_input_embeddings().weight.detach().numpy().astype(np.float64)
+    ids = pipe.tokenizer.convert_tokens_to_ids(["wooden</w>", "pot</w>"])
+    np.testing.assert_allclose(
+        modifier_tokens.initial_rows(pipe, "wooden pot")["text_encoder"], table[ids].mean(0), rtol=1e-6
+    )
+    np.testing.assert_array_equal(
+        modifier_tokens.initial_rows(pipe, "pot")["text_encoder"], table[ids[1]].astype(np.float32)
+    )
+
+
+def test_rows_leave_every_other_word_alone(tiny_base):
+    pipe = base.load_pipeline(tiny_params(tiny_base).base)
+    before = base.text_of(pipe, ["photo of a cat"])
+    modifier_tokens.add_tokens(pipe, {"<new1>": {"text_encoder": torch.randn(32)}})
+    torch.testing.assert_close(base.text_of(pipe, ["photo of a cat"]).states, before.states)

@@ -1,0 +1,148 @@
+"""The prepared set: moments against the VAE itself, batches that see every image, captions that say what is shown."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import concept_values, noisy_images, tiny_params, write_prepared
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from customdiff.errors import UserError
+from customdiff.models import base
+from customdiff.preparation import augmentation, prepare, prepared_set
+
+
+def test_moments_and_samples_are_those_of_the_vae(tiny_base, tmp_path):
+    params = tiny_params(tiny_base, prepare={"augmentation": False, "views": 1, "center_crop": True})
+    paths = noisy_images(tmp_path, 3)
+    vae = base.load_part(params.base, "vae", AutoencoderKL)
+    examples = [prepare.Example(path, "a cat") for path in paths]
+    prepared = prepare.prepare_instances(examples, params, vae, [0])
+
+    crop = Image.open(paths[2]).crop((5, 0, 45, 40)).resize((32, 32), Image.Resampling.BILINEAR)
+    pixels = torch.tensor(np.asarray(crop) / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
+    posterior = vae.encode(pixels).latent_dist
+    torch.testing.assert_close(prepared.mean[2:], posterior.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(prepared.std[2:], posterior.std, rtol=1e-4, atol=1e-5)
+
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(4))
+    drawn = posterior.sample(torch.Generator().manual_seed(4)) * vae.config.scaling_factor
+    found = prepared_set.sample(prepared.mean[2:], prepared.std[2:], vae.config.scaling_factor, noise)
+    torch.testing.assert_close(found, drawn, rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_are_kept_where_latents_are_not(tiny_base, tmp_path):
+    params = tiny_params(tiny_base, prepare={"cache_latents": False})
+    cached = tiny_params(tiny_base)
+    vae = base.load_part(params.base, "vae", AutoencoderKL)
+    examples = [prepare.Example(path, "a cat") for path in noisy_images(tmp_path, 2)]
+    kept = prepare.prepare_instances(examples, params, vae, [0])
+    encoded = prepare.prepare_instances(examples, cached, vae, [0])
+    assert kept.mean is None
+    drawn = prepare._views(examples, params.prepare, 4, augmentation.resized_view, 4, [0])
+    exact = torch.stack([torch.from_numpy(view.pixels) for view, _ in drawn])
+    torch.testing.assert_close(prepared_set.to_pixels(kept.pixels), exact, rtol=0, atol=0.5 / 127.5 + 1e-6)
+    assert kept.captions == encoded.captions
+
+
+def test_a_set_survives_the_disk_and_is_the_same_again(tiny_base, tmp_path):
+    params = tiny_params(tiny_base, concepts={"cat": concept_values(), "dog": concept_values("<new2>", "dog")})
+    first, again = (write_prepared(tmp_path / name / "prepared", params) for name in ("a", "b"))
+    for path in sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file()):
+        assert (first / path).read_bytes() == (again / path).read_bytes()
+    assert (first / "cat/instance.safetensors").read_bytes() != (first / "dog/instance.safetensors").read_bytes()
+    joined = prepared_set.join([prepared_set.load(first / name / "instance") for name in ("cat", "dog")])
+    assert joined.mean.shape == (32, 4, 8, 8)
+    assert joined.mask.shape == (32, 1, 8, 8)
+    assert all("<new1> cat" in caption for caption in joined.captions[:16])
+    assert all("<new2> dog" in caption for caption in joined.captions[16:])
+
+
+def test_a_damaged_set_is_refused(tiny_base, tmp_path):
+    folder = write_prepared(tmp_path / "prepared", tiny_params(tiny_base))
+    captions = folder / "cat/instance.json"
+    captions.write_text(json.dumps(json.loads(captions.read_text())[:-1]))
+    with pytest.raises(UserError, match="15 captions for 16 views"):
+        prepared_set.load(folder / "cat/instance")
+
+
+def test_captions_carry_the_prefix_of_their_view(tiny_base, tmp_path):
+    params = tiny_params(tiny_base, prepare={"views": 30})
+    vae = base.load_part(params.base, "vae", AutoencoderKL)
+    example = prepare.Example(noisy_images(tmp_path, 1)[0], "photo of a <new1> cat")
+    prepared = prepare.prepare_instances([example], params, vae, [0])
+    for caption, mask in zip(prepared.captions, prepared.mask, strict=True):
+        prefix = caption.removesuffix("photo of a <new1> cat")
+        assert prefix in ("", *augmentation.FAR, *augmentation.NEAR)
+        if prefix in augmentation.FAR:
+            assert mask.sum() < 0.6**2 * mask.numel()
+        if prefix in augmentation.NEAR:
+            assert mask.all()
+    assert len(set(prepared.captions)) == 5
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(7, 2), (3, 5), (4, 4)])
+def test_batches_see_every_image_once_before_any_twice(length, batch_size):
+    drawn = [
+        index for number in range(3 * length) for index in prepared_set.batch_indices(length, batch_size, 1, number)
+    ]
+    for epoch in range(len(drawn) // length):
+        assert Counter(drawn[epoch * length : (epoch + 1) * length]) == Counter(range(length))
+    assert drawn[:length] != drawn[length : 2 * length] or length < 4
+
+
+def test_sidecar_captions(tmp_path, tiny_base):
+    params = tiny_params(tiny_base, prepare={"captions": "sidecar"})
+    concept = params.concepts["cat"]
+    path = noisy_images(tmp_path, 1)[0]
+    with pytest.raises(UserError, match=r"000\.png has no caption file"):
+        prepare.instance_examples(tmp_path, concept, params.prepare, torch.device("cpu"))
+    path.with_suffix(".txt").write_text("a cat on red\n")
+    with pytest.raises(UserError, match="names no subject"):
+        prepare.instance_examples(tmp_path, concept, params.prepare, torch.device("cpu"))
+    path.with_suffix(".txt").write_text("a {} cat\n  on red\n")
+    found = prepare.instance_examples(tmp_path, concept, params.prepare, torch.device("cpu"))
+    assert [example.caption for example in found] == ["a <new1> cat on red"]
+
+
+def test_a_captioners_words_take_the_token_in(tiny_base):
+    concept = tiny_params(tiny_base).concepts["cat"]
+    assert prepare.with_token("a Cat, on red", concept) == "a <new1> Cat, on red"
+    assert prepare.with_token("an animal", concept) == "photo of a <new1> cat, an animal"
+
+
+def test_a_blip_captioner_is_loaded_by_name(tmp_path, tiny_base):
+    """A BLIP of random weights: what it says is noise, that its words become captions is what is tested."""
+    from transformers import (
+        BertTokenizer,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessorPil,
+        BlipProcessor,
+    )
+
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "on", "red", "[DEC]"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BlipConfig(
+        text_config=sizes
+        | {"vocab_size": 10, "bos_token_id": 9, "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 3},
+        vision_config=sizes | {"image_size": 32, "patch_size": 16},
+    )
+    folder = tmp_path / "blip"
+    BlipForConditionalGeneration(config).save_pretrained(folder)
+    processor = BlipImageProcessorPil(size={"height": 32, "width": 32})
+    BlipProcessor(processor, BertTokenizer(str(tmp_path / "vocab.txt"))).save_pretrained(folder)
+
+    params = tiny_params(tiny_base, prepare={"captions": "blip", "captioner": str(folder)})
+    images = tmp_path / "images"
+    noisy_images(images, 2)
+    found = prepare.instance_examples(images, params.concepts["cat"], params.prepare, torch.device("cpu"))
+    assert len(found) == 2
+    assert all("<new1>" in example.caption for example in found)
+    with pytest.raises(UserError, match=r"prepare\.captioner"):
+        prepare.describe([], str(tmp_path / "nothing"), torch.device("cpu"))

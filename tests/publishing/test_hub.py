@@ -1,0 +1,693 @@
+"""An adapter goes onto the Hub and comes back, by huggingface_hub's own client; no pickle, path or token on the way."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import concept_values, tiny_params
+from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
+from hub_stand_in import READER, WRITER, Hub
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import _cache_assets
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import customdiff
+from customdiff import cli
+from customdiff.adapters import adapter
+from customdiff.errors import UserError
+from customdiff.models import base, methods, modifier_tokens
+from customdiff.publishing import hub
+
+ROOT = Path(__file__).resolve().parents[2]
+REPO = "anna/grey-cat"
+PROMPT = "photo of a <new1> cat"
+WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"
+FILES = {"adapter.json", "README.md", WEIGHTS, "<new1>.safetensors", ".gitattributes"}
+
+
+@pytest.fixture
+def the_hub(monkeypatch, tmp_path):
+    """A stand-in of the Hub that huggingface_hub asks, an empty cache, and somebody who may write as `anna`."""
+    server = Hub()
+    changes = {
+        "ENDPOINT": server.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
+        "HF_TOKEN_PATH": str(tmp_path / "hf" / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_OFFLINE": False,
+    }
+    for name, value in changes.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(tmp_path / "hf" / "assets"))
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def learned(tiny_base, tmp_path):
+    """An adapter on the tiny base, far from the base's own weights, in a folder."""
+    return learn(tiny_base, tmp_path / "learned")
+
+
+def learn(base_folder, folder, words=("<new1>",), **changes):
+    """Write an adapter of random weights; `changes` go into its card."""
+    names = ["cat", "dog"][: len(words)]
+    concepts = {name: concept_values(word, name) for word, name in zip(words, names, strict=True)}
+    for concept in concepts.values():
+        del concept["source"]
+    card = {
+        "base": {"model": str(base_folder), "revision": None, "variant": None},
+        "concepts": concepts,
+        "method": "custom_diffusion",
+        "freeze_model": "crossattn_kv",
+        "lora_rank": 4,
+        "resolution": 32,
+        "steps": 6,
+        "seed": 42,
+        "versions": {"torch": "2.15.0"},
+    }
+    pipe = base.load_pipeline(tiny_params(base_folder).base)
+    torch.manual_seed(7)
+    widths = {name: encoder.config.hidden_size for name, (_, encoder) in base.text_encoders(pipe).items()}
+    modifier_tokens.add_tokens(
+        pipe, {word: {name: torch.randn(width) for name, width in widths.items()} for word in words}
+    )
+    with torch.no_grad():
+        for weight in methods.put(pipe.unet, card | changes).values():
+            weight += 0.3 * torch.randn_like(weight)
+    adapter.save(adapter.from_pipeline(pipe, card | changes), folder)
+    return folder
+
+
+def run(*arguments):
+    """One call of the command line inside this process; a UserError stays an exception."""
+    return CliRunner().invoke(cli.commands, [str(each) for each in arguments])
+
+
+def push(folder, *arguments, repo=REPO):
+    return run("push", repo, "--adapter", folder, "--license", "apache-2.0", *arguments)
+
+
+def pushed(folder, *arguments, **options):
+    """A push that must succeed; its output."""
+    result = push(folder, *arguments, **options)
+    assert result.exit_code == 0, result.exception
+    return result.output
+
+
+def sample(out, *arguments):
+    """Pixels of one image that `customdiff sample` draws."""
+    result = run("sample", PROMPT, "--out", out, "--steps", 2, "--device", "cpu", *arguments)
+    assert result.exit_code == 0, result.exception
+    return np.asarray(Image.open(out / "grid.png"), float)
+
+
+def draw(pipe, prompt=PROMPT):
+    generator = torch.Generator().manual_seed(0)
+    return pipe(prompt, num_inference_steps=2, guidance_scale=6.0, generator=generator, output_type="np").images[0]
+
+
+def plain(folder):
+    pipe = base.load_pipeline(tiny_params(folder).base)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def adapter_files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".bin"}
+
+
+# pushing
+
+
+def test_a_push_is_one_commit_of_safe_files_into_a_private_repository(the_hub, learned):
+    output = pushed(learned, "--message", "the first")
+    repository = the_hub.repositories[REPO]
+    assert set(repository.branches["main"]) == FILES
+    assert repository.messages == ["the first"]
+    assert repository.private
+    assert output.splitlines()[-1].startswith(f"{the_hub.address}/{REPO} (private): commit ")
+    for name in (WEIGHTS, "<new1>.safetensors"):
+        assert repository.branches["main"][name] == (learned / name).read_bytes()
+    assert not (learned / "README.md").exists()
+
+
+def test_what_comes_back_draws_the_same_image(the_hub, learned, tmp_path):
+    pushed(learned, "--base-model", "anna/base")
+    drawn = sample(tmp_path / "here", "--adapter", learned)
+    from_hub = sample(tmp_path / "there", "--adapter", REPO, "--base", json_base(learned))
+    np.testing.assert_array_equal(from_hub, drawn)
+    without = sample(tmp_path / "without", "--adapter", learned, "--seed", 43)
+    assert np.abs(without - drawn).max() > 1  # another seed is another image: the arrays above could have differed
+
+
+def json_base(folder):
+    return adapter.read_card(folder)["base"]["model"]
+
+
+def test_the_base_model_is_read_from_the_repository(the_hub, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_base.parent)
+    folder = learn(Path(tiny_base.name), tmp_path / "relative")
+    pushed(folder)
+    assert json.loads(the_hub.files(REPO)["adapter.json"])["base"]["model"] == f"./{tiny_base.name}"
+    np.testing.assert_array_equal(
+        sample(tmp_path / "there", "--adapter", REPO), sample(tmp_path / "here", "--adapter", folder)
+    )
+    monkeypatch.chdir(tmp_path)
+    result = run("sample", PROMPT, "--adapter", REPO, "--out", tmp_path / "no")
+    assert str(result.exception) == (
+        f"{REPO}: belongs to a base model in ./{tiny_base.name}, which is not here; name it by --base"
+    )
+
+
+def test_a_branch_keeps_what_was_pushed_to_it(the_hub, learned, tiny_base, tmp_path):
+    pushed(learned, "--revision", "v1")
+    other = learn(tiny_base, tmp_path / "other", ("<new1>", "<new2>"))
+    pushed(other)
+    assert "<new2>.safetensors" not in the_hub.files(REPO, "v1")
+    assert set(adapter.read(hub.resolve(f"{REPO}@v1")).rows) == {"<new1>"}
+    assert set(adapter.read(hub.resolve(REPO)).rows) == {"<new1>", "<new2>"}
+    assert f'customdiff.load(pipe, "{REPO}@v1")' in the_hub.files(REPO, "v1")["README.md"].decode()
+
+
+def test_a_second_push_of_the_same_commits_nothing(the_hub, learned):
+    pushed(learned)
+    assert "nothing has changed" in pushed(learned)
+    assert len(the_hub.repositories[REPO].messages) == 1
+
+
+def test_what_an_earlier_push_left_goes_and_the_owners_files_stay(the_hub, learned, tiny_base, tmp_path):
+    pushed(learn(tiny_base, tmp_path / "two", ("<new1>", "<new2>")), "--with-bin")
+    assert {"<new2>.bin", "pytorch_custom_diffusion_weights.bin"} <= set(the_hub.files(REPO))
+    the_hub.files(REPO)["notes.md"] = b"mine"
+    the_hub.files(REPO)["model.safetensors"] = b"mine too"
+    pushed(learned)
+    assert set(the_hub.files(REPO)) == FILES | {"notes.md", "model.safetensors"}
+
+
+def test_a_pickle_that_goes_up_is_made_anew(the_hub, learned):
+    (learned / "<new1>.bin").write_bytes(b"somebody's pickle")
+    pushed(learned, "--with-bin")
+    file = io.BytesIO(the_hub.files(REPO)["<new1>.bin"])
+    assert torch.equal(
+        torch.load(file, weights_only=True)["<new1>"], adapter.read(learned).rows["<new1>"]["text_encoder"]
+    )
+
+
+def test_a_dry_run_writes_what_a_push_sends_and_sends_nothing(the_hub, learned, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    out = tmp_path / "card"
+    assert "nothing was sent" in pushed(learned, "--dry-run", out)
+    assert the_hub.asked == []
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    pushed(learned)
+    there = the_hub.files(REPO)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {k: there[k] for k in FILES - {".gitattributes"}}
+    assert "is there already" in str(push(learned, "--dry-run", out).exception)
+
+
+def test_privacy_is_never_taken_for_granted(the_hub, learned):
+    the_hub.add(REPO, {}, private=False)
+    result = push(learned, "--private")
+    assert "is public already; make it private in its settings" in str(result.exception)
+    assert the_hub.files(REPO) == {}
+    assert "(public)" in pushed(learned)
+    assert "(public)" in pushed(learned, "--public", repo="anna/another")
+
+
+def test_the_licence_is_asked_for_and_never_guessed(the_hub, learned, monkeypatch):
+    result = run("push", REPO, "--adapter", learned)
+    assert "--license: is yours to choose" in str(result.exception)
+    assert "no identifier" in str(run("push", REPO, "--adapter", learned, "--license", "Apache 2").exception)
+    assert the_hub.repositories == {}
+
+    monkeypatch.setattr("customdiff.cli.hub.on_terminal", lambda: True)
+    arguments = ["push", REPO, "--adapter", str(learned)]
+    assert CliRunner().invoke(cli.commands, arguments, input="cc-by-4.0\n").exit_code == 0
+    assert ModelCard(the_hub.files(REPO)["README.md"].decode()).data.license == "cc-by-4.0"
+
+
+@pytest.mark.parametrize("name", ["grey-cat", "anna/grey-cat@v2", "a/b/c", "anna/", "anna/grey cat", "./anna/cat"])
+def test_only_owner_and_name_is_a_place_to_push_to(the_hub, learned, name):
+    assert str(push(learned, repo=name).exception).startswith("OWNER/NAME: must be owner/name, a repository")
+    if "@" not in name:
+        refused = push(learned, "--base-model", name).exception
+        assert str(refused).startswith("--base-model: must be owner/name[@revision], a repository")
+    assert the_hub.asked == []
+
+
+def test_a_licence_that_the_hub_does_not_know_is_one_line(the_hub, learned):
+    result = run("push", REPO, "--adapter", learned, "--license", "my-own")
+    assert isinstance(result.exception, UserError)
+    assert re.search(r"card is refused .*license.* must be one of.*; check --license", str(result.exception))
+    assert set(the_hub.files(REPO)) == {".gitattributes"}
+
+
+# nothing of this machine
+
+
+def test_no_path_token_or_address_of_this_machine_is_published(the_hub, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://tracking.example.org/secret")
+    folder = learn(tiny_base, tmp_path / "learned", cache="/home/anna/cache/file.bin", drive=r"C:\Users\anna\x.bin")
+    output = pushed(folder)
+    texts = b"\n".join(the_hub.files(REPO).values()).decode(errors="replace") + output
+    for private in (
+        str(tiny_base),
+        str(tmp_path),
+        str(Path.home()) + "/",
+        "/home/anna",
+        r"C:\\Users",
+        WRITER,
+        "tracking.",
+    ):
+        assert private not in texts.replace(the_hub.address, "")
+    card = json.loads(the_hub.files(REPO)["adapter.json"])
+    assert card["base"]["model"] == f"./{tiny_base.name}"
+    assert (card["cache"], card["drive"]) == ("file.bin", "x.bin")
+    assert f"nobody else can load the base model ./{tiny_base.name}" in output
+    assert ModelCard(the_hub.files(REPO)["README.md"].decode()).data.base_model is None
+
+
+@pytest.mark.parametrize("what", ["home", "here", "token", "tracking"])
+def test_what_is_private_is_found_wherever_it_stands(the_hub, tiny_base, tmp_path, monkeypatch, what):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://tracking.example.org/secret")
+    secret = {
+        "home": f"see {Path.home()}/x",
+        "here": f"see {Path.cwd()}",
+        "token": f"see {WRITER}",
+        "tracking": "see https://tracking.example.org/secret",
+    }[what]
+    folder = learn(tiny_base, tmp_path / "learned", note=secret)
+    result = push(folder)
+    assert re.match(r"(adapter\.json|README\.md): would publish ", str(result.exception))
+    assert secret.removeprefix("see ") not in str(result.exception)
+    assert the_hub.repositories == {}
+
+
+def test_a_base_model_on_the_hub_may_be_named_in_place_of_a_folder(the_hub, learned):
+    output = pushed(learned, "--base-model", "anna/base@v2")
+    data = ModelCard(the_hub.files(REPO)["README.md"].decode()).data
+    assert (data.base_model, data.base_model_relation) == ("anna/base", "adapter")
+    expected = {"model": "anna/base", "revision": "v2", "variant": None}
+    assert json.loads(the_hub.files(REPO)["adapter.json"])["base"] == expected
+    assert "nobody else" not in output
+
+
+# fetching
+
+
+def test_only_the_named_safe_files_are_fetched(the_hub, learned, tmp_path):
+    pushed(learned, "--with-bin")
+    the_hub.files(REPO).update({"evil.safetensors": b"x" * 100, "setup.py": b"x", "images/1.png": b"x"})
+    folder = hub.resolve(REPO)
+    assert set(the_hub.fetched()) == FILES - {".gitattributes"}
+    assert {path.name for path in folder.rglob("*")} == FILES - {".gitattributes"}
+
+
+def test_a_second_use_fetches_nothing_and_none_at_all_is_needed(the_hub, learned, monkeypatch):
+    pushed(learned)
+    folder = hub.resolve(REPO)
+    the_hub.asked.clear()
+    assert hub.resolve(REPO) == folder
+    assert the_hub.fetched() == []
+    the_hub.close()
+    assert hub.resolve(REPO) == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.resolve(REPO) == folder
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        hub.resolve("anna/other")
+
+
+def test_no_token_leaves_the_hub(the_hub, learned):
+    """Large files are of another origin, which has no business with it."""
+    pushed(learned)
+    hub.resolve(REPO)
+    elsewhere = [token for _, path, token in the_hub.asked if path.startswith("/cdn/")]
+    assert len(elsewhere) >= 4
+    assert set(elsewhere) == {None}
+    assert {token for _, path, token in the_hub.asked if path.startswith("/api/")} == {WRITER}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [("adapter.json", 1_000_001, "adapter.json has 1000001 bytes"), (WEIGHTS, 4_000_000_001, "more than an adapter's")],
+)
+def test_too_much_is_refused_before_it_is_fetched(the_hub, learned, monkeypatch, name, size, message):
+    pushed(learned)
+
+    class Pretended(bytes):
+        def __len__(self):
+            return size
+
+    the_hub.files(REPO)[name] = Pretended(the_hub.files(REPO)[name])
+    with pytest.raises(UserError, match=message):
+        hub.resolve(REPO)
+    assert name not in the_hub.fetched()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"not json",
+        b"[1]",
+        b'{"concepts": {}, "base": {"model": "a/b"}, "fingerprint": []}',
+        b'{"concepts": {"cat": {"modifier_token": 1}}, "base": {"model": "a/b"}, "fingerprint": []}',
+        b'{"concepts": {"cat": {"modifier_token": "<a>"}}, "base": {"model": "a/b"}, "fingerprint": ["x"]}',
+        b'{"concepts": {"cat": {"modifier_token": "<a>"}}, "base": {"modle": "a/b"}, "fingerprint": []}',
+        b'{"concepts": {"cat": {"modifier_token": "<a>"}}, "base": {"model": "a/b"}, "fingerprint": [], "method": "x"}',
+    ],
+)
+def test_a_damaged_card_of_a_stranger_is_one_line(the_hub, damage):
+    the_hub.add(REPO, {"adapter.json": damage})
+    with pytest.raises(UserError, match=rf"^{REPO}: its adapter\.json is damaged or of another program"):
+        hub.resolve(REPO)
+
+
+def test_missing_and_damaged_weights_of_a_stranger_are_one_line(the_hub, learned):
+    pushed(learned)
+    good = the_hub.files(REPO)[WEIGHTS]
+    the_hub.files(REPO)[WEIGHTS] = good[:100]
+    with pytest.raises(UserError, match=rf"^{REPO}: not a whole adapter; tell its author"):
+        hub.resolve(REPO)
+    del the_hub.files(REPO)[WEIGHTS]
+    with pytest.raises(UserError, match=rf"^{REPO}: lacks {WEIGHTS}"):
+        hub.resolve(REPO)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("anna/grey-cat", True),
+        ("anna/grey-cat@v2", True),
+        ("anna/grey-cat@refs/pr/1", True),
+        ("models/adapter", False),
+        ("./anna/grey-cat", False),
+        ("../grey-cat", False),
+        ("/anna/grey-cat", False),
+        ("grey-cat", False),
+        ("a/b/c", False),
+        ("here/now", False),
+        (Path("anna/grey-cat"), False),
+    ],
+)
+def test_what_is_a_repository_and_what_a_folder(tmp_path, monkeypatch, source, expected):
+    monkeypatch.chdir(tmp_path)
+    Path("here/now").mkdir(parents=True)
+    assert hub.names_repository(source) is expected
+    if not expected:
+        assert hub.resolve(source) == Path(source)
+
+
+# what diffusers' own script uploads
+
+
+def from_diffusers(the_hub, tiny_base, tmp_path, **metadata):
+    """A repository as train_custom_diffusion.py leaves it, made by diffusers itself; and its own pipeline."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(5)
+    processors = {}
+    for name in pipe.unet.attn_processors:
+        module = pipe.unet.get_submodule(name.removesuffix(".processor"))
+        cross = name.endswith("attn2.processor")
+        width, text = module.to_k.weight.shape
+        processors[name] = CustomDiffusionAttnProcessor2_0(
+            train_kv=cross, train_q_out=False, hidden_size=width, cross_attention_dim=text if cross else None
+        )
+    pipe.unet.set_attn_processor(processors)
+    folder = tmp_path / "script"
+    pipe.unet.save_attn_procs(folder, safe_serialization=True)
+    row = torch.randn(32)
+    save_file({"<new1>": row}, folder / "<new1>.safetensors", metadata={"format": "pt"})
+    pipe.load_textual_inversion({"<new1>": row})
+    front = {"base_model": str(tiny_base), "instance_prompt": PROMPT} | metadata
+    lines = [f"{key}: {value}" for key, value in front.items() if value]
+    (folder / "README.md").write_text("---\n" + "\n".join(lines) + "\n---\n# Custom Diffusion\n")
+    the_hub.add(REPO, {path.name: path.read_bytes() for path in folder.iterdir()})
+    return pipe
+
+
+def test_a_repository_of_diffusers_script_draws_as_diffusers_does(the_hub, tiny_base, tmp_path):
+    script = from_diffusers(the_hub, tiny_base, tmp_path)
+    pipe = plain(tiny_base)
+    before = draw(pipe)
+    folder = hub.resolve(REPO)
+    adapter.load(pipe, folder)
+    np.testing.assert_allclose(draw(pipe), draw(script), atol=1e-5)
+    assert np.abs(draw(pipe) - before).max() > 0.01
+    card = adapter.read_card(folder)
+    assert card["base"]["model"] == str(tiny_base)
+    assert [each["instance_prompt"] for each in card["concepts"].values()] == ["photo of a {} cat"]
+    the_hub.asked.clear()
+    assert hub.resolve(REPO) == folder
+
+
+def test_the_base_model_of_a_script_is_asked_for_where_its_card_is_silent(the_hub, tiny_base, tmp_path):
+    from_diffusers(the_hub, tiny_base, tmp_path, base_model=None)
+    with pytest.raises(UserError, match=rf"^{REPO}: its card names no base model; name it by --base"):
+        hub.resolve(REPO)
+    assert sample(tmp_path / "out", "--adapter", REPO, "--base", tiny_base).any()
+
+
+def test_a_script_on_another_base_is_refused(the_hub, tiny_base, tiny_v_base, tmp_path):
+    from_diffusers(the_hub, tiny_base, tmp_path, base_model=tiny_v_base)
+    with pytest.raises(UserError, match=rf"^{REPO}: pytorch_custom_diffusion_weights") as caught:
+        hub.resolve(REPO)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_pickles_alone_are_named_and_never_fetched(the_hub):
+    the_hub.add(REPO, {"README.md": b"# cat", "pytorch_custom_diffusion_weights.bin": b"x", "<new1>.bin": b"x"})
+    with pytest.raises(
+        UserError, match=r"as a pickle alone.*customdiff import FOLDER --format diffusers --allow-pickle"
+    ):
+        hub.resolve(REPO)
+    assert the_hub.fetched() == ["README.md", "README.md"]  # HEAD and GET
+
+
+def test_a_repository_without_an_adapter_says_so(the_hub):
+    the_hub.add(REPO, {"README.md": b"---\nbase_model: [\n---\n", "model_index.json": b"{}"})
+    with pytest.raises(UserError, match=rf"^{REPO}: holds no adapter"):
+        hub.resolve(REPO)
+
+
+# what goes wrong
+
+
+def forbidden(hub_, monkeypatch, learned):
+    monkeypatch.setenv("HF_TOKEN", READER)
+    return push(learned), "your token has no right to write there"
+
+
+def forbidden_in_an_existing_repository(hub_, monkeypatch, learned):
+    hub_.add(REPO, {})
+    monkeypatch.setenv("HF_TOKEN", READER)
+    return push(learned), "your token has no right to write there"
+
+
+def logged_out(hub_, monkeypatch, learned):
+    """Said before a licence is asked for."""
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match="no token for the Hugging Face Hub"):
+        hub.push(learned, REPO)
+    return run("push", REPO, "--adapter", learned), "no token for the Hugging Face Hub: log in with `hf auth login`"
+
+
+def an_invalid_token(hub_, monkeypatch, learned):
+    monkeypatch.setenv("HF_TOKEN", "hf_unknown_marker_0123456789")
+    return push(learned), "the token is not valid"
+
+
+def no_network(hub_, monkeypatch, learned):
+    hub_.close()
+    return push(learned), "cannot be reached .*; check the network"
+
+
+def no_network_to_fetch(hub_, monkeypatch, learned):
+    hub_.close()
+    return run("sample", PROMPT, "--adapter", REPO), "there is no such file here; on the Hub: .* cannot be reached"
+
+
+def unknown(hub_, monkeypatch, learned):
+    return run("sample", PROMPT, "--adapter", "anna/no-such"), "on the Hub: there is no anna/no-such, or it is private"
+
+
+def private(hub_, monkeypatch, learned):
+    hub_.add(REPO, {}, private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    return run("sample", PROMPT, "--adapter", REPO), f"there is no {REPO}, or it is private: check the name, or log in"
+
+
+def no_revision(hub_, monkeypatch, learned):
+    hub_.add(REPO, {})
+    return run("sample", PROMPT, "--adapter", f"{REPO}@v9"), "there is no such revision"
+
+
+def gated(hub_, monkeypatch, learned):
+    hub_.add(REPO, {"adapter.json": b"{}"}, gated=True)
+    return run("sample", PROMPT, "--adapter", REPO), f"it is gated; accept its terms at {hub_.address}/{REPO}"
+
+
+def no_name(hub_, monkeypatch, learned):
+    return run("sample", PROMPT, "--adapter", "anna/a--b"), "anna/a--b cannot be a repository's name"
+
+
+def echo(hub_, monkeypatch, learned):
+    """A server that quotes what it was sent."""
+    hub_.failing = (
+        "/commit/",
+        500,
+        {"Content-Type": "text/plain"},
+        "no disk; {token} sent, hf_marker_of_another_1",
+    )
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    return push(learned), r"the answer is 500 \(no disk; \*\*\* sent, \*\*\*\)"
+
+
+def storage_fails(hub_, monkeypatch, learned):
+    hub_.failing = ("/cdn/", 403, {}, "{token}")
+    return push(learned), "your token has no right to write there"
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        forbidden,
+        forbidden_in_an_existing_repository,
+        logged_out,
+        an_invalid_token,
+        no_network,
+        no_network_to_fetch,
+        unknown,
+        private,
+        no_revision,
+        gated,
+        no_name,
+        echo,
+        storage_fails,
+    ],
+)
+def test_trouble_is_one_line_without_a_token(the_hub, learned, monkeypatch, trouble, tmp_path):
+    result, message = trouble(the_hub, monkeypatch, learned)
+    assert isinstance(result.exception, UserError), result.exception
+    line = str(result.exception)
+    assert re.search(message, line), line
+    assert "\n" not in line
+    assert str(tmp_path) not in line
+    told = line + result.output + "".join(traceback.format_exception(result.exception))
+    assert "marker" not in told
+    assert not list(tmp_path.glob("work/*"))
+
+
+def test_the_environment_and_a_login_are_honoured(learned, tiny_base, tmp_path):
+    """In a process of its own, for huggingface_hub reads most of it when it is imported."""
+    server = Hub()
+    home = tmp_path / "home"
+    home.mkdir()
+    program = f"""
+import os, sys
+from pathlib import Path
+from customdiff.cli import commands
+from customdiff.errors import UserError
+
+push = ["push", "{REPO}", "--adapter", r"{learned}", "--license", "apache-2.0"]
+try:
+    commands(push, standalone_mode=False)
+except UserError as error:
+    print(error)
+del os.environ["HF_TOKEN"]
+Path(os.environ["HF_HOME"], "token").write_text("{WRITER}")  # what `hf auth login` leaves
+commands(push, standalone_mode=False)
+commands(["sample", "{PROMPT}", "--adapter", "{REPO}", "--base", r"{tiny_base}", "--steps", "1", "--device", "cpu"])
+"""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    given = {"HF_ENDPOINT": server.address, "HF_HOME": str(home), "HF_TOKEN": READER, "HF_HUB_DISABLE_XET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=inherited | given | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    server.close()
+    assert result.returncode == 0, result.stderr
+    refusal, done, _ = result.stdout.splitlines()
+    assert refusal.startswith(f"{REPO}: your token has no right to write there")
+    assert done.startswith(f"{server.address}/{REPO} (private): commit")
+    assert not re.search("Warning|Traceback|Fetching|Upload", result.stderr), result.stderr
+    assert "marker" not in result.stdout + result.stderr
+    assert (home / "hub").is_dir()
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "samples" / "grid.png")),
+        sample(tmp_path / "here", "--adapter", learned, "--steps", 1),
+    )
+
+
+# the card's own words
+
+
+def code(page, words):
+    """The block of Python after a line of the card."""
+    return page.split(words)[1].split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize(
+    ("which", "method"),
+    [
+        ("tiny_base", "custom_diffusion"),
+        ("tiny_v_base", "custom_diffusion"),
+        ("tiny_xl_base", "custom_diffusion"),
+        ("tiny_base", "textual_inversion"),
+        ("tiny_base", "lora"),
+        ("tiny_xl_base", "lora"),
+    ],
+)
+def test_diffusers_draws_the_same_by_the_code_of_the_card(the_hub, tmp_path, request, which, method, monkeypatch):
+    base_folder = request.getfixturevalue(which)
+    folder = learn(base_folder, tmp_path / "learned", ("<new1>", "<new2>"), method=method)
+    pushed(folder, "--revision", "v1")
+    page = the_hub.files(REPO, "v1")["README.md"].decode()
+    ours = plain(base_folder)
+    adapter.load(ours, folder)
+    prompt = "a <new1> cat on <new2>"
+    expected = draw(ours, prompt)
+    monkeypatch.chdir(base_folder.parent)
+    names = {}
+    block = code(page, "With diffusers alone:")
+    exec(block.rpartition("image = ")[0], names)
+    names["pipe"].set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(draw(names["pipe"], prompt), expected, atol=1e-4)
+    assert np.abs(expected - draw(plain(base_folder), prompt)).max() > 0.01
+    assert f'image = pipe("{PROMPT}").images[0]' in block
+
+
+def test_load_takes_a_repository(the_hub, learned, tiny_base):
+    pushed(learned)
+    pipe, other = plain(tiny_base), plain(tiny_base)
+    customdiff.load(pipe, REPO)
+    customdiff.load(other, learned)
+    np.testing.assert_array_equal(draw(pipe), draw(other))
+
+
+def test_the_files_that_went_up_are_those_of_the_adapter(the_hub, learned):
+    pushed(learned)
+    for name in (WEIGHTS, "<new1>.safetensors"):
+        there = hub.resolve(REPO) / name
+        assert load_file(there).keys() == load_file(learned / name).keys()

@@ -1,0 +1,402 @@
+"""Training: losses by hand, a whole step against an independent one in float64, and runs that end alike."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import concept_values, tiny_params, write_prepared
+from diffusers import DDPMScheduler
+
+from customdiff.adapters import adapter
+from customdiff.config import Params, Train
+from customdiff.errors import UserError
+from customdiff.files import sha256
+from customdiff.models import attention, base, memory_efficient, methods, modifier_tokens
+from customdiff.preparation import prepared_set
+from customdiff.tracking import Tracker
+from customdiff.training import launch, trainer
+
+WEIGHTS = "adapter/pytorch_custom_diffusion_weights.safetensors"
+
+
+def untracked(run_id):
+    return Tracker()
+
+
+def train(params: Params, tmp_path: Path, name: str = "runs"):
+    prepared = tmp_path / "prepared"
+    if not prepared.exists():
+        write_prepared(prepared, params)
+    return trainer.run(params, prepared, tmp_path / name, untracked)
+
+
+def learned(run) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted((run.path / "adapter").glob("*.safetensors"))}
+
+
+def test_losses_against_numpy():
+    rng = np.random.default_rng(0)
+    prediction, target = rng.normal(size=(2, 5, 4, 6, 6))
+    mask = (rng.uniform(size=(3, 1, 6, 6)) < 0.4).astype(float)
+    error = (prediction - target) ** 2
+    instance = np.mean([(error[i] * mask[i]).sum() / mask[i].sum() for i in range(3)])
+    found = trainer.losses(*(torch.tensor(x) for x in (prediction, target, mask)))
+    np.testing.assert_allclose([float(x) for x in found], [instance, error[3:].mean()], rtol=1e-5)
+    alone, none = trainer.losses(*(torch.tensor(x[:3]) for x in (prediction, target, mask)))
+    assert none is None
+    np.testing.assert_allclose(float(alone), instance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_targets_against_the_formula(kind):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind)
+    clean, noise = torch.randn(2, 2, 4, 8, 8)
+    batch = trainer.Batch(clean, noise, torch.tensor([3, 900]), None, None, None, None)
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    signal = np.cumprod(1 - betas)[[3, 900]].reshape(2, 1, 1, 1)
+    velocity = np.sqrt(signal) * noise.numpy() - np.sqrt(1 - signal) * clean.numpy()
+    expected = noise.numpy() if kind == "epsilon" else velocity
+    np.testing.assert_allclose(trainer.target_of(scheduler, batch), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="predicts 'sample'"):
+        trainer.target_of(DDPMScheduler(prediction_type="sample"), batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "expected"),
+    [
+        ({"batch_size": 2, "learning_rate": 1e-5}, 1, 4e-5),  # the guide's single concept: 1e-5 * 2 * 2
+        ({"batch_size": 2, "learning_rate": 1e-5, "with_prior_preservation": False}, 1, 2e-5),
+        ({"batch_size": 3, "learning_rate": 1.0, "gradient_accumulation_steps": 5}, 2, 60.0),
+        ({"batch_size": 3, "learning_rate": 0.5, "scale_lr": False}, 2, 0.5),
+    ],
+)
+def test_the_rate_is_scaled_as_in_the_reference(options, processes, expected):
+    assert trainer.learning_rate(Train(**options), processes) == pytest.approx(expected)
+
+
+def test_a_first_step_against_adamw_by_hand(tiny_base, tmp_path):
+    """One step of the whole trainer, then AdamW's first update worked out in float64 from the logged gradient norm.
+
+    At its first step Adam moves each weight by rate * g / (|g| + eps'), which is the rate itself wherever the
+    gradient is not tiny; decay takes rate * weight_decay * weight of the attention weights, nothing of the rows.
+    """
+    params = tiny_params(tiny_base, max_steps=1, scale_lr=False, learning_rate=1e-3, adam_weight_decay=0.5)
+    run = train(params, tmp_path)
+    pipe = base.load_pipeline(params.base)
+    after = adapter.read(run.path / "adapter")
+    layers = dict(pipe.unet.named_parameters())
+    steps = []
+    for name, weight in after.weights.items():
+        start = layers[name.replace("processor.", "").replace("_custom_diffusion", "")].detach().double()
+        steps.append(((weight.double() - start * (1 - 1e-3 * 0.5)).abs() / 1e-3).flatten())
+    moved = torch.cat(steps)
+    assert moved.max() < 1.01
+    assert moved.median() > 0.9
+    start = pipe.text_encoder.get_input_embeddings().weight[pipe.tokenizer.convert_tokens_to_ids("cat</w>")]
+    row = (after.rows["<new1>"]["text_encoder"].double() - start.detach().double()).abs() / 1e-3
+    assert 0.9 < row.median() < row.max() < 1.01
+
+
+@pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
+def test_only_what_should_train_moves(tiny_base, tmp_path, freeze_model):
+    params = tiny_params(tiny_base, freeze_model=freeze_model, max_steps=3)
+    write_prepared(tmp_path / "prepared", params)
+    accelerator = trainer._accelerator(params)
+    pipe, vae, scale = trainer._load_base(params, accelerator.device)
+    before = {
+        f"{part}.{name}": weight.clone()
+        for part in ("unet", "text_encoder")
+        for name, weight in getattr(pipe, part).state_dict().items()
+    }
+    trained = trainer._make_trainable(pipe, params, None)
+    weights = attention.trainable(pipe.unet)
+    first = {name: weight.detach().clone() for name, weight in weights.items()}
+    sets = trainer._load_sets(params, tmp_path / "prepared")
+    learner = trainer._learner(params, sets, pipe, vae, scale, trained, accelerator)
+    for number in range(3):
+        learner.step(number)
+    now = {
+        f"{part}.{name}".replace("embedding.table", "embedding"): weight
+        for part in ("unet", "text_encoder")
+        for name, weight in getattr(pipe, part).state_dict().items()
+    }
+    assert all(torch.equal(now[name], weight) for name, weight in before.items())
+    assert all(not torch.equal(weight, first[name]) for name, weight in weights.items())
+    assert len(weights) == 7 * (2 if freeze_model == "crossattn_kv" else 5)
+
+
+def test_the_same_run_ends_with_the_same_bits_and_another_seed_does_not(tiny_base, tmp_path):
+    params = tiny_params(tiny_base)
+    first, again = (learned(train(params, tmp_path, name)) for name in ("a", "b"))
+    assert first == again
+    other = params.model_copy(update={"base": params.base.model_copy(update={"seed": 43})})
+    assert learned(train(other, tmp_path, "c")) != first
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("tiny_base", {}),
+        ("tiny_base", {"lr_scheduler": "cosine"}),
+        ("tiny_base", {"method": "lora"}),
+        ("tiny_xl_base", {}),
+        ("tiny_xl_base", {"method": "textual_inversion"}),
+    ],
+)
+def test_a_killed_run_continues_to_the_same_bits(request, tmp_path, model, options):
+    params = tiny_params(request.getfixturevalue(model), gradient_accumulation_steps=2, **options)
+    whole = train(params, tmp_path, "whole")
+    killed = train(params, tmp_path, "killed")
+    (killed.path / "complete").unlink()
+    shutil.rmtree(killed.path / "adapter")
+    for step in ("step-000004", "step-000006"):
+        shutil.rmtree(killed.path / step)
+    (killed.path / "step-000004.incoming").mkdir()  # as a kill in the middle of writing leaves it
+    continued = train(params, tmp_path, "killed")
+    assert learned(continued) == learned(whole)
+    rows = [path.joinpath("steps.csv").read_text().splitlines() for path in (whole.path, continued.path)]
+    assert len(rows[0]) == len(rows[1]) == 7
+    columns = rows[0][0].split(",").index("images_per_second")
+    assert [row.split(",")[:columns] for row in rows[0]] == [row.split(",")[:columns] for row in rows[1]]
+
+
+def test_an_edited_parameter_never_continues_a_strangers_run(tiny_base, tmp_path):
+    params = tiny_params(tiny_base)
+    first = train(params, tmp_path)
+    (first.path / "complete").unlink()
+    edited = tiny_params(tiny_base, learning_rate=2e-3)
+    second = train(edited, tmp_path)
+    assert second.path != first.path
+    assert learned(second) == learned(train(edited, tmp_path, "fresh"))
+    more_images = tiny_params(tiny_base, validation={"prompts": ["a cat"], "every": 3, "steps": 1})
+    prepared = tmp_path / "prepared"
+    assert trainer.run_identity(more_images, prepared, 1) == trainer.run_identity(params, prepared, 1)
+
+
+def test_a_base_that_changed_under_its_name_is_another_run(tiny_base, tmp_path):
+    model = shutil.copytree(tiny_base, tmp_path / "base")
+    params = tiny_params(model)
+    prepared = write_prepared(tmp_path / "prepared", params)
+    before = trainer.run_identity(params, prepared, 1)
+    assert trainer.run_identity(params, prepared, 1) == before
+    weights = model / "unet/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert trainer.run_identity(params, prepared, 1) != before
+
+
+def test_a_complete_run_is_run_anew(tiny_base, tmp_path):
+    params = tiny_params(tiny_base)
+    first = train(params, tmp_path)
+    marks = {path.stat().st_mtime_ns for path in first.path.glob("step-*/state.pt")}
+    again = train(params, tmp_path)
+    assert {path.stat().st_mtime_ns for path in again.path.glob("step-*/state.pt")}.isdisjoint(marks)
+
+
+def test_old_checkpoints_are_removed(tiny_base, tmp_path):
+    run = train(tiny_params(tiny_base, checkpointing_steps=1, checkpoints_total_limit=2), tmp_path)
+    assert [path.name for path in run.checkpoints()] == ["step-000005", "step-000006"]
+
+
+def test_the_results_are_handed_over_whole(tiny_base, tmp_path):
+    params = tiny_params(tiny_base, validation={"prompts": ["a <new1> cat"], "every": 3, "steps": 2})
+    run = train(params, tmp_path)
+    run.hand_over(tmp_path / "models/adapter", tmp_path / "results/train")
+    assert sha256(tmp_path / "models" / WEIGHTS) == sha256(run.path / WEIGHTS)
+    assert len(list((tmp_path / "results/train/validation").glob("*.png"))) == 4
+    metrics = json.loads((tmp_path / "results/train/metrics.json").read_text())
+    assert metrics["steps"] == 6
+    assert (
+        metrics["trained_parameters"]
+        == sum(w.numel() for w in adapter.read(run.path / "adapter").weights.values()) + 32
+    )
+    card = adapter.read_card(tmp_path / "models/adapter")
+    assert card["concepts"]["cat"]["modifier_token"] == "<new1>"
+
+
+def test_options_of_the_reference_train(tiny_v_base, tmp_path):
+    """v-prediction, two concepts, pixels instead of latents, checkpointed gradients, no prior, bf16."""
+    params = tiny_params(
+        tiny_v_base,
+        concepts={"cat": concept_values(), "dog": concept_values("<new2>", "dog")},
+        prepare={"cache_latents": False},
+        gradient_checkpointing=True,
+        mixed_precision="bf16",
+        with_prior_preservation=False,
+        set_grads_to_none=False,
+        max_steps=3,
+    )
+    run = train(params, tmp_path)
+    learned_adapter = adapter.read(run.path / "adapter")
+    assert set(learned_adapter.rows) == {"<new1>", "<new2>"}
+    pipe = base.load_pipeline(params.base)
+    table = pipe.text_encoder.get_input_embeddings().weight.detach()
+    for token, word in (("<new1>", "cat</w>"), ("<new2>", "dog</w>")):
+        assert not torch.equal(
+            learned_adapter.rows[token]["text_encoder"], table[pipe.tokenizer.convert_tokens_to_ids(word)]
+        )
+
+
+@pytest.mark.parametrize("model", ["tiny_base", "tiny_v_base", "tiny_xl_base"])
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_learns_on_every_family(request, tmp_path, model, method):
+    """What a method trains moves, what it does not stays, and the adapter loads into a fresh pipeline."""
+    params = tiny_params(request.getfixturevalue(model), method=method, lora_rank=2, max_steps=3)
+    run = train(params, tmp_path)
+    found = adapter.read(run.path / "adapter")
+    pipe = base.load_pipeline(params.base)
+    starts = modifier_tokens.initial_rows(pipe, "cat")
+    adapter.put(pipe, found)
+    assert set(found.rows["<new1>"]) == set(starts) == set(base.text_encoders(pipe))
+    for name, start in starts.items():
+        assert torch.equal(found.rows["<new1>"][name], start) == (method == "lora")
+    if method == "custom_diffusion":
+        originals = attention.originals(pipe.unet, "crossattn_kv")
+        assert all(not torch.equal(weight, originals[name]) for name, weight in found.weights.items())
+        assert len(found.weights) == len(originals)
+    if method == "lora":
+        layers = 4 * len(pipe.unet.attn_processors)
+        changes = [weight for name, weight in found.weights.items() if ".lora_B." in name]
+        assert len(changes) == layers
+        assert all(weight.abs().max() > 0 and weight.shape[1] == 2 for weight in changes), "B starts from zero"
+    if method == "textual_inversion":
+        assert not found.weights
+    rows = run.path.joinpath("steps.csv").read_text()
+    assert ("prior_loss" in rows) == (method != "textual_inversion"), "a frozen UNet has no prior to preserve"
+
+
+def test_sdxl_is_told_each_views_size_and_crop(tiny_xl_base, tmp_path):
+    """The photos of the prepared set are 50 x 40; a view of 32 px of their 40 px square starts at most 8 px in."""
+    params = tiny_params(tiny_xl_base, prepare={"augmentation": False})
+    write_prepared(tmp_path / "prepared", params)
+    accelerator = trainer._accelerator(params)
+    pipe, vae, scale = trainer._load_base(params, accelerator.device)
+    trainer._make_trainable(pipe, params, None)
+    sets = trainer._load_sets(params, tmp_path / "prepared")
+    batch = trainer.Batches(sets, pipe, vae, scale, params, accelerator).draw(0)
+    assert batch.time_ids.shape == (4, 6)
+    assert batch.time_ids[:, [0, 1, 4, 5]].tolist() == [[40, 50, 32, 32]] * 4
+    assert batch.time_ids[:, 2].tolist() == [0] * 4
+    assert 0 < batch.time_ids[:, 3].max() <= 8
+
+
+def test_each_class_image_has_its_own_caption(tiny_xl_base, tmp_path):
+    """States of class captions are computed once; each must reach the image it belongs to."""
+    params = tiny_params(tiny_xl_base)
+    write_prepared(tmp_path / "prepared", params)
+    accelerator = trainer._accelerator(params)
+    pipe, vae, scale = trainer._load_base(params, accelerator.device)
+    trainer._make_trainable(pipe, params, None)
+    sets = trainer._load_sets(params, tmp_path / "prepared")
+    batches = trainer.Batches(sets, pipe, vae, scale, params, accelerator)
+    for number in range(3):
+        chosen = prepared_set.batch_indices(len(sets[1]), 2, params.base.seed + 1, number)
+        alone = base.text_of(pipe, [sets[1].captions[index] for index in chosen])
+        found = batches.draw(number).class_text
+        torch.testing.assert_close(found.states, alone.states, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.pooled, alone.pooled, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_base, tmp_path):
+    """Activations are computed again in the backward pass: the same numbers by another way."""
+    plain = train(tiny_params(tiny_base, max_steps=2), tmp_path / "a")
+    recomputed = train(tiny_params(tiny_base, max_steps=2, gradient_checkpointing=True), tmp_path / "b")
+    for name, weight in adapter.read(plain.path / "adapter").weights.items():
+        torch.testing.assert_close(
+            adapter.read(recomputed.path / "adapter").weights[name], weight, rtol=1e-4, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_large_image_trains_on_a_lightened_unet(tiny_base, tmp_path, monkeypatch, precision):
+    """It learns what diffusers' layers learn; here for a small image, by another threshold."""
+    lightened = []
+    monkeypatch.setattr(
+        memory_efficient,
+        "lighten",
+        lambda unet, lighten=memory_efficient.lighten, **how: lightened.append(lighten(unet, **how)),
+    )
+    params = tiny_params(tiny_base, max_steps=2, mixed_precision=precision)
+    plain = adapter.read(train(params, tmp_path / "a").path / "adapter").weights
+    assert not lightened
+    monkeypatch.setattr(trainer, "LIGHTEN_FROM", params.prepare.resolution)
+    found = adapter.read(train(params, tmp_path / "b").path / "adapter").weights
+    assert lightened
+    for name, weight in plain.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_compiling_needs_a_compiler(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"train\.compile: needs a C\+\+ compiler"):
+        train(tiny_params(tiny_base, max_steps=1, compile=True), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_compiled_blocks_learn_the_same(tiny_base, tmp_path, monkeypatch):
+    """With what is not compiled lightened, too; and a run that was killed ends with the same bits."""
+    monkeypatch.setattr(trainer, "LIGHTEN_FROM", 8)
+    plain = train(tiny_params(tiny_base, max_steps=2), tmp_path / "a")
+    params = tiny_params(tiny_base, max_steps=2, compile=True, checkpointing_steps=1)
+    compiled = train(params, tmp_path / "b")
+    for name, weight in adapter.read(plain.path / "adapter").weights.items():
+        torch.testing.assert_close(adapter.read(compiled.path / "adapter").weights[name], weight, rtol=1e-4, atol=1e-6)
+    whole = learned(compiled)
+    (compiled.path / "complete").unlink()
+    shutil.rmtree(compiled.path / "adapter")
+    shutil.rmtree(compiled.path / "step-000002")
+    assert learned(train(params, tmp_path / "b")) == whole
+
+
+def test_a_missing_option_package_is_one_line(tiny_base, tmp_path):
+    with pytest.raises(UserError, match=r"train\.optimizer: adamw_8bit needs bitsandbytes"):
+        train(tiny_params(tiny_base, optimizer="adamw_8bit"), tmp_path)
+
+
+def test_two_processes_learn_what_one_does(tiny_base, tmp_path, monkeypatch):
+    """The same global batch in one process and in two that `accelerate launch` starts: the same losses."""
+    params = tiny_params(tiny_base, max_steps=2, batch_size=2, scale_lr=False)
+    one = train(params, tmp_path, "one")
+    halved = tiny_params(tiny_base, max_steps=2, batch_size=1, scale_lr=False, launch={"num_processes": 2})
+    (tmp_path / "params.json").write_text(halved.model_dump_json())
+    (tmp_path / "two.py").write_text(
+        "from pathlib import Path\n"
+        "from customdiff.training import trainer\n"
+        "from customdiff.config import Params\n"
+        "from customdiff.tracking import Tracker\n"
+        "params = Params.model_validate_json(Path('params.json').read_text())\n"
+        "trainer.run(params, Path('prepared'), Path('two'), lambda run_id: Tracker())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(launch.command(halved, "two.py"), check=True, env=environment, capture_output=True, timeout=300)
+    (run,) = (tmp_path / "two").iterdir()
+    assert json.loads((run / "identity.json").read_text())["processes"] == 2
+    first, second = (
+        np.genfromtxt(path / "steps.csv", delimiter=",", names=True)[["loss", "grad_norm"]].tolist()
+        for path in (one.path, run)
+    )
+    np.testing.assert_allclose(second, first, rtol=1e-5)
+
+
+def test_launching_asks_no_question(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = tiny_params(tiny_base, launch={"num_processes": 3})
+    command = launch.command(params, "train.py")
+    assert command[0] == sys.executable
+    assert command[command.index("--num_processes") + 1] == "3"
+    assert json.loads(Path(command[command.index("--config_file") + 1]).read_text())["num_machines"] == 1
+    Path("nodes.yaml").write_text("num_machines: 2")
+    own = launch.command(tiny_params(tiny_base, launch={"num_processes": 16, "config_file": "nodes.yaml"}), "train.py")
+    assert own[own.index("--num_processes") + 1] == "16"
+    assert "--num_machines" not in own  # it would outdo the file's
+    with pytest.raises(UserError, match=r"train\.launch\.config_file: nowhere\.yaml does not exist"):
+        launch.command(tiny_params(tiny_base, launch={"num_processes": 3, "config_file": "nowhere.yaml"}), "train.py")
