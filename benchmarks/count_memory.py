@@ -26,13 +26,13 @@ def main(
     """Print the weights, the optimizer's share, and the activations of diffusers' layers and of ours."""
     pipe = models.sd14()
     unet = pipe.unet.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_(False)
-    trained = attention.put_processors(unet)
+    trained = attention.inject_processors(unet)
     text = sum(weight.numel() for weight in pipe.text_encoder.parameters()) * 2
     weights = sum(weight.numel() for weight in unet.parameters() if not weight.requires_grad) * 2
     learned = sum(weight.numel() for weight in trained.values()) * 4 * 4  # fp32 weight, gradient and two moments
     print(f"UNet {weights / MB:.0f} MB, text encoder {text / MB:.0f} MB, what trains, with AdamW {learned / MB:.0f} MB")
     _print("diffusers' layers", activations(unet, batch, side), text + weights + learned)
-    memory_efficient.lighten(unet)
+    memory_efficient.convert(unet)
     _print("lightened", activations(unet, batch, side), text + weights + learned)
 
 

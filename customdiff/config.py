@@ -214,11 +214,6 @@ class Train(Section):
     launch: Launch = Launch()
 
     @property
-    def how(self) -> dict[str, str | int]:
-        """What trains, as `methods` and an adapter's card take it."""
-        return {"method": self.method, "freeze_model": self.freeze_model, "lora_rank": self.lora_rank}
-
-    @property
     def preserves_prior(self) -> bool:
         """Whether class images train beside the instance images; textual inversion changes nothing they could keep."""
         return self.with_prior_preservation and self.method != "textual_inversion"

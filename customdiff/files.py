@@ -1,48 +1,56 @@
-"""Write outputs whole or not at all: beside their place first, then renamed into it; and where the project lies."""
+"""Atomic writes of files and folders, hashes, and the project's folder."""
 
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from customdiff.errors import UserError
 
 INCOMING = ".incoming"
+PACKAGE = Path(__file__).parent
 
 
 def project_home() -> Path:
-    """The project's folder, for what outlives a run. DVC runs a queued experiment in a copy, which it removes."""
+    """The project's folder, for files that outlive a run. DVC runs a queued experiment in a temporary copy."""
     return Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
 
 @contextmanager
 def atomic_directory(folder: Path | str) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` that replaces it when the block ends without an error.
+    """Yield an empty folder that replaces `folder` when the block ends without an error.
 
-    A block that raises, or a process that is killed, leaves whatever stood at `folder` before.
-    What a killed process left beside it is cleared by the next call.
+    A block that raises, or a process that is killed, leaves `folder` as it was. What a killed process left beside it
+    is removed by the next call. Two processes never write the same temporary folder; the one that ends last wins.
     """
     folder = Path(folder)
-    incoming = folder.with_name(f"{folder.name}{INCOMING}")
-    shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    incoming = _beside(folder)
+    incoming.mkdir()
     try:
         yield incoming
     except BaseException:
         shutil.rmtree(incoming, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    replaced = _beside(folder)
+    if folder.exists():
+        folder.rename(replaced)
     incoming.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
-    """Yield a path beside `path`; the file written there takes its place when the block ends without an error."""
+    """Yield a path; the file written there replaces `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    incoming = path.with_name(f"{path.name}{INCOMING}")
+    _remove_leftovers(path)
+    incoming = _beside(path)
     try:
         yield incoming
     except BaseException:
@@ -51,22 +59,59 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     incoming.replace(path)
 
 
+def _beside(path: Path) -> Path:
+    """A new hidden name in the same folder, with the id of this process in it."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{INCOMING}")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files and folders of processes that no longer run."""
+    for leftover in path.parent.glob(f".{escape(path.name)}.*-*{INCOMING}"):
+        pid = leftover.name.removeprefix(f".{path.name}.").partition("-")[0]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def check_free(out: Path, marker: str | None = None) -> None:
-    """Refuse a folder for results that something lies in: it is somebody's work.
+    """Refuse an output folder that is not empty: it may be somebody's work.
 
     Args:
-        out: what the user gave as --out.
-        marker: a file that tells an earlier result, which may be replaced, from anything else.
+        out: the value of --out.
+        marker: a file by which an earlier result, which may be replaced, is recognised.
 
     Raises:
         UserError: names the folder.
     """
     replaceable = marker is not None and (out / marker).is_file()
     if not replaceable and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
-        raise UserError(f"--out: {out} is there already; name a new folder, or remove it first")
+        raise UserError(f"--out: {out} exists already; name a new folder, or remove it first")
 
 
 def sha256(path: Path | str) -> str:
     """The SHA-256 of a file's bytes, in lower-case hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_hash(*parts: str) -> str:
+    """A hash of this library's own code, for caches that an edit of it must invalidate.
+
+    Args:
+        parts: packages or modules below `customdiff/`, such as `models` or `adapters/adapter.py`.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        path = PACKAGE / part
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.relative_to(PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]

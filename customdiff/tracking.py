@@ -79,9 +79,9 @@ def for_evaluation(params: Params, card: Path | str, *, store: Path | str | None
     """Go on with the training's run; open a new one where that has been evaluated before or is not here.
 
     Args:
-        card: the file that `Tracker.write_card` wrote at the end of training; it need not exist.
+        card: the file that `Tracker.write_run_id` wrote at the end of training; it need not exist.
     """
-    training_run = _read_card(Path(card))
+    training_run = _read_run_id(Path(card))
 
     def find(client: Any, found: _Store) -> str:
         run = training_run and _find(client, training_run)
@@ -196,7 +196,7 @@ class Tracker:
         for name in ("params.yaml", "dvc.lock"):
             self.artifact(name)
 
-    def write_card(self, path: Path | str) -> None:
+    def write_run_id(self, path: Path | str) -> None:
         """Write the run's id to a JSON file, for `for_evaluation`."""
         with atomic_file(path) as incoming:
             incoming.write_text(json.dumps({"run_id": self.run_id}) + "\n", encoding="utf-8")
@@ -363,7 +363,7 @@ def _find(client: Any, run_id: str) -> Any:
     return run if run.info.lifecycle_stage == "active" else None
 
 
-def _read_card(path: Path) -> str | None:
+def _read_run_id(path: Path) -> str | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["run_id"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -24,8 +24,8 @@ def main() -> None:
     from customdiff.models import base, sampling
     from customdiff.models.clip import Clip
 
-    card = adapter.read_card(ADAPTER)
-    scores.check_card(card, params)
+    adapter_config = adapter.read_config(ADAPTER)
+    scores.check_concepts(adapter_config, params)
     prompts = scores.all_prompts(params)
     instances = {name: scores.read_instances(Path("data/instances", name)) for name in params.concepts}
     device = base.device(params.base.device)
@@ -43,7 +43,7 @@ def main() -> None:
         "num_images": len(pairs),
     }
     sheet = report.contact_sheet(pairs, instances, params)
-    page = report.html(metrics, rows, sheet, params, card, TRAINING / "steps.csv")
+    page = report.html(metrics, rows, sheet, params, adapter_config, TRAINING / "steps.csv")
     with atomic_directory(RESULTS) as out:
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         (out / "report.html").write_text(page, encoding="utf-8")

@@ -24,7 +24,7 @@ def main() -> None:
 
     run = trainer.run(params, Path("data/prepared"), RUNS, tracker_for)
     if int(os.environ.get("RANK", 0)) == 0:
-        run.hand_over(Path("models/adapter"), Path("results/train"))
+        run.copy_results(Path("models/adapter"), Path("results/train"))
 
 
 if __name__ == "__main__":

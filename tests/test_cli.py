@@ -56,7 +56,7 @@ def learned(tmp_path_factory, tiny_base):
     pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
     torch.manual_seed(0)
     modifier_tokens.add_tokens(pipe, {"<new1>": {"text_encoder": torch.randn(pipe.text_encoder.config.hidden_size)}})
-    for weight in attention.put_processors(pipe.unet, "crossattn_kv").values():
+    for weight in attention.inject_processors(pipe.unet, "crossattn_kv").values():
         weight.data.normal_()
     concept = {"modifier_token": "<new1>", "class_prompt": "cat"}
     card = {"base": {"model": str(tiny_base), "revision": None, "variant": None}, "concepts": {"cat": concept}}
@@ -104,7 +104,7 @@ def trainings(learned, tmp_path, monkeypatch):
         changed = adapter.read(folder)
         for weight in changed.weights.values():
             weight *= 1 + number
-        adapter.save(replace(changed, card=changed.card | {"steps": 12}), folder)
+        adapter.save(replace(changed, card=changed.config | {"steps": 12}), folder)
         (folder / "state.pt").write_text("never read here")
         identity = folder.parent / "identity.json"
         identity.touch()

@@ -133,7 +133,7 @@ def test_what_we_ship_is_valid(path):
 
 
 def test_the_sd14_cat_preset_has_the_guides_values():
-    """Rows S3, S4, S5 and S13: the values that diffusers' guide gives for a single concept."""
+    """TokenEmbedding S3, S4, S5 and S13: the values that diffusers' guide gives for a single concept."""
     read = config.load(ROOT / "customdiff/presets" / "sd14-cat.yaml")
     assert read.base.model == "CompVis/stable-diffusion-v1-4"
     assert (read.prepare.resolution, read.prepare.hflip) == (512, True)

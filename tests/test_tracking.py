@@ -86,7 +86,7 @@ def test_evaluation_adds_to_the_training_run_once_and_then_opens_its_own(store, 
     card = tmp_path / "run.json"
     with tracking.start(params(), store=store) as training:
         training.params(params())
-        training.write_card(card)
+        training.write_run_id(card)
     with tracking.for_evaluation(params(evaluate={"steps": 7}), card, store=store) as first:
         first.params(params(evaluate={"steps": 7}), ["evaluate"])
         first.metrics({tracking.EVALUATED: 0.7}, group="")
@@ -243,7 +243,7 @@ def test_disabled_tracking_does_nothing(tmp_path, capsys):
     tracker = tracking.start(params(tracking={"enabled": False}), store=tmp_path / "project")
     (tmp_path / "project").mkdir()
     use(tracker, tmp_path)
-    tracker.write_card(tmp_path / "run.json")
+    tracker.write_run_id(tmp_path / "run.json")
     assert tracker.run_id is None
     assert json.loads((tmp_path / "run.json").read_text()) == {"run_id": None}
     assert list((tmp_path / "project").iterdir()) == []

@@ -23,7 +23,7 @@ ROOM = 64  # bytes by which a weight's entry in the file's head may grow with it
 
 
 @dataclass(frozen=True)
-class Factors:
+class SVD:
     """The singular value decomposition of one weight's change, float64.
 
     Attributes:
@@ -52,15 +52,15 @@ def changes(pipe: DiffusionPipeline, learned: Adapter) -> dict[str, Tensor]:
     weights = adapter.full_weights(learned, pipe)
     return {
         name: weights[name].double() - original.detach().cpu().double()
-        for name, original in attention.originals(pipe.unet, learned.card["freeze_model"]).items()
+        for name, original in attention.originals(pipe.unet, learned.config.freeze_model).items()
         if original.ndim == 2
     }
 
 
-def decompose(change: Tensor) -> Factors:
+def decompose(change: Tensor) -> SVD:
     """The thin singular value decomposition of a change (out, in)."""
     left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
-    return Factors(left, values, right)
+    return SVD(left, values, right)
 
 
 def rank_for_energy(values: Tensor, energy: float) -> int:
@@ -77,7 +77,7 @@ def rank_for_energy(values: Tensor, energy: float) -> int:
     return int((kept >= energy * kept[-1]).int().argmax()) + 1
 
 
-def ranks_for(factors: Mapping[str, Factors], numbers: int) -> dict[str, int]:
+def ranks_for(factors: Mapping[str, SVD], numbers: int) -> dict[str, int]:
     """The ranks of least squared error over all weights together, with at most `numbers` numbers, but one at least.
 
     Every singular value is worth its square and costs out + in numbers; those worth most a number come first.
@@ -106,7 +106,7 @@ def compress(
     size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Adapter:
-    """An adapter whose changes are cut to low rank; `adapter.put` multiplies them out.
+    """An adapter whose changes are cut to low rank; `adapter.inject` multiplies them out.
 
     Args:
         pipe: the adapter's base model, nothing put into it.
@@ -139,8 +139,13 @@ def compress(
         spare = (size - least) // dtype.itemsize
         ranks = ranks_for(factors, spare + sum(each.cost() for each in factors.values()))
     weights = _weights(factors, ranks, others, dtype)
-    how = {"ranks": list(ranks.values()), "dtype": str(dtype).removeprefix("torch.")}
-    return Adapter(weights, learned.rows, learned.card | {"compressed": how})
+    return Adapter(
+        weights,
+        learned.embeddings,
+        learned.config.with_changes(
+            compressed={"ranks": list(ranks.values()), "dtype": str(dtype).removeprefix("torch.")}
+        ),
+    )
 
 
 def check(learned: Adapter) -> None:
@@ -149,7 +154,7 @@ def check(learned: Adapter) -> None:
     Raises:
         UserError: it is of another method than custom_diffusion.
     """
-    method = learned.card["method"]
+    method = learned.config.method
     if method == "lora":
         raise UserError("a LoRA is of low rank already; train it anew with a smaller train.lora_rank")
     if method != "custom_diffusion":
@@ -167,7 +172,7 @@ def relative_error(pipe: DiffusionPipeline, whole: Adapter, small: Adapter) -> f
 
 
 def _weights(
-    factors: Mapping[str, Factors], ranks: Mapping[str, int], others: Mapping[str, Tensor], dtype: torch.dtype
+    factors: Mapping[str, SVD], ranks: Mapping[str, int], others: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     weights = dict(others)
     for name, each in factors.items():

@@ -31,8 +31,10 @@ from torch import Tensor
 from customdiff import images
 from customdiff.adapters import adapter
 from customdiff.adapters.adapter import Adapter
+from customdiff.adapters.config import AdapterConfig, LearnedConcept
 from customdiff.errors import UserError
-from customdiff.models import attention, base, modifier_tokens
+from customdiff.models import attention, modifier_tokens
+from customdiff.models.text import text_encoders, text_of, token_ids
 from customdiff.retrieval import clip_index
 from customdiff.sources import image_folder
 
@@ -144,24 +146,24 @@ def merge(
             adapter.check_base(pipe, part)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-    rows = {token: row for part in parts.values() for token, row in part.rows.items()}
-    captions = [caption for caption in captions if not any(token in caption for token in rows)]
+    embeddings = {token: each for part in parts.values() for token, each in part.embeddings.items()}
+    captions = [caption for caption in captions if not any(token in caption for token in embeddings)]
     if not captions:
         raise UserError("--captions: there is none without the new words; they should speak of other things")
     originals = {name: _double(weight) for name, weight in attention.originals(pipe.unet, "crossattn_kv").items()}
     full = [adapter.full_weights(part, pipe) for part in parts.values()]
-    modifier_tokens.add_tokens(pipe, rows)
+    modifier_tokens.add_tokens(pipe, embeddings)
     solver = Solver(problem_of(pipe, list(parts.values()), captions, fidelities))
     states = torch.cat(solver.problem.targets)
     residual = 0.0
-    placed = attention.put_processors(pipe.unet, "crossattn_kv")
+    placed = attention.inject_processors(pipe.unet, "crossattn_kv")
     for name, original in originals.items():
         learned = [_double(weights[name]) for weights in full]
         weight = original + solver.change([one - original for one in learned])
         values = torch.cat([targets @ one.T for one, targets in zip(learned, solver.problem.targets, strict=True)])
         residual = max(residual, float((states @ weight.T - values).norm() / values.norm()))
         placed[name].data.copy_(weight)
-    return Merged(adapter.from_pipeline(pipe, merged_card(parts)), len(states), solver.rank, residual)
+    return Merged(adapter.from_pipeline(pipe, merged_config(parts)), len(states), solver.rank, residual)
 
 
 def check(parts: Mapping[str, Adapter]) -> None:
@@ -172,14 +174,14 @@ def check(parts: Mapping[str, Adapter]) -> None:
     """
     owners: dict[str, str] = {}
     for name, part in parts.items():
-        if part.card["method"] != "custom_diffusion":
-            raise UserError(f"{name}: is of method {part.card['method']}; only adapters of custom_diffusion are merged")
-        if part.card["freeze_model"] != "crossattn_kv":
+        if part.config.method != "custom_diffusion":
+            raise UserError(f"{name}: is of method {part.config.method}; only adapters of custom_diffusion are merged")
+        if part.config.freeze_model != "crossattn_kv":
             raise UserError(
                 f"{name}: learned queries and outputs too, which no text state fixes; only adapters of "
                 "train.freeze_model crossattn_kv are merged"
             )
-        for token in part.rows:
+        for token in part.embeddings:
             if token in owners:
                 raise UserError(
                     f"{name}: has the token {token}, and so has {owners[token]}; learn one of them under another"
@@ -198,38 +200,38 @@ def problem_of(
     """
     named, targets = [], []
     for part in parts:
-        concepts = part.card["concepts"].values()
+        concepts = part.config.concepts.values()
         named.append([caption for concept in concepts for caption in captions_of(concept, captions)])
         targets.append(torch.cat([target_states(pipe, concept) for concept in concepts]))
     return Problem(moment(pipe, captions), [moment(pipe, each) for each in named], targets, fidelity)
 
 
-def captions_of(concept: Mapping, captions: Sequence[str]) -> list[str]:
+def captions_of(concept: LearnedConcept, captions: Sequence[str]) -> list[str]:
     """Captions with a concept's token: its instance prompt, `TARGETS`, and each of `captions` that names its class."""
-    own = [concept.get("instance_prompt", "{}").replace("{}", concept["modifier_token"])]
-    own += [target.replace("{}", _subject(concept)) for target in TARGETS]
-    return own + [_class_word(concept).sub(lambda _: _subject(concept), each, 1) for each in naming(concept, captions)]
+    own = [concept.instance_prompt.replace("{}", concept.modifier_token)]
+    own += [target.replace("{}", concept.subject) for target in TARGETS]
+    return own + [_class_word(concept).sub(lambda _: concept.subject, each, 1) for each in naming(concept, captions)]
 
 
-def naming(concept: Mapping, captions: Sequence[str]) -> list[str]:
+def naming(concept: LearnedConcept, captions: Sequence[str]) -> list[str]:
     """Those of captions that name a concept's class."""
     return [caption for caption in captions if _class_word(concept).search(caption)]
 
 
 @torch.no_grad()
-def target_states(pipe: DiffusionPipeline, concept: Mapping) -> Tensor:
+def target_states(pipe: DiffusionPipeline, concept: LearnedConcept) -> Tensor:
     """States (s, D), float64, of a concept's target words: from the modifier token to the end token of `TARGETS`.
 
     The words before the token are left out, unlike in the paper's code, which holds those of the first concept fast:
     they do not know of the token, for CLIP's text encoder is causal, and are the same for every concept.
     """
-    captions = [target.replace("{}", _subject(concept)) for target in TARGETS]
-    (tokenizer, _), *_ = base.text_encoders(pipe).values()
-    ids = base.token_ids(pipe, captions)[0]
-    first = (ids == tokenizer.convert_tokens_to_ids(concept["modifier_token"])).int().argmax(1, keepdim=True)
+    captions = [target.replace("{}", concept.subject) for target in TARGETS]
+    (tokenizer, _), *_ = text_encoders(pipe).values()
+    ids = token_ids(pipe, captions)[0]
+    first = (ids == tokenizer.convert_tokens_to_ids(concept.modifier_token)).int().argmax(1, keepdim=True)
     last = (ids == tokenizer.eos_token_id).int().argmax(1, keepdim=True)  # where padding is the same token: the first
     place = torch.arange(ids.shape[1])
-    return _double(base.text_of(pipe, captions).states)[(place >= first) & (place <= last)]
+    return _double(text_of(pipe, captions).states)[(place >= first) & (place <= last)]
 
 
 @torch.no_grad()
@@ -237,28 +239,27 @@ def moment(pipe: DiffusionPipeline, captions: Sequence[str]) -> Tensor:
     """Mean of x x' (D, D), float64, over all states of captions, as the UNet reads them: start and padding included."""
     total, count = 0, 0
     for start in range(0, len(captions), BATCH_SIZE):
-        states = _double(base.text_of(pipe, list(captions[start : start + BATCH_SIZE])).states).flatten(0, 1)
+        states = _double(text_of(pipe, list(captions[start : start + BATCH_SIZE])).states).flatten(0, 1)
         total, count = total + states.T @ states, count + len(states)
     return total / count
 
 
-def merged_card(parts: Mapping[str, Adapter]) -> dict:
-    """The first adapter's card with all concepts, a number after names that are taken, and `merged_from`."""
-    cards = {name: part.card for name, part in parts.items()}
-    concepts: dict[str, dict] = {}
-    for card in cards.values():
-        for name, concept in card["concepts"].items():
-            free = (f"{name}{number or ''}" for number in [0, *range(2, len(concepts) + 3)])
-            concepts[next(each for each in free if each not in concepts)] = concept
+def merged_config(parts: Mapping[str, Adapter]) -> AdapterConfig:
+    """The first adapter's config with the concepts of all, numbered where names repeat, and `merged_from`."""
+    configs = [part.config for part in parts.values()]
+    concepts: dict[str, LearnedConcept] = {}
+    for config in configs:
+        for name, concept in config.concepts.items():
+            candidates = (f"{name}{number or ''}" for number in [0, *range(2, len(concepts) + 3)])
+            concepts[next(each for each in candidates if each not in concepts)] = concept
     sources = [
-        {"tokens": [concept["modifier_token"] for concept in card["concepts"].values()]}
-        | {key: card[key] for key in ("steps", "seed") if key in card}
-        for card in cards.values()
+        {"tokens": config.tokens} | config.model_dump(include={"steps", "seed"}, exclude_unset=True)
+        for config in configs
     ]
-    first = {
-        key: value for key, value in next(iter(cards.values())).items() if key not in ("steps", "seed", "compressed")
-    }
-    return first | {"concepts": concepts, "merged_from": sources}
+    first = configs[0].model_dump(exclude={"steps", "seed", "compressed"}, exclude_unset=True)
+    return AdapterConfig.model_validate(
+        first | {"concepts": {name: each.model_dump() for name, each in concepts.items()}, "merged_from": sources}
+    )
 
 
 def read_captions(path: Path | str, limit: int = 1000, seed: int = 42) -> list[str]:
@@ -287,12 +288,8 @@ def read_captions(path: Path | str, limit: int = 1000, seed: int = 42) -> list[s
     return found if len(found) <= limit else random.Random(seed).sample(found, limit)
 
 
-def _subject(concept: Mapping) -> str:
-    return f"{concept['modifier_token']} {concept['class_prompt']}"
-
-
-def _class_word(concept: Mapping) -> re.Pattern:
-    return re.compile(rf"\b{re.escape(concept['class_prompt'])}\b", re.IGNORECASE)
+def _class_word(concept: LearnedConcept) -> re.Pattern:
+    return re.compile(rf"\b{re.escape(concept.class_prompt)}\b", re.IGNORECASE)
 
 
 def _double(tensor: Tensor) -> Tensor:

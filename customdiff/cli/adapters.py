@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from customdiff import config
 from customdiff.errors import UserError
 from customdiff.files import atomic_directory, check_free
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from customdiff.adapters.config import AdapterConfig
 
 MERGE_EXAMPLES = """Examples:
 
@@ -78,12 +79,12 @@ def merge(
     with atomic_directory(out) as folder:
         adapter.save(merged.adapter, folder)
     held = f"{merged.targets} states of target words, {merged.rank} of them independent, held to {merged.residual:.0e}"
-    typer.echo(f"{out}: {', '.join(merged.adapter.rows)} by {len(texts)} captions; {held}")
-    for concept in merged.adapter.card["concepts"].values():
+    typer.echo(f"{out}: {', '.join(merged.adapter.embeddings)} by {len(texts)} captions; {held}")
+    for concept in merged.adapter.config.concepts.values():
         if not merging.naming(concept, texts):
             typer.echo(
-                f"note: no caption names a {concept['class_prompt']}; some that do would let "
-                f"{concept['modifier_token']} keep more of what it is",
+                f"note: no caption names a {concept.class_prompt}; some that do would let "
+                f"{concept.modifier_token} keep more of what it is",
                 err=True,
             )
 
@@ -121,7 +122,7 @@ def compress(
 
     learned = adapters.read(adapter)
     compression.check(learned)
-    pipe = pipeline(learned.card, base, "cpu")
+    pipe = pipeline(learned.config, base, "cpu")
     small = compression.compress(
         pipe,
         learned,
@@ -132,18 +133,18 @@ def compress(
     )
     error = compression.relative_error(pipe, learned, small)
     with atomic_directory(out) as folder:
-        adapters.save(small, folder, pickle_too=False)
+        adapters.save(small, folder, with_pickle=False)
     before, after = (adapters.size(folder) for folder in (adapter, out))
     typer.echo(
         f"{out}: {before / 1e3:.0f} kB -> {after / 1e3:.0f} kB ({100 * after / before:.1f} %), "
-        f"ranks {min(ranks := small.card['compressed']['ranks'])} to {max(ranks)}; "
+        f"ranks {min(ranks := small.config.compressed['ranks'])} to {max(ranks)}; "
         f"{100 * error:.1f} % of the change is left out, by its norm"
     )
 
 
-def pipeline(card: dict, base: str | None, device: str) -> "DiffusionPipeline":
+def pipeline(adapter_config: "AdapterConfig", base: str | None, device: str) -> "DiffusionPipeline":
     """The base model that an adapter was learned on, or the one named in its place, without its VAE."""
     from customdiff.models import base as base_model
 
-    chosen = config.Base(model=base) if base else config.Base.model_validate(card["base"])
+    chosen = adapter_config.base_model(base)
     return base_model.load_pipeline(chosen, device=base_model.device(device), vae=None)

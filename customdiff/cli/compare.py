@@ -45,7 +45,7 @@ def compare(
     wanted = [] if folders else [name.strip() for name in methods.split(",")]
 
     from customdiff import tracking
-    from customdiff.adapters.adapter import read_card
+    from customdiff.adapters.adapter import read_config
     from customdiff.evaluation import comparison, scores
     from customdiff.evaluation.base_image_cache import drawn_folder
     from customdiff.models import base
@@ -55,7 +55,7 @@ def compare(
         if name not in comparison.RATES:
             raise UserError(f"--methods: there is no {name}; use {', '.join(comparison.RATES)}")
     for folder in folders.values():
-        read_card(folder)
+        read_config(folder)
     prompts = scores.all_prompts(params)
     instances = {name: scores.read_instances(Path("data/instances", name)) for name in params.concepts}
     device = base.device(params.base.device)

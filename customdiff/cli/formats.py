@@ -51,7 +51,7 @@ def export(
 ) -> None:
     """Write an adapter in the form that another program reads, load it again and compare."""
     written = formats.export_adapter(format, adapter, out, base=base, rank=rank)
-    typer.echo(f"{out}: {written.how}")
+    typer.echo(f"{out}: {written.instructions}")
     if rank is not None:
         typer.echo(f"rank {rank} leaves out {100 * written.error:.1f} % of the change, by its norm")
 
@@ -82,6 +82,6 @@ def import_(
     concepts = [formats.Concept(*each) for each in zip(token, class_prompt, prompts, strict=True)]
     found = formats.import_adapter(format, path, out, base=base, concepts=concepts, allow_pickle=allow_pickle)
     typer.echo(
-        f"{out}: an adapter of {base}, {len(found.weights)} weights and {', '.join(found.rows)}; to draw with it:"
+        f"{out}: an adapter of {base}, {len(found.weights)} weights and {', '.join(found.embeddings)}; to draw with it:"
     )
     typer.echo(f'  customdiff sample "{prompts[0].format(token[0])}" --adapter {out}')

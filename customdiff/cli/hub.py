@@ -12,6 +12,7 @@ from customdiff import config
 from customdiff.errors import UserError
 
 if TYPE_CHECKING:
+    from customdiff.adapters.config import AdapterConfig
     from customdiff.publishing.model_card import Evaluation
 
 ADAPTER, RESULTS = Path("models/adapter"), Path("results/evaluate")
@@ -58,7 +59,7 @@ def push(
     ] = None,
 ) -> None:
     """Publish an adapter on the Hugging Face Hub: its files, a model card, images and figures, in one commit."""
-    from customdiff.adapters.adapter import read_card
+    from customdiff.adapters.adapter import read_config
     from customdiff.files import atomic_directory
     from customdiff.models.base import quiet
     from customdiff.publishing import hub, model_card
@@ -68,13 +69,13 @@ def push(
         hub.check_repository(base_model, "--base-model", "owner/name[@revision]")
     if dry_run is not None and dry_run.exists():
         raise UserError(f"--dry-run: {dry_run} is there already; name a new folder")
-    card = read_card(adapter)
+    adapter_config = read_config(adapter)
     if dry_run is None:
         hub.require_token()
     license_ = _license(license_)
     quiet()
-    evaluation = _evaluation(adapter, results, card)
-    base = model_card.published(card, adapter, base_model)["base"]["model"]
+    evaluation = _evaluation(adapter, results, adapter_config)
+    base = model_card.published(adapter_config, adapter, base_model).base.model
     if base.startswith("./"):
         _note(
             f"nobody else can load the base model {base} by that name; if it is on the Hub too, name it by --base-model"
@@ -121,19 +122,19 @@ def _license(given: str | None) -> str:
     return given
 
 
-def _evaluation(adapter: Path, results: Path | None, card: dict) -> "Evaluation | None":
+def _evaluation(adapter: Path, results: Path | None, adapter_config: "AdapterConfig") -> "Evaluation | None":
     """What `evaluate` wrote of this adapter: asked for, or found in the pipeline's own places and not older."""
     from customdiff.publishing.model_card import read_evaluation
 
     if results is not None:
-        return read_evaluation(results, card, _settings(results))
+        return read_evaluation(results, adapter_config, _settings(results))
     if adapter.resolve() != ADAPTER.resolve() or not (RESULTS / "metrics.json").is_file():
         _note("the card has no figures and no images; --results names the folder that `evaluate` wrote of this adapter")
         return None
     if _written(RESULTS / "metrics.json") < _written(adapter / "adapter.json"):
         _note(f"{RESULTS} is older than the adapter and left out; --results {RESULTS} shows it all the same")
         return None
-    return read_evaluation(RESULTS, card, _settings(RESULTS))
+    return read_evaluation(RESULTS, adapter_config, _settings(RESULTS))
 
 
 def _settings(results: Path) -> config.Evaluate | None:

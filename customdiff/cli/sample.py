@@ -93,11 +93,11 @@ def sample(
     if checkpoint is not None and adapter != "models/adapter":
         raise UserError("--checkpoint: stands in place of --adapter; give one of the two")
     folder = hub.resolve(adapter, base_model=base) if checkpoint is None else of_checkpoint(checkpoint)
-    card = adapters.read_card(folder)
-    tokens = [concept["modifier_token"] for concept in card["concepts"].values()]
+    adapter_config = adapters.read_config(folder)
+    tokens = adapter_config.tokens
     if not any(token in prompt for token in tokens for prompt in prompts):
         typer.echo(f"note: no prompt names what was learned; its words are {', '.join(tokens)}", err=True)
-    chosen = config.Base(model=base) if base else config.Base.model_validate(card["base"])
+    chosen = adapter_config.base_model(base)
     if chosen.model.startswith("./") and not Path(chosen.model).is_dir():  # as `push` names a base that is a folder
         raise UserError(f"{adapter}: belongs to a base model in {chosen.model}, which is not here; name it by --base")
     pipe = base_model.load_pipeline(chosen, dtype=base_model.DTYPES[precision], device=base_model.device(device))

@@ -56,7 +56,7 @@ def sweep(
     folder = checkpoints.find_run(run)
     paths = [folder.checkpoint(step) for step in wanted] if wanted else folder.checkpoints()
     chosen = {checkpoints.step_of(path): path for path in paths}
-    scores.check_card(adapter.read_card(paths[0]), params)
+    scores.check_concepts(adapter.read_config(paths[0]), params)
     settings = params.evaluate
     prompts = scores.all_prompts(params)
     instances = {name: scores.read_instances(Path("data/instances", name)) for name in params.concepts}
@@ -103,12 +103,12 @@ def checkpoints() -> None:
     folders.find_run()
     for run in folders.find_runs():
         paths = run.checkpoints()
-        card = adapter.read_card(paths[-1])
-        words = ", ".join(concept["modifier_token"] for concept in card["concepts"].values())
+        adapter_config = adapter.read_config(paths[-1])
+        words = ", ".join(adapter_config.tokens)
         done = folders.step_of(paths[-1])
-        state = "complete" if (run.path / folders.COMPLETE).exists() else f"{done} of {card['steps']} steps"
+        state = "complete" if (run.path / folders.COMPLETE).exists() else f"{done} of {adapter_config.steps} steps"
         begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(folders.last_opened(run)))
-        typer.echo(f"{run.path}  {begun}  {words} on {card['base']['model']}, {card['method']}, {state}")
+        typer.echo(f"{run.path}  {begun}  {words} on {adapter_config.base.model}, {adapter_config.method}, {state}")
         typer.echo(f"  steps {', '.join(str(folders.step_of(path)) for path in paths)}")
 
 

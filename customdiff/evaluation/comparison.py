@@ -101,7 +101,7 @@ def grade(
         pipe = base.load_pipeline(params.base, dtype=base.DTYPES[settings.precision], device=device)
         sampling.set_scheduler(pipe, settings.scheduler)
         drawn = drawn or scores.take_of_base(pipe, wanted, params, base_drawn)
-        known = adapter.load(pipe, folder).card["concepts"]
+        known = adapter.load(pipe, folder).adapter_config.concepts
         mine = [place for place, shot in enumerate(wanted) if all(each in known for each in shot.concept.split(AND))]
         chosen = [wanted[place] for place in mine]
         images = scores.take(pipe, chosen, params, scores.customized_subject, name)

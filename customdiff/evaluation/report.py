@@ -11,6 +11,7 @@ import jinja2
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
+from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Params
 from customdiff.evaluation.scores import AND, FIGURES, Pair, concepts_of, customized_subject
 
@@ -130,7 +131,7 @@ def html(
     rows: Sequence[Mapping],
     sheet: Image.Image,
     params: Params,
-    card: Mapping,
+    adapter_config: AdapterConfig,
     steps: Path | None = None,
 ) -> str:
     """The report: figures with intervals, curves, contact sheet, table of prompts, parameters. One file, no scripts.
@@ -140,7 +141,7 @@ def html(
         rows: the table of prompts.
         sheet: the contact sheet, embedded as JPEG.
         params: shown as YAML.
-        card: the adapter's adapter.json.
+        adapter_config: of the adapter that was evaluated.
         steps: CSV with a row a training step (results/train/steps.csv); left out where it is not there.
     """
     environment = jinja2.Environment(
@@ -160,7 +161,7 @@ def html(
         sheet=_data_uri(_jpeg(sheet), "image/jpeg"),
         plane=_data_uri(alignment_plane(rows), "image/svg+xml"),
         curves=_data_uri(loss_curves(curves), "image/svg+xml") if curves else None,
-        card=card,
+        adapter=adapter_config,
         settings=params.evaluate,
         parameters=yaml.safe_dump(params.model_dump(), sort_keys=False, allow_unicode=True),
     )

@@ -11,6 +11,7 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Concept, Params
 from customdiff.errors import UserError
 from customdiff.evaluation.base_image_cache import base_images
@@ -149,7 +150,7 @@ def read_instances(folder: Path) -> list[Image.Image]:
     return [open_rgb(path) for path in paths]
 
 
-def check_card(card: Mapping, params: Params) -> None:
+def check_concepts(adapter_config: AdapterConfig, params: Params) -> None:
     """Refuse an adapter that has not learned the concepts of params.yaml under their tokens.
 
     The tokenizer would take an unknown token apart in silence, and the figures would be of another prompt.
@@ -157,7 +158,7 @@ def check_card(card: Mapping, params: Params) -> None:
     Raises:
         UserError: a concept is missing, or has another token.
     """
-    learned = {name: concept["modifier_token"] for name, concept in card["concepts"].items()}
+    learned = {name: concept.modifier_token for name, concept in adapter_config.concepts.items()}
     for name, concept in params.concepts.items():
         if learned.get(name) != concept.modifier_token:
             raise UserError(

@@ -24,8 +24,9 @@ from customdiff.evaluation import report, scores
 from customdiff.evaluation.metrics import bootstrap_interval, image_alignment
 from customdiff.evaluation.report import BASE, CUSTOMIZED, FAINT, INK
 from customdiff.evaluation.scores import AND, FIGURES, Pair, Prompt
-from customdiff.models import base, methods
+from customdiff.models import methods
 from customdiff.models.clip import Clip
+from customdiff.models.text import text_encoders
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +92,7 @@ def sweep(
     points: list[Point] = []
     for count, (step, folder) in enumerate(checkpoints.items(), 1):
         learned = adapter.read(folder)
-        (replace if points else adapter.put)(pipe, learned)
+        (replace if points else adapter.inject)(pipe, learned)
         progress = f"step {step} ({count} of {len(checkpoints)})"
         images = scores.take(pipe, wanted, params, scores.customized_subject, progress)
         rows = _score(scores.pairs(wanted, before, images, params), instances, judge, holdout)
@@ -128,12 +129,12 @@ def replace(pipe: DiffusionPipeline, learned: Adapter) -> None:
     with torch.no_grad():
         for name, parameter in placed.items():
             parameter.copy_(weights[name])
-        for name, (tokenizer, encoder) in base.text_encoders(pipe).items():
+        for name, (tokenizer, encoder) in text_encoders(pipe).items():
             embedding = encoder.get_input_embeddings()
             tokens = tokenizer.convert_ids_to_tokens(embedding.ids.tolist())
-            if set(tokens) != set(learned.rows):
-                raise UserError(f"the checkpoints are of different trainings: {tokens} and {list(learned.rows)}")
-            embedding.rows.weight.copy_(torch.stack([learned.rows[token][name] for token in tokens]))
+            if set(tokens) != set(learned.embeddings):
+                raise UserError(f"the checkpoints are of different trainings: {tokens} and {list(learned.embeddings)}")
+            embedding.trained.weight.copy_(torch.stack([learned.embeddings[token][name] for token in tokens]))
     adapter.verify(pipe, learned)
 
 

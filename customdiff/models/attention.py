@@ -64,7 +64,7 @@ class CrossAttentionProcessor(CustomDiffusionAttnProcessor2_0):
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def put_processors(
+def inject_processors(
     unet: UNet2DConditionModel, freeze_model: FreezeModel = "crossattn_kv", backend: Backend = "sdpa"
 ) -> dict[str, nn.Parameter]:
     """Give every cross-attention layer its own fp32 copy of the weights that train, and freeze the rest of the UNet.
@@ -98,7 +98,7 @@ def trainable(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
 
 
 def originals(unet: UNet2DConditionModel, freeze_model: FreezeModel) -> dict[str, Tensor]:
-    """The base's own weights under the names of those that train in their place; not copies. See `put_processors`."""
+    """The base's own weights, not copies, under the names of the weights that `inject_processors` trains instead."""
     modules = dict(unet.named_modules())
     return {
         f"{name}.{key}": weight

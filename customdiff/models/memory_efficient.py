@@ -23,7 +23,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 PACK_UNTIL = 256  # pixels of a batch's feature map; with more, arithmetic outweighs what is saved
 
 
-def lighten(unet: UNet2DConditionModel, *, transformers: bool = True) -> None:
+def convert(unet: UNet2DConditionModel, *, transformers: bool = True) -> None:
     """Have the layers of a UNet whose weights are frozen keep less.
 
     Parameters and their names stay as they are until a convolution's first pass, which may pack its weight

@@ -6,7 +6,7 @@ lora                low-rank changes of all attention projections, the modifier 
                     al. 2022: a fixed identifier, a prior to preserve), with LoRA (Hu et al. 2021) for its weights
 """
 
-from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,16 +16,31 @@ from customdiff.errors import UserError
 from customdiff.models import attention
 
 METHODS = ("custom_diffusion", "textual_inversion", "lora")
+
+
+class TrainedPart(Protocol):
+    """What is trained: section `train` of params.yaml, or the config of an adapter."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def freeze_model(self) -> attention.FreezeModel: ...
+    @property
+    def lora_rank(self) -> int | None: ...
+
+
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def put(unet: UNet2DConditionModel, how: Mapping, backend: attention.Backend = "sdpa") -> dict[str, nn.Parameter]:
-    """Put a method's trainable weights into a UNet, and freeze the rest; it computes what it did before.
+def inject(
+    unet: UNet2DConditionModel, trained: TrainedPart, backend: attention.Backend = "sdpa"
+) -> dict[str, nn.Parameter]:
+    """Inject a method's trainable weights into a UNet and freeze the rest; its output stays the same.
 
     Args:
         unet: changed in place.
-        how: `method`; for custom_diffusion `freeze_model`, for lora `lora_rank`. An adapter's card has all three.
-        backend: of the attention that custom_diffusion puts in.
+        trained: section `train` of params.yaml, or the config of an adapter.
+        backend: of the attention that custom_diffusion injects.
 
     Returns:
         The trainable parameters, fp32, by their names in an adapter's file.
@@ -34,15 +49,17 @@ def put(unet: UNet2DConditionModel, how: Mapping, backend: attention.Backend = "
         UserError: lora without PEFT.
     """
     unet.requires_grad_(False)
-    if how["method"] == "custom_diffusion":
-        return attention.put_processors(unet, how["freeze_model"], backend)
-    if how["method"] == "lora":
-        _put_lora(unet, how["lora_rank"])
+    if trained.method == "custom_diffusion":
+        return attention.inject_processors(unet, trained.freeze_model, backend)
+    if trained.method == "lora":
+        if trained.lora_rank is None:
+            raise UserError("lora_rank: is missing; an adapter of method lora needs it")
+        _inject_lora(unet, trained.lora_rank)
     return trainable(unet)
 
 
 def trainable(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
-    """The trainable parameters that `put` placed, by their names in an adapter's file; empty where there are none."""
+    """The trainable parameters that `inject` placed, by their names in an adapter's file; empty if there are none."""
     lora = {
         f"unet.{name.replace('.default', '')}": parameter
         for name, parameter in unet.named_parameters()
@@ -51,17 +68,17 @@ def trainable(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
     return attention.trainable(unet) | lora
 
 
-def trains_tokens(how: Mapping) -> bool:
+def trains_tokens(trained: TrainedPart) -> bool:
     """Whether the rows of the modifier tokens train; DreamBooth's identifier is fixed."""
-    return how["method"] != "lora"
+    return trained.method != "lora"
 
 
-def trains_unet(how: Mapping) -> bool:
+def trains_unet(trained: TrainedPart) -> bool:
     """Whether anything of the UNet trains; if not, nothing can be forgotten and there is no prior to preserve."""
-    return how["method"] != "textual_inversion"
+    return trained.method != "textual_inversion"
 
 
-def _put_lora(unet: UNet2DConditionModel, rank: int) -> None:
+def _inject_lora(unet: UNet2DConditionModel, rank: int) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:

@@ -37,12 +37,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from customdiff.adapters import adapter, formats
-from customdiff.adapters.adapter import CARD, WEIGHTS, Adapter
-from customdiff.config import Base
+from customdiff.adapters.adapter import WEIGHTS, Adapter
+from customdiff.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from customdiff.errors import UserError
 from customdiff.models import methods
 from customdiff.publishing import model_card
@@ -78,14 +77,14 @@ def resolve(source: str | Path, *, base_model: str | None = None) -> Path:
     if not names_repository(source):
         return Path(source)
     repo, _, revision = str(source).partition("@")
-    with _asking(repo, f"{repo}/{CARD}: there is no such file here; on the Hub: "):
+    with _asking(repo, f"{repo}/{CONFIG_FILE}: there is no such file here; on the Hub: "):
         sizes = _sizes(repo, revision or None)
-        folder = _fetch(repo, revision or None, [CARD, README], sizes)
-        if (folder / CARD).is_file():
-            names = _files_of(_read_stranger(folder, repo))
+        folder = _fetch(repo, revision or None, [CONFIG_FILE, README], sizes)
+        if (folder / CONFIG_FILE).is_file():
+            names = _files_of(_read_untrusted_config(folder, repo))
             missing = [name for name in names if sizes is not None and name not in sizes]
             if missing:
-                raise UserError(f"{repo}: lacks {missing[0]}, which its {CARD} speaks of; tell its author")
+                raise UserError(f"{repo}: lacks {missing[0]}, which its {CONFIG_FILE} speaks of; tell its author")
             _fetch(repo, folder.name, names, sizes)
             _check_whole(folder, repo)
             return folder
@@ -138,12 +137,12 @@ def build(
         UserError: the adapter is not whole, or a path or a secret of this machine would be published.
     """
     learned = adapter.read(source)
-    card = model_card.published(learned.card, Path(source), base_model)
+    published = model_card.published(learned.config, Path(source), base_model)
     sheet = evaluation.sheet if evaluation and with_sheet else None
     page = model_card.make(
-        repo, card, license=license, revision=revision, evaluation=evaluation, with_sheet=sheet is not None
+        repo, published, license=license, revision=revision, evaluation=evaluation, with_sheet=sheet is not None
     )
-    adapter.save(Adapter(learned.weights, learned.rows, card), out, pickle_too=with_bin)
+    adapter.save(Adapter(learned.weights, learned.embeddings, published), out, with_pickle=with_bin)
     page.save(out / README)
     if evaluation:
         (out / "metrics.json").write_text(json.dumps(evaluation.metrics, indent=2) + "\n", encoding="utf-8")
@@ -237,7 +236,7 @@ def _sizes(repo: str, revision: str | None) -> dict[str, float] | None:
 
 def _fetch(repo: str, revision: str | None, names: list[str], sizes: Mapping[str, float] | None) -> Path:
     """Fetch files by their exact names, as far as the repository has them; the folder in the cache that they lie in."""
-    for name in (CARD, README):
+    for name in (CONFIG_FILE, README):
         if sizes and name in names and sizes.get(name, 0) > MAX_TEXT_BYTES:
             raise UserError(f"{repo}: {name} has {sizes[name]:.0f} bytes, more than the limit of {MAX_TEXT_BYTES}")
     total = sum((sizes or {}).get(name, 0) for name in names)
@@ -247,19 +246,12 @@ def _fetch(repo: str, revision: str | None, names: list[str], sizes: Mapping[str
     return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, library_name="customdiff"))
 
 
-def _read_stranger(folder: Path, repo: str) -> dict:
-    """adapter.json of a repository, with the parts that are needed to go on of the right types."""
+def _read_untrusted_config(folder: Path, repo: str) -> AdapterConfig:
+    """adapter.json of a repository."""
     try:
-        card = adapter.read_card(folder)
-        Base.model_validate(card["base"])
-        tokens = [concept["modifier_token"] for concept in card["concepts"].values()]
-        if card["method"] not in methods.METHODS or not tokens or not all(isinstance(each, str) for each in tokens):
-            raise ValueError
-        if not all(isinstance(number, int | float) for number in card["fingerprint"]):
-            raise ValueError
-    except (UserError, ValidationError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{repo}: its {CARD} is damaged or of another program; tell its author") from error
-    return card
+        return read_config(folder)
+    except UserError as error:
+        raise UserError(f"{repo}: its {CONFIG_FILE} is damaged or of another program; tell its author") from error
 
 
 def _check_whole(folder: Path, repo: str) -> None:
@@ -270,11 +262,11 @@ def _check_whole(folder: Path, repo: str) -> None:
         raise UserError(f"{repo}: not a whole adapter; tell its author, or name another revision") from error
 
 
-def _files_of(card: Mapping) -> list[str]:
+def _files_of(adapter_config: AdapterConfig) -> list[str]:
     """The safetensors files that an adapter consists of."""
-    stems = [adapter.token_file(concept["modifier_token"]) for concept in card["concepts"].values()]
-    if methods.trains_unet(card):
-        stems.append(adapter.weights_name(card))
+    stems = [adapter.token_file(token) for token in adapter_config.tokens]
+    if methods.trains_unet(adapter_config):
+        stems.append(adapter.weights_name(adapter_config))
     return [f"{stem}.safetensors" for stem in stems]
 
 
@@ -293,7 +285,7 @@ def _from_diffusers(repo: str, folder: Path, sizes: Mapping[str, float] | None, 
                 f"its author: `hf download {repo} --local-dir FOLDER`, then `customdiff import FOLDER --format "
                 "diffusers --allow-pickle ...`"
             )
-        raise UserError(f"{repo}: holds no adapter, neither {CARD} nor {weights}")
+        raise UserError(f"{repo}: holds no adapter, neither {CONFIG_FILE} nor {weights}")
     small = [name for name in held if "/" not in name and (sizes or {}).get(name, 0) <= MAX_TEXT_BYTES]
     tokens = [name for name in sorted(small) if name.endswith(".safetensors") and name != weights]
     _fetch(repo, folder.name, [weights, *tokens], sizes)
@@ -306,9 +298,9 @@ def _from_diffusers(repo: str, folder: Path, sizes: Mapping[str, float] | None, 
         raise UserError(f"{repo}: holds no token as safetensors, such as <new1>.safetensors beside the weights")
     made_for = re.sub(r"[^\w.-]+", "-", base_model)
     out = cached_assets_path("customdiff", namespace=repo, subfolder=f"{folder.name}-{made_for}")
-    if not (out / CARD).is_file():
+    if not (out / CONFIG_FILE).is_file():
         prompt = card.get("instance_prompt") or "{}"
-        concepts = [formats.Concept(word, "", prompt.replace(word, "{}")) for word in found]
+        concepts = [formats.ImportedConcept(word, "", prompt.replace(word, "{}")) for word in found]
         try:
             formats.import_adapter("diffusers", folder, out, base=base_model, concepts=concepts)
         except UserError as error:  # speaks of the file's place in the cache
@@ -357,7 +349,7 @@ def _refuse_private(paths: Iterable[Path]) -> None:
         text = path.read_text(encoding="utf-8")
         for what, secret in secrets.items():
             if secret.strip() and re.search(rf"{re.escape(secret.strip())}(?![\w-])", text):
-                raise UserError(f"{path.name}: would publish {what}; take it out of the adapter's {CARD}")
+                raise UserError(f"{path.name}: would publish {what}; take it out of the adapter's {CONFIG_FILE}")
 
 
 @contextmanager

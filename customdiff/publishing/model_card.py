@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
 from customdiff.adapters import adapter
+from customdiff.adapters.config import AdapterConfig, LearnedConcept
 from customdiff.config import Evaluate
 from customdiff.errors import UserError
 from customdiff.evaluation.scores import AND, Prompt
@@ -52,11 +53,11 @@ class Evaluation:
     settings: Evaluate | None = None
 
 
-def read_evaluation(folder: Path | str, card: Mapping, settings: Evaluate | None = None) -> Evaluation:
+def read_evaluation(folder: Path | str, adapter_config: AdapterConfig, settings: Evaluate | None = None) -> Evaluation:
     """Read what the stage `evaluate` wrote into `folder`; its images and contact sheet may be missing.
 
     Args:
-        card: of the adapter that was evaluated.
+        adapter_config: of the adapter that was evaluated.
 
     Raises:
         UserError: there are no figures, they are damaged, or they are of other concepts than the adapter's.
@@ -70,13 +71,13 @@ def read_evaluation(folder: Path | str, card: Mapping, settings: Evaluate | None
         _figures(metrics)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no figures can be read ({type(error).__name__}); `dvc repro` makes them") from error
-    strangers = sorted({name for group in groups for name in group.split(AND)} - set(card["concepts"]))
+    strangers = sorted({name for group in groups for name in group.split(AND)} - set(adapter_config.concepts))
     if strangers:
         raise UserError(f"{folder}: evaluates {', '.join(strangers)}, which this adapter has not learned")
     sheet = folder / "contact_sheet.jpg"
     return Evaluation(
         metrics=metrics,
-        samples=_samples(folder / "images" / "customized", rows, card["concepts"]),
+        samples=_samples(folder / "images" / "customized", rows, adapter_config.concepts),
         sheet=open_rgb(sheet) if sheet.is_file() else None,
         settings=settings,
     )
@@ -92,28 +93,29 @@ def is_folder(model: str, near: Path) -> bool:
     return any((parent / model).exists() for parent in (Path.cwd(), *near.resolve().parents))
 
 
-def published(card: Mapping, near: Path, base_model: str | None = None) -> dict:
-    """An adapter's card as the world may read it: no path of this machine.
+def published(adapter_config: AdapterConfig, near: Path, base_model: str | None = None) -> AdapterConfig:
+    """An adapter's config as it is published: without paths of this machine.
 
     A base model in a folder becomes `./data/base` where its path leads into the project, else `./` and the folder's
-    own name. The dot says what it is, and no program takes it for a repository of the Hub.
+    own name. No program takes a name with a leading dot for a repository on the Hub.
 
     Args:
         near: the adapter's folder.
-        base_model: owner/name[@revision] of the very same model on the Hub, in place of what the card names.
+        base_model: owner/name[@revision] of the same model on the Hub, instead of the one in the config.
     """
-    base = {key: card["base"].get(key) for key in ("model", "revision", "variant")}
+    base = adapter_config.base.model_dump(include={"model", "revision", "variant"})
     if base_model is not None:
         name, _, revision = base_model.partition("@")
         base = {"model": name, "revision": revision or None, "variant": None}
     elif is_folder(base["model"], near):
         base |= {"model": f"./{_inside(base['model'])}", "revision": None}
-    return _without_paths({**card, "base": {}}) | {"base": base}
+    values = adapter_config.model_dump(exclude={"base"}, exclude_unset=True)
+    return AdapterConfig.model_validate(_without_paths(values) | {"base": base})
 
 
 def make(
     repo: str,
-    card: Mapping,
+    adapter_config: AdapterConfig,
     *,
     license: str,
     revision: str | None = None,
@@ -124,7 +126,7 @@ def make(
 
     Args:
         repo: owner/name.
-        card: as `published`.
+        adapter_config: as `published`.
         license: an identifier of the Hub's list.
         revision: the branch that it is for; None: the main one.
         evaluation: figures, and images that lie in `images/` beside the card.
@@ -134,17 +136,17 @@ def make(
         UserError: jinja2 is not installed.
     """
     name = repo.partition("/")[2]
-    concepts = [_described(concept) for concept in card["concepts"].values()]
+    concepts = [_described(concept) for concept in adapter_config.concepts.values()]
     samples = evaluation.samples if evaluation else {}
     results = _eval_results(evaluation.metrics) if evaluation else []
-    on_hub = not card["base"]["model"].startswith("./")
+    on_hub = not adapter_config.base.model.startswith("./")
     data = ModelCardData(
         license=license,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        base_model=card["base"]["model"] if on_hub else None,  # the Hub takes it for a repository, whatever it is
+        base_model=adapter_config.base.model if on_hub else None,  # the Hub takes it for a repository, whatever it is
         base_model_relation="adapter" if on_hub else None,
-        tags=[TAGS[card["method"]], "text-to-image", "diffusers", *_family_tags(card)],
+        tags=[TAGS[adapter_config.method], "text-to-image", "diffusers", *_family_tags(adapter_config)],
         instance_prompt=", ".join(concept["prompt"] for concept in concepts),
         inference=False,  # the Hub's own servers draw with whole models and LoRA alone
         widget=[{"text": each.prompt, "output": {"url": f"images/{file}"}} for file, each in samples.items()] or None,
@@ -158,7 +160,7 @@ def make(
             name=name,
             repo=repo,
             revision=revision,
-            card=card,
+            adapter=adapter_config,
             on_hub=on_hub,
             concepts=concepts,
             prompt=next((each.prompt for each in samples.values()), concepts[0]["prompt"]),
@@ -167,7 +169,7 @@ def make(
             figures=_figures(evaluation.metrics) if evaluation else [],
             num_prompts=evaluation.metrics.get("num_prompts") if evaluation else None,
             with_sheet=with_sheet,
-            weights=f"{adapter.weights_name(card)}.safetensors",
+            weights=f"{adapter.weights_name(adapter_config)}.safetensors",
             code=_code,
             quoted=lambda text: json.dumps(text, ensure_ascii=False),
             shell=shlex.quote,
@@ -176,20 +178,21 @@ def make(
         raise UserError("a model card needs jinja2; install customdiff[pipeline]") from error
 
 
-def _described(concept: Mapping) -> dict[str, str]:
-    """A concept as the template takes it."""
-    token, what = concept["modifier_token"], concept.get("class_prompt") or ""
-    prompt = (concept.get("instance_prompt") or f"photo of a {{}} {what}".strip()).replace("{}", token)
-    return {"token": token, "class": what, "prompt": prompt, "file": f"{adapter.token_file(token)}.safetensors"}
+def _described(concept: LearnedConcept) -> dict[str, str]:
+    """A concept as the template needs it."""
+    token, class_prompt = concept.modifier_token, concept.class_prompt
+    template = concept.instance_prompt if concept.instance_prompt != "{}" else f"photo of a {{}} {class_prompt}".strip()
+    file = f"{adapter.token_file(token)}.safetensors"
+    return {"token": token, "class": class_prompt, "prompt": template.replace("{}", token), "file": file}
 
 
-def _samples(folder: Path, rows: Sequence[Mapping[str, str]], concepts: Mapping[str, Mapping]) -> dict[str, Sample]:
+def _samples(
+    folder: Path, rows: Sequence[Mapping[str, str]], concepts: Mapping[str, LearnedConcept]
+) -> dict[str, Sample]:
     """Samples by file name; row n of the table of prompts has its images in `<concept>/<n>-...-<number>.png`."""
     found = {}
     for place, row in enumerate(rows, 1):
-        subjects = [
-            f"{concepts[name]['modifier_token']} {concepts[name]['class_prompt']}" for name in row["concept"].split(AND)
-        ]
+        subjects = [concepts[name].subject for name in row["concept"].split(AND)]
         prompt = Prompt(row["prompt"]).of(*subjects)
         for path in sorted(folder.glob(f"*/{place:02d}-*-0.png"))[:1]:
             found[path.name] = (prompt, path)
@@ -231,9 +234,9 @@ def _eval_results(metrics: Mapping) -> list[EvalResult]:
     ]
 
 
-def _family_tags(card: Mapping) -> list[str]:
+def _family_tags(adapter_config: AdapterConfig) -> list[str]:
     """The Hub's tags for the base model's family, where the card knows it."""
-    family = card.get("family")
+    family = adapter_config.family
     if family is None:
         return []
     return ["stable-diffusion-xl" if family == "Stable Diffusion XL" else "stable-diffusion"]

@@ -1,14 +1,14 @@
-"""The folder of a training run: checkpoints to continue from, and what the run has shown so far.
+"""Run folders: the checkpoints of a training run, and the results it hands to the pipeline.
 
-It lies outside of every DVC output, because DVC deletes a stage's outputs before it runs the stage. Its name is a
-hash of the run's identity, so an edited parameter finds an empty folder and never a stranger's state.
+A run folder is not a DVC output, because DVC deletes a stage's outputs before it runs the stage. Its name is a hash of
+the run's identity, so a run with other parameters, data or code never continues from its checkpoints.
 """
 
 import csv
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,48 @@ from accelerate import Accelerator
 
 from customdiff.adapters import adapter
 from customdiff.adapters.adapter import Adapter
+from customdiff.adapters.config import CONFIG_FILE
 from customdiff.errors import UserError
 from customdiff.files import atomic_directory
 from customdiff.tracking import Tracker
 
 RUNS = Path(".checkpoints")
 COMPLETE = "complete"
+RUN_ID = "run.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: steps done.
+        seconds: time they took, over all parts of an interrupted run.
+        rows: metrics of each step; see `step_log.StepLog`.
+        speeds: images per second of each step.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    rows: list[dict] = field(default_factory=list)
+    speeds: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Layout: identity.json, run.json (MLflow), step-000100/ (an adapter and state.pt), validation/, and at the end
-    adapter/, steps.csv, metrics.json and the empty file `complete`."""
+    """The folder of one run.
+
+    It holds identity.json, run.json (the MLflow run), step-000100/ (an adapter and state.pt), validation/, and at the
+    end adapter/, steps.csv, metrics.json, performance.json and the empty file `complete`.
+    """
 
     path: Path
 
     @classmethod
     def open(cls, runs: Path, identity: dict, accelerator: Accelerator) -> "RunFolder":
-        """The folder of the run with this identity; emptied where that run is complete, for then it is run anew.
+        """The folder of the run with this identity. Complete runs are removed: DVC's cache has their results.
 
-        Other runs that are complete are removed: their results lie in DVC's cache.
+        A complete run with this identity is run again from the start.
         """
         folder = cls(runs / _name(identity))
         with accelerator.main_process_first():
@@ -54,8 +76,9 @@ class RunFolder:
         return folder if (folder.path / COMPLETE).exists() else None
 
     def metrics(self) -> dict:
-        """Figures of the complete run."""
-        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
+        """Metrics, time and memory of the complete run."""
+        paths = [self.path / "metrics.json", self.path / "performance.json"]
+        return {key: value for path in paths for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
 
     def last_checkpoint(self) -> Path | None:
         """The checkpoint with the highest step, or None."""
@@ -77,30 +100,30 @@ class RunFolder:
             raise UserError(f"{self.path}: has no checkpoint of step {step}; it has {there}")
         return found[step]
 
-    def save(
-        self, step: int, learned: Adapter, optimizer, schedule, accelerator: Accelerator, rows: list[dict]
-    ) -> None:
-        """Write a checkpoint whole: an adapter that can be sampled from, and all that continuing needs beside it."""
+    def save(self, progress: Progress, learned: Adapter, optimizer, schedule, accelerator: Accelerator) -> None:
+        """Write a checkpoint atomically: an adapter that can be sampled from, and the state needed to continue."""
         scaler = accelerator.scaler
         state = {
-            "step": step,
-            "rows": rows,
+            "step": progress.step,
+            "seconds": progress.seconds,
+            "rows": progress.rows,
+            "speeds": progress.speeds,
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
         }
-        with atomic_directory(self.path / f"step-{step:06d}") as out:
-            adapter.save(learned, out, pickle_too=False)
+        with atomic_directory(self.path / f"step-{progress.step:06d}") as out:
+            adapter.save(learned, out, with_pickle=False)
             torch.save(state, out / "state.pt")
 
-    def restore(self, checkpoint: Path, optimizer, schedule, accelerator: Accelerator) -> tuple[int, list[dict]]:
-        """Take over optimizer, schedule and scaler; returns the steps done and their figures."""
+    def restore(self, checkpoint: Path, optimizer, schedule, accelerator: Accelerator) -> Progress:
+        """Load optimizer, schedule and scaler in place; returns how far the checkpoint's run had come."""
         state = torch.load(checkpoint / "state.pt", map_location=accelerator.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(state["scaler"])
-        return state["step"], state["rows"]
+        return Progress(state["step"], state["seconds"], state["rows"], state["speeds"])
 
     def prune(self, limit: int | None) -> None:
         """Keep the newest `limit` checkpoints; all where None."""
@@ -109,37 +132,44 @@ class RunFolder:
 
     def run_id(self) -> str | None:
         """The MLflow run that this training belongs to, where it was begun before."""
-        path = self.path / "run.json"
+        path = self.path / RUN_ID
         return json.loads(path.read_text())["run_id"] if path.exists() else None
 
-    def remember(self, tracker: Tracker) -> None:
-        """Keep the tracker's run, so that a continued training continues it too."""
+    def save_run_id(self, tracker: Tracker) -> None:
+        """Record the MLflow run, so that a continued training continues it too."""
         if tracker.run_id:
-            tracker.write_card(self.path / "run.json")
+            tracker.write_run_id(self.path / RUN_ID)
 
     def add_image(self, image: Any, name: str) -> None:
         """Keep a validation image."""
         (self.path / "validation").mkdir(exist_ok=True)
         image.save(self.path / "validation" / name)
 
-    def finish(self, learned: Adapter, rows: list[dict], summary: dict) -> None:
-        """Write what the stage hands on: adapter/, steps.csv, metrics.json; then mark the run complete."""
+    def finish(self, learned: Adapter, rows: list[dict], summary: dict, performance: dict) -> None:
+        """Write adapter/, steps.csv, metrics.json and performance.json; then mark the run complete.
+
+        Args:
+            rows: metrics of each step.
+            summary: metrics that two equal runs share.
+            performance: time and memory, which differ from run to run.
+        """
         with atomic_directory(self.path / "adapter") as out:
             adapter.save(learned, out)
         with open(self.path / "steps.csv", "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, rows[0])
             table.writeheader()
             table.writerows(rows)
-        (self.path / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        for name, values in (("metrics.json", summary), ("performance.json", performance)):
+            (self.path / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         (self.path / COMPLETE).touch()
 
-    def hand_over(self, models: Path, results: Path) -> None:
-        """Copy the finished run to models/adapter and results/train, each whole."""
+    def copy_results(self, models: Path, results: Path) -> None:
+        """Copy the results of a complete run to models/adapter and results/train, each atomically."""
         with atomic_directory(models) as out:
             shutil.copytree(self.path / "adapter", out, dirs_exist_ok=True)
         with atomic_directory(results) as out:
             (out / "validation").mkdir()
-            for name in ("steps.csv", "metrics.json", "run.json", "validation"):
+            for name in ("steps.csv", "metrics.json", "performance.json", RUN_ID, "validation"):
                 source = self.path / name
                 if source.is_dir():
                     shutil.copytree(source, out / name, dirs_exist_ok=True)
@@ -191,7 +221,7 @@ def find(name: str, runs: Path = RUNS) -> Path:
     if name.isdecimal():
         return find_run(runs=runs).checkpoint(int(name))
     path = RunFolder(Path(name)).last_checkpoint() or Path(name)
-    if not (path / adapter.CARD).is_file():
+    if not (path / CONFIG_FILE).is_file():
         raise UserError(f"{name}: is no checkpoint; `customdiff checkpoints` lists those there are")
     return path
 

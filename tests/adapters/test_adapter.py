@@ -14,6 +14,7 @@ import customdiff
 from customdiff.adapters import adapter
 from customdiff.errors import UserError
 from customdiff.models import attention, base, methods, modifier_tokens
+from customdiff.models.text import text_encoders, text_of
 
 PROMPT = "photo of a <new1> cat"
 
@@ -29,11 +30,11 @@ def teach(model, folder, method="custom_diffusion", freeze_model="crossattn_kv")
     params = tiny_params(model, method=method, freeze_model=freeze_model, lora_rank=3)
     pipe = base.load_pipeline(params.base)
     torch.manual_seed(7)
-    widths = {name: encoder.config.hidden_size for name, (_, encoder) in base.text_encoders(pipe).items()}
+    widths = {name: encoder.config.hidden_size for name, (_, encoder) in text_encoders(pipe).items()}
     rows = {token: {name: torch.randn(width) for name, width in widths.items()} for token in ("<new1>", "<new2>")}
     modifier_tokens.add_tokens(pipe, rows)
     with torch.no_grad():
-        for weight in methods.put(pipe.unet, params.train.how).values():
+        for weight in methods.inject(pipe.unet, params.train.how).values():
             weight += 0.3 * torch.randn_like(weight)
     concepts = {"cat": concept_values(), "dog": concept_values("<new2>", "dog")}
     card = {"base": params.base.model_dump(), "concepts": concepts, **params.train.how}
@@ -191,15 +192,15 @@ def test_an_initial_row_is_the_mean_of_its_tokens(tiny_base):
     table = pipe.text_encoder.get_input_embeddings().weight.detach().numpy().astype(np.float64)
     ids = pipe.tokenizer.convert_tokens_to_ids(["wooden</w>", "pot</w>"])
     np.testing.assert_allclose(
-        modifier_tokens.initial_rows(pipe, "wooden pot")["text_encoder"], table[ids].mean(0), rtol=1e-6
+        modifier_tokens.initial_embedding(pipe, "wooden pot")["text_encoder"], table[ids].mean(0), rtol=1e-6
     )
     np.testing.assert_array_equal(
-        modifier_tokens.initial_rows(pipe, "pot")["text_encoder"], table[ids[1]].astype(np.float32)
+        modifier_tokens.initial_embedding(pipe, "pot")["text_encoder"], table[ids[1]].astype(np.float32)
     )
 
 
 def test_rows_leave_every_other_word_alone(tiny_base):
     pipe = base.load_pipeline(tiny_params(tiny_base).base)
-    before = base.text_of(pipe, ["photo of a cat"])
+    before = text_of(pipe, ["photo of a cat"])
     modifier_tokens.add_tokens(pipe, {"<new1>": {"text_encoder": torch.randn(32)}})
-    torch.testing.assert_close(base.text_of(pipe, ["photo of a cat"]).states, before.states)
+    torch.testing.assert_close(text_of(pipe, ["photo of a cat"]).states, before.states)

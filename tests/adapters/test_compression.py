@@ -14,6 +14,7 @@ from customdiff import cli
 from customdiff.adapters import adapter, compression
 from customdiff.errors import UserError
 from customdiff.models import attention, base, modifier_tokens
+from customdiff.models.text import text_encoders
 
 
 def learned_adapter(folder, freeze_model="crossattn_kv"):
@@ -24,7 +25,7 @@ def learned_adapter(folder, freeze_model="crossattn_kv"):
     modifier_tokens.add_tokens(pipe, rows)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for weight in attention.put_processors(pipe.unet, freeze_model).values():
+        for weight in attention.inject_processors(pipe.unet, freeze_model).values():
             weight += 0.3 * torch.randn(weight.shape, generator=generator)
     card = {
         "base": params.base.model_dump(),
@@ -36,11 +37,11 @@ def learned_adapter(folder, freeze_model="crossattn_kv"):
 
 
 def widths(pipe):
-    return {name: encoder.config.hidden_size for name, (_, encoder) in base.text_encoders(pipe).items()}
+    return {name: encoder.config.hidden_size for name, (_, encoder) in text_encoders(pipe).items()}
 
 
 def numpy_changes(pipe, learned):
-    originals = attention.originals(pipe.unet, learned.card["freeze_model"])
+    originals = attention.originals(pipe.unet, learned.config.freeze_model)
     return {
         name: weight.numpy().astype(np.float64) - originals[name].detach().numpy().astype(np.float64)
         for name, weight in learned.weights.items()
@@ -117,8 +118,8 @@ def test_a_size_is_that_of_the_file(tiny_base, tmp_path, dtype, freeze_model):
 def test_on_disk_it_is_smaller_and_draws_what_its_product_draws(tiny_base, tmp_path, dtype):
     pipe, learned = learned_adapter(tiny_base)
     small = compression.compress(pipe, learned, rank=2, dtype=dtype)
-    adapter.save(learned, tmp_path / "whole", pickle_too=False)
-    adapter.save(small, tmp_path / "small", pickle_too=False)
+    adapter.save(learned, tmp_path / "whole", with_pickle=False)
+    adapter.save(small, tmp_path / "small", with_pickle=False)
     product = replace(learned, weights=numpy_product(pipe, small))
     loaded = base.load_pipeline(tiny_params(tiny_base).base)
     customdiff.load(loaded, tmp_path / "small")
@@ -142,7 +143,7 @@ def numpy_product(pipe, small):
 
 def pipe_with(folder, learned):
     pipe = base.load_pipeline(tiny_params(folder).base)
-    adapter.put(pipe, learned)
+    adapter.inject(pipe, learned)
     return pipe
 
 
@@ -163,11 +164,11 @@ def test_the_command_says_bytes_and_what_is_left_out(tiny_base, tmp_path):
     bound = np.sqrt(sum((s[2:] ** 2).sum() for s in spectra) / sum((s**2).sum() for s in spectra))
     assert f"{100 * bound:.1f} % of the change is left out" in done.output
     assert {weight.dtype for weight in adapter.read(out).weights.values()} == {torch.float16}
-    assert adapter.read_card(out)["compressed"] == {"ranks": [2] * len(spectra), "dtype": "float16"}
+    assert adapter.read_config(out)["compressed"] == {"ranks": [2] * len(spectra), "dtype": "float16"}
 
     run(tmp_path / "whole", "--out", tmp_path / "default")
     fewest = [int(np.argmax(s.cumsum() >= 0.6 * s.sum())) + 1 for s in spectra]
-    assert adapter.read_card(tmp_path / "default")["compressed"]["ranks"] == fewest
+    assert adapter.read_config(tmp_path / "default")["compressed"]["ranks"] == fewest
 
     again = run(out, "--rank", 1, "--out", tmp_path / "smaller")
     assert again.exit_code == 0, again.output
@@ -178,7 +179,7 @@ def test_mistakes_are_one_line_and_write_nothing(tiny_base, tiny_v_base, tmp_pat
     _, learned = learned_adapter(tiny_base)
     adapter.save(learned, tmp_path / "whole")
     for method in ("lora", "textual_inversion"):
-        adapter.save(replace(learned, card=learned.card | {"method": method, "lora_rank": 2}), tmp_path / method)
+        adapter.save(replace(learned, card=learned.config | {"method": method, "lora_rank": 2}), tmp_path / method)
     for arguments, message in (
         (["whole", "--rank", 2, "--energy", 0.5], "--energy and --rank: give one of them"),
         (["whole", "--size-mb", 0.0001], r"--size-mb: 0\.0001 is too small; at 0\.\d+ each weight has one"),

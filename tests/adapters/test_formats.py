@@ -22,6 +22,7 @@ from customdiff.adapters.formats import changes, compvis, kohya, lora
 from customdiff.config import Base
 from customdiff.errors import UserError
 from customdiff.models import base, methods, modifier_tokens
+from customdiff.models.text import text_encoders
 
 PROMPT = "photo of a <new1> cat"
 BOTH = "<new1> cat on <new2> grass"
@@ -55,12 +56,12 @@ def learn(model: Path, folder: Path, method: str = "custom_diffusion", freeze_mo
     """An adapter of two tokens whose weights were all moved at random."""
     pipe = base.load_pipeline(Base(model=str(model)))
     torch.manual_seed(7)
-    widths = {name: encoder.config.hidden_size for name, (_, encoder) in base.text_encoders(pipe).items()}
+    widths = {name: encoder.config.hidden_size for name, (_, encoder) in text_encoders(pipe).items()}
     rows = {name: {key: torch.randn(width) for key, width in widths.items()} for name in ("<new1>", "<new2>")}
     modifier_tokens.add_tokens(pipe, rows)
     how = {"method": method, "freeze_model": freeze_model, "lora_rank": 3}
     with torch.no_grad():
-        for weight in methods.put(pipe.unet, how).values() if methods.trains_unet(how) else []:
+        for weight in methods.inject(pipe.unet, how).values() if methods.trains_unet(how) else []:
             weight += 0.3 * torch.randn_like(weight)
     card = {"base": Base(model=str(model)).model_dump(), "concepts": CONCEPTS} | how
     adapter.save(adapter.from_pipeline(pipe, card), folder)
@@ -323,7 +324,7 @@ def test_a_compressed_adapter_is_a_compressed_delta(compressed, tmp_path, form, 
     if form == "delta":
         assert_same_images(with_delta(model, tmp_path / "out" / file, compress=True), images)
     imported = bring(tmp_path / "out" / file, tmp_path / "back", model, form)
-    assert imported.card["compressed"]["ranks"][:3] == [1, 2, 3]
+    assert imported.config.compressed["ranks"][:3] == [1, 2, 3]
     assert_same_adapter(imported, adapter.read(folder))
 
 
@@ -364,7 +365,9 @@ def test_a_compvis_delta_comes_back(learned, tmp_path):
     formats.export_adapter("compvis", folder, tmp_path / "out")
     delta = torch.load(tmp_path / "out/delta.ckpt", weights_only=True)["state_dict"]
     read = adapter.read(folder)
-    torch.testing.assert_close(delta["embed"], torch.stack([read.rows[f"<new{n}>"]["text_encoder"] for n in (1, 2)]))
+    torch.testing.assert_close(
+        delta["embed"], torch.stack([read.embeddings[f"<new{n}>"]["text_encoder"] for n in (1, 2)])
+    )
     name = "model.diffusion_model.output_blocks.1.1.transformer_blocks.0.attn2.to_v.weight"
     own = "up_blocks.0.attentions.1.transformer_blocks.0.attn2.processor.to_v_custom_diffusion.weight"
     torch.testing.assert_close(delta[name], read.weights[own])
@@ -421,10 +424,10 @@ def test_what_diffusers_script_wrote_draws_the_same(reference, tiny_base, tmp_pa
     ours = base.load_pipeline(Base(model=str(tiny_base)))
     customdiff.load(ours, tmp_path / "out")
     np.testing.assert_allclose(draw(ours), draw(theirs), atol=1e-4)
-    card = adapter.read_card(tmp_path / "out")
-    assert card["freeze_model"] == ("crossattn" if train_q_out else "crossattn_kv")
-    assert card["concepts"]["cat"]["instance_prompt"] == "photo of a {} cat"
-    assert card["imported"]["format"] == "diffusers"
+    adapter_config = adapter.read_config(tmp_path / "out")
+    assert adapter_config.freeze_model == ("crossattn" if train_q_out else "crossattn_kv")
+    assert adapter_config.concepts["cat"].instance_prompt == "photo of a {} cat"
+    assert adapter_config.imported["format"] == "diffusers"
 
 
 def test_a_folder_of_ours_is_one_that_the_script_could_have_written(learned, tmp_path):
@@ -452,7 +455,7 @@ def compressed(tiny_base, tmp_path_factory):
             }
         else:
             weights[name] = weight
-    adapter.save(adapter.Adapter(weights, whole.rows, whole.card | {"compressed": True}), folder / "adapter")
+    adapter.save(adapter.Adapter(weights, whole.embeddings, whole.config | {"compressed": True}), folder / "adapter")
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
     customdiff.load(pipe, folder / "adapter")
     return folder / "adapter", tiny_base, {prompt: draw(pipe, prompt) for prompt in (PROMPT, BOTH)}
@@ -491,9 +494,9 @@ def bring(path, out, model, form, words=("<new1>", "<new2>"), allow_pickle=True)
 def assert_same_adapter(one, other):
     assert one.weights.keys() == other.weights.keys()
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
-    assert one.rows.keys() == other.rows.keys()
-    for token, rows in one.rows.items():
-        assert all(torch.equal(row, other.rows[token][name]) for name, row in rows.items())
+    assert one.embeddings.keys() == other.embeddings.keys()
+    for token, rows in one.embeddings.items():
+        assert all(torch.equal(row, other.embeddings[token][name]) for name, row in rows.items())
 
 
 @pytest.fixture(scope="module")

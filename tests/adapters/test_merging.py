@@ -17,6 +17,7 @@ from customdiff import cli
 from customdiff.adapters import adapter, compression, merging
 from customdiff.errors import UserError
 from customdiff.models import attention, base, modifier_tokens
+from customdiff.models.text import text_encoders
 
 CAPTIONS = [
     "photo of a cat on the grass",
@@ -36,11 +37,9 @@ def learned(folder, token="<new1>", name="cat", seed=1, freeze_model="crossattn_
     def row(encoder):
         return torch.randn(encoder.config.hidden_size, generator=generator)
 
-    modifier_tokens.add_tokens(
-        pipe, {token: {key: row(encoder) for key, (_, encoder) in base.text_encoders(pipe).items()}}
-    )
+    modifier_tokens.add_tokens(pipe, {token: {key: row(encoder) for key, (_, encoder) in text_encoders(pipe).items()}})
     with torch.no_grad():
-        for weight in attention.put_processors(pipe.unet, freeze_model).values():
+        for weight in attention.inject_processors(pipe.unet, freeze_model).values():
             weight += 0.3 * torch.randn(weight.shape, generator=generator)
     card = {
         "base": params.base.model_dump(),
@@ -181,7 +180,7 @@ def test_each_concept_s_words_are_what_its_own_adapter_makes_of_them(request, ki
     originals = {
         name: weight.detach().double() for name, weight in attention.originals(pipe.unet, "crossattn_kv").items()
     }
-    adapter.put(pipe, merged.adapter)
+    adapter.inject(pipe, merged.adapter)
     for part, words in zip(parts.values(), ("<new1> cat", "<new2> dog"), strict=True):
         # start token, token, class, end; start token, "a", "photo", "of", token, class, end
         states = states_of(pipe, [words, f"a photo of {words}"])
@@ -262,19 +261,19 @@ def test_the_folder_draws_the_same_here_and_in_plain_diffusers(tiny_base, tmp_pa
     assert np.abs(draw(other) - before).max() > 0.01
 
 
-def test_the_card_has_all_concepts_and_says_what_they_come_from(tiny_base):
+def test_the_config_has_all_concepts_and_says_what_they_come_from(tiny_base):
     parts = {"one": learned(tiny_base), "other": learned(tiny_base, "<new2>", "cat", 2)}
-    card = merging.merge(plain(tiny_base), parts, CAPTIONS).adapter.card
-    assert {name: concept["modifier_token"] for name, concept in card["concepts"].items()} == {
+    merged = merging.merge(plain(tiny_base), parts, CAPTIONS).adapter.config
+    assert {name: concept.modifier_token for name, concept in merged.concepts.items()} == {
         "cat": "<new1>",
         "cat2": "<new2>",
     }
-    assert card["merged_from"] == [
+    assert merged.merged_from == [
         {"tokens": ["<new1>"], "steps": 6, "seed": 1},
         {"tokens": ["<new2>"], "steps": 6, "seed": 2},
     ]
-    assert (card["method"], card["freeze_model"]) == ("custom_diffusion", "crossattn_kv")
-    assert "steps" not in card
+    assert (merged.method, merged.freeze_model) == ("custom_diffusion", "crossattn_kv")
+    assert merged.steps is None
 
 
 def test_a_compressed_adapter_is_multiplied_out_first(tiny_base):
@@ -283,7 +282,7 @@ def test_a_compressed_adapter_is_multiplied_out_first(tiny_base):
     product = replace(parts["one"], weights=adapter.full_weights(small, plain(tiny_base)))
     found = merging.merge(plain(tiny_base), parts | {"one": small}, CAPTIONS).adapter
     expected = merging.merge(plain(tiny_base), parts | {"one": product}, CAPTIONS).adapter
-    assert "compressed" not in found.card
+    assert "compressed" not in found.config
     for name, weight in expected.weights.items():
         torch.testing.assert_close(found.weights[name], weight)
 
@@ -293,7 +292,7 @@ def test_a_merged_adapter_is_merged_again(tiny_base):
     both = merging.merge(plain(tiny_base), two(tiny_base), CAPTIONS).adapter
     third = learned(tiny_base, "<new3>", "pot", 3)
     merged = merging.merge(plain(tiny_base), {"both": both, "third": third}, CAPTIONS)
-    assert list(merged.adapter.rows) == ["<new1>", "<new2>", "<new3>"]
+    assert list(merged.adapter.embeddings) == ["<new1>", "<new2>", "<new3>"]
     assert merged.targets == 18
     assert merged.residual < 1e-5
 
@@ -344,7 +343,7 @@ def test_captions_are_read_from_a_file_a_folder_or_a_pool(tmp_path):
 
 def of_method(method):
     def change(part):
-        return replace(part, card=part.card | {"method": method, "lora_rank": 2})
+        return replace(part, card=part.config | {"method": method, "lora_rank": 2})
 
     return change
 
@@ -354,10 +353,16 @@ def of_method(method):
     [
         (of_method("lora"), "is of method lora; only adapters of custom_diffusion"),
         (of_method("textual_inversion"), "is of method textual_inversion"),
-        (lambda part: replace(part, card=part.card | {"freeze_model": "crossattn"}), "learned queries and outputs too"),
-        (lambda part: replace(part, rows={"<new1>": part.rows["<new2>"]}), "has the token <new1>, and so has one"),
         (
-            lambda part: replace(part, card=part.card | {"fingerprint": [x + 1 for x in part.card["fingerprint"]]}),
+            lambda part: replace(part, card=part.config | {"freeze_model": "crossattn"}),
+            "learned queries and outputs too",
+        ),
+        (
+            lambda part: replace(part, rows={"<new1>": part.embeddings["<new2>"]}),
+            "has the token <new1>, and so has one",
+        ),
+        (
+            lambda part: replace(part, card=part.config | {"fingerprint": [x + 1 for x in part.config.fingerprint]}),
             "other: this adapter was learned on .*; the pipeline is of another base model",
         ),
     ],
@@ -394,7 +399,7 @@ def test_the_command_writes_what_the_library_makes(folders, tiny_base):
     assert f"{out}: <new1>, <new2> by 5 captions; 12 states of target words, 12 of them independent" in done.output
     expected = merging.merge(plain(tiny_base), two(tiny_base), CAPTIONS).adapter
     found = adapter.read(out)
-    assert found.card == expected.card
+    assert found.config == expected.config
     for name, weight in expected.weights.items():
         torch.testing.assert_close(found.weights[name], weight)
     assert "note:" not in done.output

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from customdiff.adapters import adapter
+from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Base, Params
 from customdiff.errors import UserError
 from customdiff.evaluation import base_image_cache, scores
@@ -83,13 +84,15 @@ def test_our_own_prompt_files_hold_every_kind(folder, missing, pytestconfig):
 
 
 def test_an_adapter_of_other_concepts_or_tokens_is_refused():
-    card = {"concepts": {"tom": {"modifier_token": "<new1>"}, "pot": {"modifier_token": "<new2>"}}}
-    scores.check_card(card, params())
-    card["concepts"]["pot"]["modifier_token"] = "<new3>"
+    def learned(**tokens: str) -> AdapterConfig:
+        concepts = {name: {"modifier_token": token} for name, token in tokens.items()}
+        return AdapterConfig.model_validate({"base": {"model": "data/base"}, "concepts": concepts})
+
+    scores.check_concepts(learned(tom="<new1>", pot="<new2>"), params())
     with pytest.raises(UserError, match=r"^concepts\.pot: .* not learned it as <new2>"):
-        scores.check_card(card, params())
+        scores.check_concepts(learned(tom="<new1>", pot="<new3>"), params())
     with pytest.raises(UserError, match=r"^concepts\.tom"):
-        scores.check_card({"concepts": {}}, params())
+        scores.check_concepts(learned(pot="<new2>"), params())
 
 
 class Recorder:
@@ -253,7 +256,7 @@ def project(tiny_base, tmp_path, monkeypatch, pytestconfig):
     pipe = base_model.load_pipeline(Base(model=str(tiny_base)))
     torch.manual_seed(0)
     modifier_tokens.add_tokens(pipe, {"<new1>": {"text_encoder": torch.randn(pipe.text_encoder.config.hidden_size)}})
-    for weight in attention.put_processors(pipe.unet, "crossattn_kv").values():
+    for weight in attention.inject_processors(pipe.unet, "crossattn_kv").values():
         weight.data.normal_()
     concept = {"modifier_token": "<new1>", "class_prompt": "cat", "instance_prompt": "photo of a {} cat"}
     how = {"method": "custom_diffusion", "freeze_model": "crossattn_kv"}

@@ -27,13 +27,13 @@ def learned(folder, path, seed, method="custom_diffusion", tokens_of=("<new1>",)
     pipe = base.load_pipeline(tiny_params(folder).base)
     torch.manual_seed(seed)
     rows = {
-        token: {name: torch.randn_like(row) for name, row in modifier_tokens.initial_rows(pipe, "cat").items()}
+        token: {name: torch.randn_like(row) for name, row in modifier_tokens.initial_embedding(pipe, "cat").items()}
         for token in tokens_of
     }
     modifier_tokens.add_tokens(pipe, rows)
     how = {"method": method, "freeze_model": "crossattn_kv", "lora_rank": 2}
     with torch.no_grad():
-        for weight in methods.put(pipe.unet, how).values():
+        for weight in methods.inject(pipe.unet, how).values():
             weight += 0.3 * torch.randn_like(weight)
     concepts = {token.strip("<>"): concept_values(token) for token in tokens_of}
     card = {"base": tiny_params(folder).base.model_dump(), "concepts": concepts, **how}
@@ -54,11 +54,11 @@ def test_an_adapter_put_in_anothers_place_draws_as_in_a_fresh_pipeline(request, 
     folder = request.getfixturevalue(model)
     one, two = (adapter.read(learned(folder, tmp_path / str(seed), seed, method)) for seed in (1, 2))
     pipe = base.load_pipeline(tiny_params(folder).base)
-    adapter.put(pipe, one)
+    adapter.inject(pipe, one)
     first = drawn(pipe)
     sweep.replace(pipe, two)
     fresh = base.load_pipeline(tiny_params(folder).base)
-    adapter.put(fresh, two)
+    adapter.inject(fresh, two)
     np.testing.assert_array_equal(drawn(pipe), drawn(fresh))
     assert np.abs(drawn(pipe) - first).max() > 0.001
     sweep.replace(pipe, one)

@@ -10,6 +10,7 @@ from torch import nn
 from customdiff.config import Base
 from customdiff.errors import UserError
 from customdiff.models import attention, base, modifier_tokens
+from customdiff.models.text import text_encoders, token_ids
 from customdiff.training import trainer
 
 
@@ -45,13 +46,13 @@ def test_gradients_of_a_step_equal_those_of_diffusers_with_a_full_table(request,
     """The oracle is diffusers throughout: its processors, whole resized tables, `encode_prompt`, SDXL's time ids."""
     pipe = base.load_pipeline(Base(model=str(request.getfixturevalue(model))), dtype=torch.float64)
     oracle = copy.deepcopy(pipe)
-    encoders = base.text_encoders(oracle)
+    encoders = text_encoders(oracle)
     rows = {name: torch.linspace(-0.1, 0.1, encoder.config.hidden_size) for name, (_, encoder) in encoders.items()}
 
     embeddings = modifier_tokens.add_tokens(pipe, {"<new1>": rows})
     for embedding in embeddings.values():
-        embedding.rows.double()
-    attention.put_processors(pipe.unet, freeze_model)
+        embedding.trained.double()
+    attention.inject_processors(pipe.unet, freeze_model)
     for processor in pipe.unet.attn_processors.values():
         if isinstance(processor, nn.Module):
             processor.double()
@@ -68,8 +69,8 @@ def test_gradients_of_a_step_equal_those_of_diffusers_with_a_full_table(request,
     noisy, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     steps, captions = torch.tensor([10, 700]), ["photo of a <new1> cat", "a far away <new1> dog"]
     time_ids = torch.tensor([[64.0, 48.0, 3.0, 0.0, 32.0, 32.0]] * 2, dtype=torch.float64)
-    denoiser = trainer.Denoiser(pipe.unet, [encoder for _, encoder in base.text_encoders(pipe).values()])
-    ((denoiser(noisy, steps, base.token_ids(pipe, captions), None, time_ids) - noise) ** 2).mean().backward()
+    denoiser = trainer.Denoiser(pipe.unet, [encoder for _, encoder in text_encoders(pipe).values()])
+    ((denoiser(noisy, steps, token_ids(pipe, captions), None, time_ids) - noise) ** 2).mean().backward()
 
     states, _, *pooled = oracle.encode_prompt(
         captions, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -87,8 +88,8 @@ def test_gradients_of_a_step_equal_those_of_diffusers_with_a_full_table(request,
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-14)
         assert parameter.grad.abs().max() > 0
     for name, embedding in embeddings.items():
-        torch.testing.assert_close(embedding.rows.weight.grad[0], tables[name].grad[-1], rtol=1e-9, atol=1e-14)
-        assert embedding.rows.weight.grad.abs().max() > 0
+        torch.testing.assert_close(embedding.trained.weight.grad[0], tables[name].grad[-1], rtol=1e-9, atol=1e-14)
+        assert embedding.trained.weight.grad.abs().max() > 0
         assert embedding.table.weight.grad is None
 
 
@@ -97,14 +98,14 @@ def test_putting_processors_in_changes_no_output(tiny_base):
     noisy, states = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 32)
     with torch.no_grad():
         before = pipe.unet(noisy, 500, states).sample
-        attention.put_processors(pipe.unet, "crossattn")
+        attention.inject_processors(pipe.unet, "crossattn")
         after = pipe.unet(noisy, 500, states).sample
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
 
 
 def test_the_first_token_gets_no_gradient(tiny_base):
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
-    attention.put_processors(pipe.unet)
+    attention.inject_processors(pipe.unet)
     states = torch.randn(1, 16, 32, requires_grad=True)
     pipe.unet(torch.randn(1, 4, 8, 8), 500, states).sample.square().mean().backward()
     assert states.grad[:, 0].abs().max() == 0
@@ -115,7 +116,7 @@ def test_the_first_token_gets_no_gradient(tiny_base):
 @pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
 def test_half_precision_trains_fp32_weights(tiny_base, dtype, freeze_model):
     pipe = base.load_pipeline(Base(model=str(tiny_base)), dtype=dtype)
-    weights = attention.put_processors(pipe.unet, freeze_model)
+    weights = attention.inject_processors(pipe.unet, freeze_model)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     out = pipe.unet(torch.randn(1, 4, 8, 8, dtype=dtype), 500, torch.randn(1, 16, 32, dtype=dtype)).sample
     assert out.dtype == dtype
@@ -142,4 +143,4 @@ def test_an_attention_mask_is_respected(tiny_base):
 def test_xformers_without_it_or_a_gpu_is_one_line(tiny_base):
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
     with pytest.raises(UserError, match=r"train\.attention"):
-        attention.put_processors(pipe.unet, backend="xformers")
+        attention.inject_processors(pipe.unet, backend="xformers")

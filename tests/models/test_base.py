@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 from customdiff.config import Base
 from customdiff.errors import UserError
 from customdiff.models import base
+from customdiff.models.text import text_of
 
 
 def test_a_pipeline_is_loaded_whole_or_without_its_vae(tiny_base):
@@ -63,7 +64,7 @@ def test_text_is_encoded_as_diffusers_encodes_it(request, model):
     """The oracle is each pipeline's own `encode_prompt`."""
     pipe = base.load_pipeline(Base(model=str(request.getfixturevalue(model))))
     captions = ["photo of a cat", "a very small dog on the grass"]
-    text = base.text_of(pipe, captions)
+    text = text_of(pipe, captions)
     states, _, *pooled = pipe.encode_prompt(
         captions, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
     )
@@ -84,6 +85,6 @@ def test_a_device_that_is_not_here_is_refused():
 
 def test_captions_are_cut_to_the_tokenizers_length(tiny_base):
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
-    states = base.text_of(pipe, ["cat", "a cat on the grass " * 20]).states
+    states = text_of(pipe, ["cat", "a cat on the grass " * 20]).states
     assert states.shape == (2, 16, 32)
     assert json.loads((tiny_base / "tokenizer/tokenizer_config.json").read_text())["model_max_length"] == 16

@@ -20,9 +20,9 @@ def two_unets(folder, how, dtype=torch.float32):
     """A UNet with a method's weights in it, and the same lightened."""
     plain = base.load_pipeline(Base(model=str(folder)), dtype=dtype).unet
     torch.manual_seed(0)
-    methods.put(plain, how)
+    methods.inject(plain, how)
     light = copy.deepcopy(plain)
-    memory_efficient.lighten(light)
+    memory_efficient.convert(light)
     return plain, light
 
 
@@ -123,7 +123,7 @@ def test_a_packed_convolution_takes_features_of_any_shape(size, padding):
     torch.manual_seed(0)
     plain = nn.Conv2d(24, 40, size, padding=padding).requires_grad_(False)
     light = nn.Sequential(copy.deepcopy(plain))
-    memory_efficient.lighten(light)
+    memory_efficient.convert(light)
     light = light[0]
     for shape in ((2, 24, 9, 7), (1, 24, 40, 48), (3, 24, 8, 8)):
         found = []
@@ -153,7 +153,7 @@ def test_a_packed_convolution_takes_features_of_any_shape(size, padding):
 def test_a_convolution_that_would_not_gain_stays_unpacked(options, side, dtype):
     plain = nn.Conv2d(4, 4, 3, **options, dtype=dtype).requires_grad_(False)
     light = nn.Sequential(copy.deepcopy(plain))
-    memory_efficient.lighten(light)
+    memory_efficient.convert(light)
     x = torch.randn(1, 4, side, side, dtype=dtype, requires_grad=True)
     assert torch.equal(light(x), plain(x))
     assert light[0].weight is not None
@@ -162,7 +162,7 @@ def test_a_convolution_that_would_not_gain_stays_unpacked(options, side, dtype):
 def test_layers_that_train_are_left_as_they_are(tiny_base):
     unet = base.load_pipeline(Base(model=str(tiny_base))).unet
     unet.requires_grad_(True)
-    memory_efficient.lighten(unet)
+    memory_efficient.convert(unet)
     assert not any(type(layer).__module__ == memory_efficient.__name__ for layer in unet.modules())
 
 

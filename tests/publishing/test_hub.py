@@ -27,6 +27,7 @@ from customdiff import cli
 from customdiff.adapters import adapter
 from customdiff.errors import UserError
 from customdiff.models import base, methods, modifier_tokens
+from customdiff.models.text import text_encoders
 from customdiff.publishing import hub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,12 +86,12 @@ def learn(base_folder, folder, words=("<new1>",), **changes):
     }
     pipe = base.load_pipeline(tiny_params(base_folder).base)
     torch.manual_seed(7)
-    widths = {name: encoder.config.hidden_size for name, (_, encoder) in base.text_encoders(pipe).items()}
+    widths = {name: encoder.config.hidden_size for name, (_, encoder) in text_encoders(pipe).items()}
     modifier_tokens.add_tokens(
         pipe, {word: {name: torch.randn(width) for name, width in widths.items()} for word in words}
     )
     with torch.no_grad():
-        for weight in methods.put(pipe.unet, card | changes).values():
+        for weight in methods.inject(pipe.unet, card | changes).values():
             weight += 0.3 * torch.randn_like(weight)
     adapter.save(adapter.from_pipeline(pipe, card | changes), folder)
     return folder
@@ -159,7 +160,7 @@ def test_what_comes_back_draws_the_same_image(the_hub, learned, tmp_path):
 
 
 def json_base(folder):
-    return adapter.read_card(folder)["base"]["model"]
+    return adapter.read_config(folder)["base"]["model"]
 
 
 def test_the_base_model_is_read_from_the_repository(the_hub, tiny_base, tmp_path, monkeypatch):
@@ -452,7 +453,7 @@ def test_a_repository_of_diffusers_script_draws_as_diffusers_does(the_hub, tiny_
     adapter.load(pipe, folder)
     np.testing.assert_allclose(draw(pipe), draw(script), atol=1e-5)
     assert np.abs(draw(pipe) - before).max() > 0.01
-    card = adapter.read_card(folder)
+    card = adapter.read_config(folder)
     assert card["base"]["model"] == str(tiny_base)
     assert [each["instance_prompt"] for each in card["concepts"].values()] == ["photo of a {} cat"]
     the_hub.asked.clear()

@@ -286,7 +286,7 @@ def project(tiny_base, tmp_path, monkeypatch):
     """A project's folder after `dvc repro`, with an adapter, results and params.yaml."""
     monkeypatch.chdir(tmp_path)
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
-    attention.put_processors(pipe.unet, "crossattn_kv")
+    attention.inject_processors(pipe.unet, "crossattn_kv")
     fields = {key: value for key, value in CARD.items() if key not in ("fingerprint", "processors", "family")}
     learned = adapter.from_pipeline(_with_word(pipe), fields)
     adapter.save(learned, "models/adapter")
@@ -304,7 +304,7 @@ def project(tiny_base, tmp_path, monkeypatch):
 def _with_word(pipe):
     from customdiff.models import modifier_tokens
 
-    modifier_tokens.add_tokens(pipe, {"<new1>": modifier_tokens.initial_rows(pipe, "cat")})
+    modifier_tokens.add_tokens(pipe, {"<new1>": modifier_tokens.initial_embedding(pipe, "cat")})
     return pipe
 
 

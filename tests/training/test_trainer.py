@@ -18,6 +18,7 @@ from customdiff.config import Params, Train
 from customdiff.errors import UserError
 from customdiff.files import sha256
 from customdiff.models import attention, base, memory_efficient, methods, modifier_tokens
+from customdiff.models.text import text_encoders, text_of
 from customdiff.preparation import prepared_set
 from customdiff.tracking import Tracker
 from customdiff.training import launch, trainer
@@ -99,7 +100,7 @@ def test_a_first_step_against_adamw_by_hand(tiny_base, tmp_path):
     assert moved.max() < 1.01
     assert moved.median() > 0.9
     start = pipe.text_encoder.get_input_embeddings().weight[pipe.tokenizer.convert_tokens_to_ids("cat</w>")]
-    row = (after.rows["<new1>"]["text_encoder"].double() - start.detach().double()).abs() / 1e-3
+    row = (after.embeddings["<new1>"]["text_encoder"].double() - start.detach().double()).abs() / 1e-3
     assert 0.9 < row.median() < row.max() < 1.01
 
 
@@ -208,7 +209,7 @@ def test_old_checkpoints_are_removed(tiny_base, tmp_path):
 def test_the_results_are_handed_over_whole(tiny_base, tmp_path):
     params = tiny_params(tiny_base, validation={"prompts": ["a <new1> cat"], "every": 3, "steps": 2})
     run = train(params, tmp_path)
-    run.hand_over(tmp_path / "models/adapter", tmp_path / "results/train")
+    run.copy_results(tmp_path / "models/adapter", tmp_path / "results/train")
     assert sha256(tmp_path / "models" / WEIGHTS) == sha256(run.path / WEIGHTS)
     assert len(list((tmp_path / "results/train/validation").glob("*.png"))) == 4
     metrics = json.loads((tmp_path / "results/train/metrics.json").read_text())
@@ -217,8 +218,8 @@ def test_the_results_are_handed_over_whole(tiny_base, tmp_path):
         metrics["trained_parameters"]
         == sum(w.numel() for w in adapter.read(run.path / "adapter").weights.values()) + 32
     )
-    card = adapter.read_card(tmp_path / "models/adapter")
-    assert card["concepts"]["cat"]["modifier_token"] == "<new1>"
+    adapter_config = adapter.read_config(tmp_path / "models/adapter")
+    assert adapter_config.concepts["cat"].modifier_token == "<new1>"
 
 
 def test_options_of_the_reference_train(tiny_v_base, tmp_path):
@@ -235,12 +236,12 @@ def test_options_of_the_reference_train(tiny_v_base, tmp_path):
     )
     run = train(params, tmp_path)
     learned_adapter = adapter.read(run.path / "adapter")
-    assert set(learned_adapter.rows) == {"<new1>", "<new2>"}
+    assert set(learned_adapter.embeddings) == {"<new1>", "<new2>"}
     pipe = base.load_pipeline(params.base)
     table = pipe.text_encoder.get_input_embeddings().weight.detach()
     for token, word in (("<new1>", "cat</w>"), ("<new2>", "dog</w>")):
         assert not torch.equal(
-            learned_adapter.rows[token]["text_encoder"], table[pipe.tokenizer.convert_tokens_to_ids(word)]
+            learned_adapter.embeddings[token]["text_encoder"], table[pipe.tokenizer.convert_tokens_to_ids(word)]
         )
 
 
@@ -252,11 +253,11 @@ def test_every_method_learns_on_every_family(request, tmp_path, model, method):
     run = train(params, tmp_path)
     found = adapter.read(run.path / "adapter")
     pipe = base.load_pipeline(params.base)
-    starts = modifier_tokens.initial_rows(pipe, "cat")
-    adapter.put(pipe, found)
-    assert set(found.rows["<new1>"]) == set(starts) == set(base.text_encoders(pipe))
+    starts = modifier_tokens.initial_embedding(pipe, "cat")
+    adapter.inject(pipe, found)
+    assert set(found.embeddings["<new1>"]) == set(starts) == set(text_encoders(pipe))
     for name, start in starts.items():
-        assert torch.equal(found.rows["<new1>"][name], start) == (method == "lora")
+        assert torch.equal(found.embeddings["<new1>"][name], start) == (method == "lora")
     if method == "custom_diffusion":
         originals = attention.originals(pipe.unet, "crossattn_kv")
         assert all(not torch.equal(weight, originals[name]) for name, weight in found.weights.items())
@@ -298,7 +299,7 @@ def test_each_class_image_has_its_own_caption(tiny_xl_base, tmp_path):
     batches = trainer.Batches(sets, pipe, vae, scale, params, accelerator)
     for number in range(3):
         chosen = prepared_set.batch_indices(len(sets[1]), 2, params.base.seed + 1, number)
-        alone = base.text_of(pipe, [sets[1].captions[index] for index in chosen])
+        alone = text_of(pipe, [sets[1].captions[index] for index in chosen])
         found = batches.draw(number).class_text
         torch.testing.assert_close(found.states, alone.states, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.pooled, alone.pooled, rtol=1e-5, atol=1e-6)
@@ -320,13 +321,13 @@ def test_a_large_image_trains_on_a_lightened_unet(tiny_base, tmp_path, monkeypat
     lightened = []
     monkeypatch.setattr(
         memory_efficient,
-        "lighten",
-        lambda unet, lighten=memory_efficient.lighten, **how: lightened.append(lighten(unet, **how)),
+        "convert",
+        lambda unet, lighten=memory_efficient.convert, **how: lightened.append(lighten(unet, **how)),
     )
     params = tiny_params(tiny_base, max_steps=2, mixed_precision=precision)
     plain = adapter.read(train(params, tmp_path / "a").path / "adapter").weights
     assert not lightened
-    monkeypatch.setattr(trainer, "LIGHTEN_FROM", params.prepare.resolution)
+    monkeypatch.setattr(trainer, "MEMORY_EFFICIENT_FROM", params.prepare.resolution)
     found = adapter.read(train(params, tmp_path / "b").path / "adapter").weights
     assert lightened
     for name, weight in plain.items():
@@ -343,7 +344,7 @@ def test_compiling_needs_a_compiler(tiny_base, tmp_path, monkeypatch):
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiled_blocks_learn_the_same(tiny_base, tmp_path, monkeypatch):
     """With what is not compiled lightened, too; and a run that was killed ends with the same bits."""
-    monkeypatch.setattr(trainer, "LIGHTEN_FROM", 8)
+    monkeypatch.setattr(trainer, "MEMORY_EFFICIENT_FROM", 8)
     plain = train(tiny_params(tiny_base, max_steps=2), tmp_path / "a")
     params = tiny_params(tiny_base, max_steps=2, compile=True, checkpointing_steps=1)
     compiled = train(params, tmp_path / "b")

@@ -2,12 +2,12 @@
 
 Light to import: torch and a format's own module are loaded when they are used. A module that exports has
 
-    check(card, rank)                       refuses what the format cannot hold
+    check(config, rank)                     refuses what the format cannot hold
     write(source, folder, rank) -> error    writes its files; the share of the change that a lower rank leaves out
     verify(source, folder, error)           loads them again as the other program does, and compares
-    how(card, folder) -> str                says which program opens them, by which call
+    instructions(config, folder) -> str     says which program opens them, by which call
 
-and one that imports has `read(path, request) -> foreign.Found`.
+and one that imports has `read(path, request) -> foreign.ImportedWeights`.
 """
 
 import importlib
@@ -52,16 +52,16 @@ class Exported(NamedTuple):
     """What `export_adapter` wrote.
 
     Attributes:
-        how: which program opens it, by which call; several lines.
+        instructions: which program opens it, by which call; several lines.
         error: norm of what the files leave out of the UNet's change, over the norm of the change.
     """
 
-    how: str
+    instructions: str
     error: float
 
 
-class Concept(NamedTuple):
-    """What an imported token means, for the adapter's card; `instance_prompt` has {} where the token goes."""
+class ImportedConcept(NamedTuple):
+    """What an imported token means, for the adapter's config; `instance_prompt` has {} where the token goes."""
 
     token: str
     class_prompt: str
@@ -87,24 +87,22 @@ def export_adapter(
     form = _module(name, "export")
     from customdiff.adapters import adapter
     from customdiff.adapters.formats.changes import source_of
-    from customdiff.config import Base
     from customdiff.models import base as base_model
 
     learned = adapter.read(folder)
-    form.check(learned.card, rank)
+    form.check(learned.config, rank)
     check_free(out)
-    chosen = Base(model=base) if base else Base.model_validate(learned.card["base"])
-    pipe = base_model.load_pipeline(chosen)
+    pipe = base_model.load_pipeline(learned.config.base_model(base))
     adapter.check_base(pipe, learned)
     source = source_of(learned, pipe)
     with atomic_directory(out) as incoming:
         error = form.write(source, incoming, rank)
         form.verify(source, incoming, error)
-    return Exported(form.how(source.adapter.card, out), error)
+    return Exported(form.instructions(source.adapter.config, out), error)
 
 
 def import_adapter(
-    name: str, path: Path, out: Path, *, base: str, concepts: list[Concept], allow_pickle: bool = False
+    name: str, path: Path, out: Path, *, base: str, concepts: list[ImportedConcept], allow_pickle: bool = False
 ) -> "Adapter":
     """Make an adapter in a new folder of what another program wrote, once it is seen to fit its base model.
 
@@ -122,7 +120,6 @@ def import_adapter(
     form = _module(name, "import")
     from customdiff.adapters import adapter
     from customdiff.adapters.formats import foreign
-    from customdiff.config import Base
     from customdiff.models import base as base_model
 
     check_free(out)
@@ -131,11 +128,11 @@ def import_adapter(
         raise UserError(f"--token: each once (here: {', '.join(tokens)})")
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
-    chosen = Base(model=base)
+    chosen = config.Base(model=base)
     pipe = base_model.load_pipeline(chosen, vae=None)
-    found = form.read(path, foreign.Request(tokens, pipe, allow_pickle))
+    found = form.read(path, foreign.ImportRequest(tokens, pipe, allow_pickle))
     imported = foreign.adapter_from(found, pipe, chosen, concepts, name)
-    adapter.put(pipe, imported)
+    adapter.inject(pipe, imported)
     with atomic_directory(out) as incoming:
         adapter.save(imported, incoming)
     return imported

@@ -10,14 +10,15 @@ from torch import Tensor
 from customdiff.adapters import compression
 from customdiff.adapters.adapter import Adapter, full_weights
 from customdiff.errors import UserError
-from customdiff.models.base import family, text_encoders
-from customdiff.models.modifier_tokens import Rows
+from customdiff.models.base import family
+from customdiff.models.modifier_tokens import TokenEmbedding
+from customdiff.models.text import text_encoders
 
 # Of a weight: what fp32 sums in another order, as another program makes them, may differ by.
 ROUNDING = 1e-6
 
 
-class Source(NamedTuple):
+class ExportSource(NamedTuple):
     """What is exported.
 
     Attributes:
@@ -33,7 +34,7 @@ class Source(NamedTuple):
     after: dict[str, Tensor]
 
 
-class Factors(NamedTuple):
+class LowRankFactors(NamedTuple):
     """A change of rank r: up (out, r) @ down (r, in), fp32."""
 
     up: Tensor
@@ -49,27 +50,27 @@ class LowRank(NamedTuple):
         error: norm of what the factors leave out, over the norm of the change.
     """
 
-    layers: dict[str, Factors]
+    layers: dict[str, LowRankFactors]
     biases: dict[str, Tensor]
     error: float
 
 
-def source_of(adapter: Adapter, pipe: DiffusionPipeline) -> Source:
+def source_of(adapter: Adapter, pipe: DiffusionPipeline) -> ExportSource:
     """An adapter beside its base model, without which neither whole weights nor changes of them can be had.
 
-    Its card gets the base's `family`, which those of early adapters lack.
+    Its config gets the base's `family`, which early adapters lack.
     """
     weights = {name: weight.float() for name, weight in adapter.weights.items()}  # a compressed one's may be fp16
-    adapter = replace(adapter, weights=weights, card=adapter.card | {"family": family(pipe)})
+    adapter = replace(adapter, weights=weights, config=adapter.config.with_changes(family=family(pipe)))
     own = dict(pipe.unet.named_parameters())
-    if adapter.card["method"] == "lora":
+    if adapter.config.method == "lora":
         after = {
             f"{layer}.weight": own[f"{layer}.weight"].detach() + up @ down
             for layer, (up, down) in _learned_factors(adapter).items()
         }
     else:
         after = {unet_name(name): weight for name, weight in full_weights(adapter, pipe).items()}
-    return Source(adapter, pipe, {name: own[name].detach().clone() for name in after}, after)
+    return ExportSource(adapter, pipe, {name: own[name].detach().clone() for name in after}, after)
 
 
 def unet_name(name: str) -> str:
@@ -77,7 +78,7 @@ def unet_name(name: str) -> str:
     return name.removeprefix("unet.").replace(".processor.", ".").replace("_custom_diffusion", "")
 
 
-def low_rank(source: Source, rank: int | None) -> LowRank:
+def low_rank(source: ExportSource, rank: int | None) -> LowRank:
     """The UNet's change as factors: those that were learned where there are any, else by its singular values.
 
     The best approximation of a matrix at a rank keeps its largest singular values (Eckart and Young 1936); the paper
@@ -106,7 +107,7 @@ def low_rank(source: Source, rank: int | None) -> LowRank:
     return LowRank(layers, biases, (left_out / whole) ** 0.5 if whole else 0.0)
 
 
-def check_weights(unet: UNet2DConditionModel, source: Source, error: float) -> None:
+def check_weights(unet: UNet2DConditionModel, source: ExportSource, error: float) -> None:
     """Check that a UNet into which exported files were loaded has what was learned, but for `error`.
 
     Args:
@@ -124,7 +125,7 @@ def check_weights(unet: UNet2DConditionModel, source: Source, error: float) -> N
         raise UserError(f"the written files do not give back what was learned: {max(off, key=off.get)} differs most")
 
 
-def check_rows(pipe: DiffusionPipeline, rows: dict[str, Rows]) -> None:
+def check_embeddings(pipe: DiffusionPipeline, rows: dict[str, TokenEmbedding]) -> None:
     """Check that each word has its embedding, bit for bit, in a pipeline into which exported files were loaded.
 
     Raises:
@@ -138,21 +139,21 @@ def check_rows(pipe: DiffusionPipeline, rows: dict[str, Rows]) -> None:
                 raise UserError(f"the written files do not give back what was learned: {word} differs in {name}")
 
 
-def _learned_factors(adapter: Adapter) -> dict[str, Factors]:
+def _learned_factors(adapter: Adapter) -> dict[str, LowRankFactors]:
     """The factors that an adapter of train.method lora, or a compressed one, has itself, by the layer's name."""
-    up, down = ("lora_B.weight", "lora_A.weight") if adapter.card["method"] == "lora" else ("up", "down")
+    up, down = ("lora_B.weight", "lora_A.weight") if adapter.config.method == "lora" else ("up", "down")
     return {
-        unet_name(name).removesuffix(f".{up}"): Factors(weight, adapter.weights[name.removesuffix(up) + down])
+        unet_name(name).removesuffix(f".{up}"): LowRankFactors(weight, adapter.weights[name.removesuffix(up) + down])
         for name, weight in adapter.weights.items()
         if name.endswith(f".{up}")
     }
 
 
-def _factored(change: Tensor, rank: int | None, rounding: float) -> tuple[Factors, float]:
+def _factored(change: Tensor, rank: int | None, rounding: float) -> tuple[LowRankFactors, float]:
     """A change (out, in) as factors that share the singular values evenly, and the squared norm of what they lack."""
     found = compression.decompose(change)
     kept = max(1, min(int((found.values > rounding).sum()), rank or len(found.values)))
-    return Factors(*found.cut(kept, torch.float32)), found.values[kept:].square().sum().item()
+    return LowRankFactors(*found.cut(kept, torch.float32)), found.values[kept:].square().sum().item()
 
 
 def _norm(parts) -> float:

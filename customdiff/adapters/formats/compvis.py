@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from customdiff.adapters.config import AdapterConfig
 from customdiff.adapters.formats import delta
-from customdiff.adapters.formats.changes import Source
-from customdiff.adapters.formats.foreign import Found, Request, named, read_pickle
+from customdiff.adapters.formats.changes import ExportSource
+from customdiff.adapters.formats.foreign import ImportedWeights, ImportRequest, named, read_pickle
 from customdiff.errors import UserError
-from customdiff.models.modifier_tokens import Rows
+from customdiff.models.modifier_tokens import TokenEmbedding
 
 FILE = "delta.ckpt"
 PREFIX = "model.diffusion_model."
@@ -24,40 +25,40 @@ EMBED = "embed"
 _BLOCKS = (("input", "down", 1), ("output", "up", 0))
 
 
-def check(card: dict, rank: int | None) -> None:
+def check(config: AdapterConfig, rank: int | None) -> None:
     """Refuse what no delta holds."""
-    delta.check(card, rank)
+    delta.check(config, rank)
 
 
-def write(source: Source, folder: Path, rank: int | None) -> float:
+def write(source: ExportSource, folder: Path, rank: int | None) -> float:
     """Write delta.ckpt; that of a compressed adapter is compressed.
 
     Raises:
         UserError: CompVis' code does not load the base model.
     """
-    family = source.adapter.card["family"]
+    family = source.adapter.config.family
     if family != "Stable Diffusion 1.x":
         raise UserError(f"--format: the paper's CompVis code loads no {family}; --format delta is for it")
     torch.save(content(source), folder / FILE)
     return 0.0
 
 
-def verify(source: Source, folder: Path, error: float) -> None:
+def verify(source: ExportSource, folder: Path, error: float) -> None:
     """Read the file again, and compare."""
     delta.check_same(torch.load(folder / FILE, weights_only=True), content(source))
 
 
-def how(card: dict, folder: Path) -> str:
+def instructions(config: AdapterConfig, folder: Path) -> str:
     """The paper's own command."""
-    tokens = "+".join(concept["modifier_token"] for concept in card["concepts"].values())
+    tokens = "+".join(concept.modifier_token for concept in config.concepts.values())
     return (
         "in the paper's repository (adobe-research/custom-diffusion), with the base model as CompVis' checkpoint:\n"
         f"  python sample.py --ckpt sd-v1-4.ckpt --delta_ckpt {folder / FILE} --modifier_token '{tokens}' "
-        f'{"--compress " if card.get("compressed") else ""}--prompt "{delta.example(card)}"'
+        f'{"--compress " if config.compressed else ""}--prompt "{delta.example(config)}"'
     )
 
 
-def read(path: Path, request: Request) -> Found:
+def read(path: Path, request: ImportRequest) -> ImportedWeights:
     """Read a delta.ckpt, or the one in a folder; its tokens have no names, and are those asked for, in order.
 
     Raises:
@@ -70,14 +71,14 @@ def read(path: Path, request: Request) -> Found:
     held = named(found, "state_dict", path)
     layers = request.pipe.unet.config.layers_per_block
     weights = {diffusers_name(name, layers): delta.learned(held[name]) for name in held if name != EMBED}
-    return Found(weights, _rows(held.get(EMBED), path, request), path)
+    return ImportedWeights(weights, _rows(held.get(EMBED), path, request), path)
 
 
-def content(source: Source) -> dict:
+def content(source: ExportSource) -> dict:
     """What delta.ckpt holds."""
     layers = source.pipe.unet.config.layers_per_block
     weights = {compvis_name(name, layers): weight for name, weight in delta.weights(source).items()}
-    embed = torch.stack([row["text_encoder"] for row in source.adapter.rows.values()])
+    embed = torch.stack([row["text_encoder"] for row in source.adapter.embeddings.values()])
     return {"state_dict": weights | {EMBED: embed}}
 
 
@@ -110,7 +111,7 @@ def diffusers_name(name: str, layers: int) -> str:
     return name
 
 
-def _rows(embed: Any, path: Path, request: Request) -> dict[str, Rows]:
+def _rows(embed: Any, path: Path, request: ImportRequest) -> dict[str, TokenEmbedding]:
     """The rows of `embed`, which the paper's `convert.py` writes flat."""
     width = request.pipe.text_encoder.config.hidden_size
     count = embed.numel() // width if isinstance(embed, Tensor) and embed.numel() % width == 0 else 0

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customdiff.adapters.formats.changes import Factors, Source, low_rank
-from customdiff.adapters.formats.foreign import Found, Request, named, read_pickle
+from customdiff.adapters.config import AdapterConfig
+from customdiff.adapters.formats.changes import ExportSource, LowRankFactors, low_rank
+from customdiff.adapters.formats.foreign import ImportedWeights, ImportRequest, named, read_pickle
 from customdiff.errors import UserError
-from customdiff.models.modifier_tokens import Rows
+from customdiff.models.modifier_tokens import TokenEmbedding
 
 FILE = "delta.bin"
 
 
-def check(card: dict, rank: int | None) -> None:
+def check(config: AdapterConfig, rank: int | None) -> None:
     """Refuse a rank, and what is not of cross-attention.
 
     Raises:
@@ -26,36 +27,36 @@ def check(card: dict, rank: int | None) -> None:
     """
     if rank is not None:
         raise UserError("--rank: a delta is written as it was learned; --format lora and kohya have a rank")
-    if card["method"] == "lora":
+    if config.method == "lora":
         raise UserError(
             "--format: a delta holds cross-attention alone, and train.method lora changes self-attention too; use "
             "pipeline, lora or kohya"
         )
 
 
-def write(source: Source, folder: Path, rank: int | None) -> float:
+def write(source: ExportSource, folder: Path, rank: int | None) -> float:
     """Write delta.bin; that of a compressed adapter is compressed."""
     torch.save(content(source), folder / FILE)
     return 0.0
 
 
-def verify(source: Source, folder: Path, error: float) -> None:
+def verify(source: ExportSource, folder: Path, error: float) -> None:
     """Read the file again, and compare."""
     check_same(torch.load(folder / FILE, weights_only=True), content(source))
 
 
-def how(card: dict, folder: Path) -> str:
+def instructions(config: AdapterConfig, folder: Path) -> str:
     """The paper's own command."""
-    options = " --compress" if card.get("compressed") else ""
-    options += " --sdxl" if card["family"] == "Stable Diffusion XL" else ""
+    options = " --compress" if config.compressed else ""
+    options += " --sdxl" if config.family == "Stable Diffusion XL" else ""
     return (
         "in the paper's repository (adobe-research/custom-diffusion):\n"
-        f"  python src/diffusers_sample.py --ckpt {card['base']['model']} --delta_ckpt {folder / FILE}{options} "
-        f'--prompt "{example(card)}"'
+        f"  python src/diffusers_sample.py --ckpt {config.base['model']} --delta_ckpt {folder / FILE}{options} "
+        f'--prompt "{example(config)}"'
     )
 
 
-def read(path: Path, request: Request) -> Found:
+def read(path: Path, request: ImportRequest) -> ImportedWeights:
     """Read a delta.bin, or the one in a folder; a trained text encoder is refused, for adapters here have none.
 
     Raises:
@@ -69,24 +70,24 @@ def read(path: Path, request: Request) -> Found:
     if "text_encoder" in found:
         raise UserError(f"{path}: holds a trained text encoder, which an adapter here has no place for")
     rows = {token: _rows(row) for token, row in named(found, "modifier_token", path).items()}
-    return Found({name: learned(weight) for name, weight in weights.items()}, rows, path)
+    return ImportedWeights({name: learned(weight) for name, weight in weights.items()}, rows, path)
 
 
-def content(source: Source) -> dict:
+def content(source: ExportSource) -> dict:
     """What delta.bin holds."""
-    rows = {token: list(row.values()) for token, row in source.adapter.rows.items()}
+    rows = {token: list(row.values()) for token, row in source.adapter.embeddings.items()}
     return {
         "unet": weights(source),
         "modifier_token": {token: row[0] if len(row) == 1 else row for token, row in rows.items()},
     }
 
 
-def weights(source: Source) -> dict[str, Tensor | dict[str, Tensor]]:
+def weights(source: ExportSource) -> dict[str, Tensor | dict[str, Tensor]]:
     """Weights by the UNet's own names; of a compressed adapter, keys and values as factors of their change.
 
     The paper's loader wants factors for all keys and values or for none, and for nothing else.
     """
-    if not source.adapter.card.get("compressed"):
+    if not source.adapter.config.compressed:
         return source.after
     factors = low_rank(source, None).layers
     return {
@@ -96,8 +97,10 @@ def weights(source: Source) -> dict[str, Tensor | dict[str, Tensor]]:
 
 
 def learned(weight: Any) -> Any:
-    """A weight of a delta, {"u", "v"} of a compressed one as `Factors`."""
-    return Factors(weight["u"], weight["v"]) if isinstance(weight, dict) and weight.keys() == {"u", "v"} else weight
+    """A weight of a delta, {"u", "v"} of a compressed one as `LowRankFactors`."""
+    return (
+        LowRankFactors(weight["u"], weight["v"]) if isinstance(weight, dict) and weight.keys() == {"u", "v"} else weight
+    )
 
 
 def check_same(found: Any, written: Any) -> None:
@@ -120,18 +123,18 @@ def check_same(found: Any, written: Any) -> None:
             check_same(one, part)
 
 
-def _factors(factors: dict[str, Factors], name: str, weight: Tensor) -> dict[str, Tensor]:
-    none = Factors(torch.zeros(weight.shape[0], 1), torch.zeros(1, weight.shape[1]))
+def _factors(factors: dict[str, LowRankFactors], name: str, weight: Tensor) -> dict[str, Tensor]:
+    none = LowRankFactors(torch.zeros(weight.shape[0], 1), torch.zeros(1, weight.shape[1]))
     up, down = factors.get(name.removesuffix(".weight"), none)
     return {"u": up, "v": down}
 
 
-def _rows(row: Any) -> Rows:
+def _rows(row: Any) -> TokenEmbedding:
     parts = row if isinstance(row, list) else [row]
     return dict(zip(("text_encoder", "text_encoder_2"), parts, strict=False))
 
 
-def example(card: dict) -> str:
+def example(config: AdapterConfig) -> str:
     """A prompt for the first of an adapter's concepts."""
-    concept = next(iter(card["concepts"].values()))
-    return concept.get("instance_prompt", "photo of a {}").format(concept["modifier_token"])
+    concept = next(iter(config.concepts.values()))
+    return concept.get("instance_prompt", "photo of a {}").format(concept.modifier_token)

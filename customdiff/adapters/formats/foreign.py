@@ -13,16 +13,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from customdiff.adapters.adapter import Adapter, fingerprint
-from customdiff.adapters.formats import Concept
-from customdiff.adapters.formats.changes import Factors, unet_name
+from customdiff.adapters.config import AdapterConfig
+from customdiff.adapters.formats import ImportedConcept
+from customdiff.adapters.formats.changes import LowRankFactors, unet_name
 from customdiff.config import Base
 from customdiff.errors import UserError
 from customdiff.files import sha256
 from customdiff.models import attention, base
-from customdiff.models.modifier_tokens import Rows
+from customdiff.models.modifier_tokens import TokenEmbedding
+from customdiff.models.text import text_encoders
 
 
-class Request(NamedTuple):
+class ImportRequest(NamedTuple):
     """What a reader is asked for.
 
     Attributes:
@@ -36,21 +38,21 @@ class Request(NamedTuple):
     allow_pickle: bool
 
 
-class Found(NamedTuple):
+class ImportedWeights(NamedTuple):
     """What a file of another program holds, not yet looked at.
 
     Attributes:
         weights: by the UNet's own names, whole or as factors of a change; the tensors are of any shape and dtype.
-        rows: embeddings by token and text encoder.
+        embeddings: by token and text encoder.
         file: the one with the weights.
     """
 
-    weights: dict[str, Tensor | Factors]
-    rows: dict[str, Rows]
+    weights: dict[str, Tensor | LowRankFactors]
+    embeddings: dict[str, TokenEmbedding]
     file: Path
 
 
-def read_pickle(path: Path, request: Request) -> Any:
+def read_pickle(path: Path, request: ImportRequest) -> Any:
     """Read a file of `torch.save` that holds tensors and plain containers.
 
     torch's reader of weights makes nothing else and calls nothing; sizes are added up before it starts.
@@ -106,12 +108,14 @@ def named(found: Any, key: str, path: Path) -> dict[str, Any]:
     return by_name(part, path)
 
 
-def adapter_from(found: Found, pipe: DiffusionPipeline, chosen: Base, concepts: list[Concept], form: str) -> Adapter:
+def adapter_from(
+    found: ImportedWeights, pipe: DiffusionPipeline, chosen: Base, concepts: list[ImportedConcept], form: str
+) -> Adapter:
     """Make an adapter of what was found, once every tensor of it is seen to be one of the base model's.
 
     Args:
         pipe: of the base model, which `chosen` names.
-        form: name of the format, for the card.
+        form: name of the format, for the config.
 
     Raises:
         UserError: names the first weight or token that is missing, unknown, of another shape, or not finite.
@@ -125,22 +129,22 @@ def adapter_from(found: Found, pipe: DiffusionPipeline, chosen: Base, concepts: 
     weights = {}
     for own_name, weight in found.weights.items():
         name, original = originals[own_name]
-        if isinstance(weight, Factors) and original.ndim == 2:
+        if isinstance(weight, LowRankFactors) and original.ndim == 2:
             stem = name.removesuffix("weight")
             weights |= {f"{stem}{key}": part for key, part in _factors(weight, original, own_name, found.file).items()}
         else:
             weights[name] = _plain(weight, tuple(original.shape), own_name, found.file)
     rows = {concept.token: _row(found, concept.token, pipe) for concept in concepts}
-    return Adapter(weights, rows, _card(found, pipe, chosen, concepts, form, freeze_model))
+    return Adapter(weights, rows, _config(found, pipe, chosen, concepts, form, freeze_model))
 
 
-def _row(found: Found, token: str, pipe: DiffusionPipeline) -> Rows:
+def _row(found: ImportedWeights, token: str, pipe: DiffusionPipeline) -> TokenEmbedding:
     """A token's embedding for each text encoder of the base model, and no other."""
-    row, encoders = found.rows.get(token, {}), base.text_encoders(pipe)
+    row, encoders = found.embeddings.get(token, {}), text_encoders(pipe)
     if row.keys() != encoders.keys():
         raise UserError(
             f"{found.file}: has no embedding of {token} for each of {', '.join(encoders)}; "
-            f"its tokens: {', '.join(found.rows) or 'none'}"
+            f"its tokens: {', '.join(found.embeddings) or 'none'}"
         )
     return {
         name: _plain(_flat(row[name]), (encoder.config.hidden_size,), f"{token} of {name}", found.file)
@@ -148,11 +152,16 @@ def _row(found: Found, token: str, pipe: DiffusionPipeline) -> Rows:
     }
 
 
-def _card(
-    found: Found, pipe: DiffusionPipeline, chosen: Base, concepts: list[Concept], form: str, freeze_model: str
-) -> dict:
-    ranks = [max(1, weight.up.shape[1]) for weight in found.weights.values() if isinstance(weight, Factors)]
-    return {
+def _config(
+    found: ImportedWeights,
+    pipe: DiffusionPipeline,
+    chosen: Base,
+    concepts: list[ImportedConcept],
+    form: str,
+    freeze_model: str,
+) -> AdapterConfig:
+    ranks = [max(1, weight.up.shape[1]) for weight in found.weights.values() if isinstance(weight, LowRankFactors)]
+    values = {
         "base": {"model": chosen.model, "revision": chosen.revision, "variant": chosen.variant},
         "concepts": {
             name: {
@@ -165,26 +174,22 @@ def _card(
         },
         "method": "custom_diffusion" if found.weights else "textual_inversion",
         "freeze_model": freeze_model,
-        "lora_rank": None,
         **({"compressed": {"ranks": ranks, "dtype": "float32"}} if ranks else {}),
-        "resolution": None,
-        "steps": None,
-        "seed": None,
-        "versions": {},
         "imported": {"format": form, "file": found.file.name, "sha256": sha256(found.file)},
         "family": base.family(pipe),
         "processors": attention.processor_names(pipe.unet),
         "fingerprint": fingerprint(pipe),
     }
+    return AdapterConfig.model_validate(values)
 
 
 def _most(pipe: DiffusionPipeline) -> int:
     """Bytes of a base model's UNet and text encoders in fp32, and a little: no adapter of it has a use for more."""
-    parts = [pipe.unet, *(encoder for _, encoder in base.text_encoders(pipe).values())]
+    parts = [pipe.unet, *(encoder for _, encoder in text_encoders(pipe).values())]
     return 4 * sum(parameter.numel() for part in parts for parameter in part.parameters()) + 2**20
 
 
-def _names(concepts: list[Concept]) -> list[str]:
+def _names(concepts: list[ImportedConcept]) -> list[str]:
     """A concept's name from its class: `wooden pot` is wooden-pot, a second one wooden-pot-2."""
     names: list[str] = []
     for concept in concepts:
@@ -194,7 +199,7 @@ def _names(concepts: list[Concept]) -> list[str]:
     return names
 
 
-def _factors(factors: Factors, original: Tensor, name: str, file: Path) -> dict[str, Tensor]:
+def _factors(factors: LowRankFactors, original: Tensor, name: str, file: Path) -> dict[str, Tensor]:
     out, width = original.shape
     rank = factors.up.shape[-1] if isinstance(factors.up, Tensor) and factors.up.ndim == 2 else -1
     if rank == 0:  # the paper's compression keeps nothing of a layer whose first singular value exceeds the share

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from customdiff.adapters.adapter import SDXL_KEYS
-from customdiff.adapters.formats.changes import LowRank, Source, check_rows, check_weights, low_rank
+from customdiff.adapters.config import AdapterConfig
+from customdiff.adapters.formats.changes import ExportSource, LowRank, check_embeddings, check_weights, low_rank
 from customdiff.adapters.formats.lora import load_embedding, load_lora, one_rank
 from customdiff.errors import UserError
 
@@ -26,13 +27,13 @@ FAMILIES = {
 }
 
 
-def check(card: dict, rank: int | None) -> None:
+def check(config: AdapterConfig, rank: int | None) -> None:
     """Refuse tokens that come to the same word.
 
     Raises:
         UserError: names them.
     """
-    words = _words(card)
+    words = _words(config)
     if not all(words.values()) or len(set(words.values())) < len(words):
         raise UserError(
             f"--format kohya: web UIs call an embedding by its file's name, and {', '.join(words)} make no names of "
@@ -40,41 +41,41 @@ def check(card: dict, rank: int | None) -> None:
         )
 
 
-def write(source: Source, folder: Path, rank: int | None) -> float:
+def write(source: ExportSource, folder: Path, rank: int | None) -> float:
     """Write loras/<concepts>.safetensors, if anything of the UNet was learned, and embeddings/<word>.safetensors."""
     found = low_rank(source, rank)
     if found.layers:
         (folder / LORAS).mkdir()
-        save_file(tensors(found), folder / _lora(source.adapter.card), _metadata(source.adapter.card, found))
+        save_file(tensors(found), folder / _lora(source.adapter.config), _metadata(source.adapter.config, found))
     (folder / EMBEDDINGS).mkdir()
-    for token, word in _words(source.adapter.card).items():
-        rows = {key: row[None] for key, row in source.adapter.rows[token].items()}
+    for token, word in _words(source.adapter.config).items():
+        rows = {key: row[None] for key, row in source.adapter.embeddings[token].items()}
         named = {"emb_params": rows["text_encoder"]} if len(rows) == 1 else {SDXL_KEYS[key]: rows[key] for key in rows}
         save_file(named, folder / _embedding(word))
     return found.error
 
 
-def verify(source: Source, folder: Path, error: float) -> None:
+def verify(source: ExportSource, folder: Path, error: float) -> None:
     """Load all files through diffusers' own converter of kohya's keys, fold them in, and compare."""
-    if (folder / _lora(source.adapter.card)).exists():
-        found = load_file(folder / _lora(source.adapter.card))
+    if (folder / _lora(source.adapter.config)).exists():
+        found = load_file(folder / _lora(source.adapter.config))
         load_lora(source.pipe, {name: tensor for name, tensor in found.items() if not name.endswith(BIAS)})
         for name, weight in source.pipe.unet.named_parameters():
             key = _module(name.removesuffix(".bias")) + BIAS
             if name.endswith(".bias") and key in found:
                 weight.data += found[key]  # diffusers knows no such entry; ComfyUI adds it so
     check_weights(source.pipe.unet, source, error)
-    words = _words(source.adapter.card)
+    words = _words(source.adapter.config)
     for word in words.values():
         load_embedding(source.pipe, folder / _embedding(word), word)
-    check_rows(source.pipe, {word: source.adapter.rows[token] for token, word in words.items()})
+    check_embeddings(source.pipe, {word: source.adapter.embeddings[token] for token, word in words.items()})
 
 
-def how(card: dict, folder: Path) -> str:
+def instructions(config: AdapterConfig, folder: Path) -> str:
     """Where the files go in each program, and what to write in a prompt."""
-    words = zip(_words(card).values(), card["concepts"].values(), strict=True)
+    words = zip(_words(config).values(), config.concepts.values(), strict=True)
     named = [(word, concept.get("class_prompt", "")) for word, concept in words]
-    lora = folder / _lora(card)
+    lora = folder / _lora(config)
     name = f" <lora:{lora.stem}:1>" if lora.exists() else ""
     lines = [
         f"AUTOMATIC1111 and Forge: {folder / LORAS}/* to models/Lora, {folder / EMBEDDINGS}/* to embeddings;",
@@ -88,31 +89,31 @@ def how(card: dict, folder: Path) -> str:
 
 
 def tensors(found: LowRank) -> dict[str, Tensor]:
-    """Factors under kohya's names: .lora_down.weight (r, in), .lora_up.weight (out, r), .alpha, which is r; .diff_b."""
+    """Factors under kohya's names: .lora_down.weight (r, in), .lora_up.weight (out, r), .alpha (equal to r), .diff_b."""
     peft = {f"unet.{name}": tensor for name, tensor in one_rank(found).items()}
     named = convert_state_dict_to_kohya({name: tensor for name, tensor in peft.items() if not name.endswith(".bias")})
     named = {key: tensor.float() if key.endswith(".alpha") else tensor for key, tensor in named.items()}
     return named | {_module(layer) + BIAS: change for layer, change in found.biases.items()}
 
 
-def _metadata(card: dict, found: LowRank) -> dict[str, str]:
+def _metadata(config: AdapterConfig, found: LowRank) -> dict[str, str]:
     rank = str(max(len(down) for _, down in found.layers.values()))
     names = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    return {"format": "pt"} | names | FAMILIES[card["family"]]
+    return {"format": "pt"} | names | FAMILIES[config.family]
 
 
 def _module(layer: str) -> str:
     return f"lora_unet_{layer.replace('.', '_')}"
 
 
-def _words(card: dict) -> dict[str, str]:
+def _words(config: AdapterConfig) -> dict[str, str]:
     """Word by token: `<new1>` is new1, for a file's name, which not every system lets hold < and >."""
-    tokens = [concept["modifier_token"] for concept in card["concepts"].values()]
+    tokens = [concept.modifier_token for concept in config.concepts.values()]
     return {token: re.sub(r"[^\w.-]", "", token) for token in tokens}
 
 
-def _lora(card: dict) -> Path:
-    return Path(LORAS, f"{'-'.join(card['concepts'])}.safetensors")
+def _lora(config: AdapterConfig) -> Path:
+    return Path(LORAS, f"{'-'.join(config.concepts)}.safetensors")
 
 
 def _embedding(word: str) -> Path:

@@ -9,45 +9,46 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from customdiff.adapters.adapter import LORA_WEIGHTS, SDXL_KEYS, token_file
-from customdiff.adapters.formats.changes import LowRank, Source, check_rows, check_weights, low_rank
+from customdiff.adapters.config import AdapterConfig
+from customdiff.adapters.formats.changes import ExportSource, LowRank, check_embeddings, check_weights, low_rank
 from customdiff.errors import UserError
-from customdiff.models.base import text_encoders
+from customdiff.models.text import text_encoders
 
 
-def check(card: dict, rank: int | None) -> None:
+def check(config: AdapterConfig, rank: int | None) -> None:
     """Every adapter can be a LoRA."""
 
 
-def write(source: Source, folder: Path, rank: int | None) -> float:
+def write(source: ExportSource, folder: Path, rank: int | None) -> float:
     """Write pytorch_lora_weights.safetensors, if anything of the UNet was learned, and <token>.safetensors."""
     found = low_rank(source, rank)
     if found.layers:
         source.pipe.save_lora_weights(folder, unet_lora_layers=one_rank(found))
-    for token, rows in source.adapter.rows.items():
+    for token, rows in source.adapter.embeddings.items():
         named = {token: rows["text_encoder"]} if len(rows) == 1 else {SDXL_KEYS[key]: row for key, row in rows.items()}
         save_file(named, folder / f"{token_file(token)}.safetensors")
     return found.error
 
 
-def verify(source: Source, folder: Path, error: float) -> None:
+def verify(source: ExportSource, folder: Path, error: float) -> None:
     """Load all files as diffusers' documentation does, fold them in, and compare."""
     if (folder / f"{LORA_WEIGHTS}.safetensors").exists():
         load_lora(source.pipe, folder)
     check_weights(source.pipe.unet, source, error)
-    for token in source.adapter.rows:
+    for token in source.adapter.embeddings:
         load_embedding(source.pipe, folder / f"{token_file(token)}.safetensors", token)
-    check_rows(source.pipe, source.adapter.rows)
+    check_embeddings(source.pipe, source.adapter.embeddings)
 
 
-def how(card: dict, folder: Path) -> str:
+def instructions(config: AdapterConfig, folder: Path) -> str:
     """The calls that open it."""
     lines = ["in diffusers, on a pipeline of the base model:"]
     if (folder / f"{LORA_WEIGHTS}.safetensors").exists():
         lines.append(f'pipe.load_lora_weights("{folder}")')
-    for concept in card["concepts"].values():
-        token = concept["modifier_token"]
+    for concept in config.concepts.values():
+        token = concept.modifier_token
         path = folder / f"{token_file(token)}.safetensors"
-        if card["family"] != "Stable Diffusion XL":
+        if config.family != "Stable Diffusion XL":
             lines.append(f'pipe.load_textual_inversion("{path}")')
         else:
             lines.append(f'rows = safetensors.torch.load_file("{path}")')
@@ -56,7 +57,7 @@ def how(card: dict, folder: Path) -> str:
                 f"text_encoder=pipe.{name}, tokenizer=pipe.{name.replace('text_encoder', 'tokenizer')})"
                 for name, key in SDXL_KEYS.items()
             ]
-    if card["method"] == "custom_diffusion" and card["freeze_model"] == "crossattn":
+    if config.method == "custom_diffusion" and config.freeze_model == "crossattn":
         lines.append("# its changes of biases cannot be fused by fuse_lora; --format pipeline is fused")
     return "\n  ".join(lines)
 

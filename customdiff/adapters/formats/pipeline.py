@@ -5,29 +5,30 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from customdiff.adapters.formats.changes import Source, check_rows
+from customdiff.adapters.config import AdapterConfig
+from customdiff.adapters.formats.changes import ExportSource, check_embeddings
 from customdiff.errors import UserError
-from customdiff.models.base import text_encoders
-from customdiff.models.modifier_tokens import Rows, check_new
+from customdiff.models.modifier_tokens import TokenEmbedding, check_new
+from customdiff.models.text import text_encoders
 
 
-def check(card: dict, rank: int | None) -> None:
+def check(config: AdapterConfig, rank: int | None) -> None:
     """Refuse a rank: weights are whole here."""
     if rank is not None:
         raise UserError("--rank: a pipeline holds whole weights; --format lora and kohya have a rank")
 
 
-def write(source: Source, folder: Path, rank: int | None) -> float:
+def write(source: ExportSource, folder: Path, rank: int | None) -> float:
     """Fold what was learned into the source's pipeline, and save all of it as safetensors."""
     source.pipe.unet.load_state_dict(source.after, strict=False)
-    add_rows(source.pipe, source.adapter.rows)
+    add_embeddings(source.pipe, source.adapter.embeddings)
     for part in filter(None, (source.pipe.unet, source.pipe.components.get("vae"))):
         part.to(memory_format=torch.contiguous_format)  # safetensors holds no other
     source.pipe.save_pretrained(folder)
     return 0.0
 
 
-def verify(source: Source, folder: Path, error: float) -> None:
+def verify(source: ExportSource, folder: Path, error: float) -> None:
     """Load the folder by diffusers' plain call, and compare every weight of every part with what was saved."""
     loaded = DiffusionPipeline.from_pretrained(folder)
     for name, part in source.pipe.components.items():
@@ -36,15 +37,15 @@ def verify(source: Source, folder: Path, error: float) -> None:
             for key, weight in part.state_dict().items():
                 if key not in found or not torch.equal(found[key], weight):
                     raise UserError(f"the written files do not give back what was learned: {name} {key} differs")
-    check_rows(loaded, source.adapter.rows)
+    check_embeddings(loaded, source.adapter.embeddings)
 
 
-def how(card: dict, folder: Path) -> str:
+def instructions(config: AdapterConfig, folder: Path) -> str:
     """The call that opens it."""
     return f'diffusers opens it alone:\n  pipe = DiffusionPipeline.from_pretrained("{folder}")'
 
 
-def add_rows(pipe: DiffusionPipeline, rows: dict[str, Rows]) -> None:
+def add_embeddings(pipe: DiffusionPipeline, rows: dict[str, TokenEmbedding]) -> None:
     """Make words a part of every tokenizer and of every text encoder's own table; the pipeline is changed in place.
 
     Args:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from customdiff.adapters.adapter import WEIGHTS, token_file
 from customdiff.adapters.formats.changes import unet_name
-from customdiff.adapters.formats.foreign import Found, Request, by_name, read_pickle, read_safetensors
+from customdiff.adapters.formats.foreign import ImportedWeights, ImportRequest, by_name, read_pickle, read_safetensors
 from customdiff.errors import UserError
 
 
-def read(path: Path, request: Request) -> Found:
+def read(path: Path, request: ImportRequest) -> ImportedWeights:
     """Read the folder; of two files with the same tensors the safetensors.
 
     Raises:
@@ -31,7 +31,7 @@ def read(path: Path, request: Request) -> Found:
     # Self-attention trains nothing: its entries are empty dicts in the script's .bin, and empty tensors in ours.
     full = {name: weight for name, weight in found.items() if isinstance(weight, Tensor) and weight.numel()}
     weights = {unet_name(name): weight for name, weight in full.items()}
-    return Found(weights, rows, file)
+    return ImportedWeights(weights, rows, file)
 
 
 def _either(folder: Path, name: str) -> Path:
@@ -41,5 +41,5 @@ def _either(folder: Path, name: str) -> Path:
     raise UserError(f"{folder}: has neither {name}.safetensors nor {name}.bin")
 
 
-def _read(path: Path, request: Request) -> dict:
+def _read(path: Path, request: ImportRequest) -> dict:
     return read_safetensors(path) if path.suffix == ".safetensors" else by_name(read_pickle(path, request), path)

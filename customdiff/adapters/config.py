@@ -1,0 +1,123 @@
+"""The typed contents of adapter.json: base model, concepts, what was trained, and how."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from customdiff.config import Base
+from customdiff.errors import UserError
+
+CONFIG_FILE = "adapter.json"
+
+
+_BASE_KEYS = {"model", "revision", "variant"}
+
+
+class _Part(BaseModel):
+    # Keys that a later version added are kept when the file is written again.
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class BaseModelReference(_Part):
+    """Where the base model is: a folder or a Hub repository, with its revision and variant."""
+
+    model: str
+    revision: str | None = None
+    variant: str | None = None
+
+
+class LearnedConcept(_Part):
+    """One concept of an adapter.
+
+    Attributes:
+        modifier_token: the token that means the concept, such as `<new1>`.
+        class_prompt: the class it belongs to; empty where an imported file did not say.
+        instance_prompt: caption template with {} for the token.
+        initializer: words whose mean embedding the token started from; None for imported adapters.
+    """
+
+    modifier_token: str = Field(min_length=1)
+    class_prompt: str = ""
+    instance_prompt: str = "{}"
+    initializer: str | None = None
+
+    @property
+    def subject(self) -> str:
+        """Token and class as prompts name the concept: `<new1> cat`."""
+        return f"{self.modifier_token} {self.class_prompt}".strip()
+
+
+class Compression(_Part):
+    """Low-rank storage of the weights: rank of each stored weight, and the dtype of the factors."""
+
+    ranks: list[int]
+    dtype: str = "float32"
+
+
+class AdapterConfig(_Part):
+    """The contents of adapter.json.
+
+    Attributes:
+        base: the base model that the adapter was trained on.
+        concepts: by name.
+        method, freeze_model, lora_rank: what was trained, as in section `train` of params.yaml. Adapters written
+            before there were several methods have no `method`: they are of Custom Diffusion.
+        family: `Stable Diffusion 1.x`, `2.x` or `XL`; None in adapters written before the key existed.
+        processors: names of all attention processors of the UNet, in its order.
+        fingerprint: samples of the base model's own weights; see `adapter.fingerprint`.
+        compressed: set where the weights are stored as low-rank factors.
+        imported: format, file and SHA-256 of the file that an imported adapter came from.
+        merged_from: tokens, steps and seed of each adapter that a merged one was made of.
+    """
+
+    base: BaseModelReference
+    concepts: dict[str, LearnedConcept] = Field(min_length=1)
+    method: Literal["custom_diffusion", "textual_inversion", "lora"] = "custom_diffusion"
+    freeze_model: Literal["crossattn_kv", "crossattn"] = "crossattn_kv"
+    lora_rank: int | None = None
+    resolution: int | None = None
+    steps: int | None = None
+    seed: int | None = None
+    versions: dict[str, str] = {}
+    family: str | None = None
+    processors: list[str] = []
+    fingerprint: list[float] = []
+    compressed: Compression | None = None
+    imported: dict[str, str] | None = None
+    merged_from: list[dict] | None = None
+
+    @property
+    def tokens(self) -> list[str]:
+        """Modifier tokens, in the order of the concepts."""
+        return [concept.modifier_token for concept in self.concepts.values()]
+
+    def base_model(self, override: str | None = None) -> Base:
+        """The base model to load: the one that the adapter names, or the folder or Hub repository `override`."""
+        return Base(model=override) if override else Base.model_validate(self.base.model_dump(include=_BASE_KEYS))
+
+    def with_changes(self, **changes: object) -> "AdapterConfig":
+        """A validated copy with some fields replaced."""
+        return AdapterConfig.model_validate(self.model_dump(exclude_unset=True) | changes)
+
+    def to_json(self) -> str:
+        """The text of adapter.json; only fields that were set are written."""
+        return self.model_dump_json(indent=2, exclude_unset=True) + "\n"
+
+
+def read_config(folder: Path | str) -> AdapterConfig:
+    """Read adapter.json of an adapter's folder.
+
+    Raises:
+        UserError: there is no such file, or it is damaged; names the key.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        return AdapterConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: no adapter found; `dvc repro` trains one into models/adapter") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        reason = f"{key}: {problem['msg']}" if key else problem["msg"]
+        raise UserError(f"{path}: damaged ({reason}); train it again with `dvc repro`") from error

@@ -1,0 +1,45 @@
+"""The identity of a training run: everything that determines its weights."""
+
+import platform
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+import transformers
+
+from customdiff.config import Params
+from customdiff.files import sha256, source_hash
+from customdiff.models import base
+
+# The code that determines the weights; `stages/` and the rest of the library only call it.
+CODE = ("models", "training", "preparation/prepared_set.py", "adapters/adapter.py")
+
+
+def run_identity(params: Params, prepared: Path, num_processes: int) -> dict:
+    """Everything that determines the weights of a run: two runs with equal identities end with the same weights.
+
+    Code counts as well, so a run that was interrupted does not continue after an edit of `CODE`.
+
+    Args:
+        prepared: folder of the prepared sets, one per concept (data/prepared).
+    """
+    files = [path for name in params.concepts for path in sorted((prepared / name).iterdir())]
+    return {
+        "base": params.base.model_dump(exclude={"device"}) | {"weights": base.weight_hashes(params.base)},
+        "device": base.device(params.base.device).type,
+        "concepts": {name: concept.model_dump(exclude={"source"}) for name, concept in params.concepts.items()},
+        "train": params.train.model_dump(
+            exclude={"validation", "launch", "checkpointing_steps", "checkpoints_total_limit"}
+        ),
+        "processes": num_processes,
+        "prepared": {str(path.relative_to(prepared)): sha256(path) for path in files},
+        "versions": library_versions(),
+        "code": source_hash(*CODE),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that training computes with."""
+    libraries = (torch, diffusers, transformers, accelerate)
+    return {"python": platform.python_version()} | {library.__name__: library.__version__ for library in libraries}
