@@ -107,7 +107,9 @@ class Meter:
         }
 
     def _counting(self):
-        self._counter = flop_counter()
+        from torch.utils.flop_counter import FlopCounterMode
+
+        self._counter = FlopCounterMode(display=False)
         return self._counter
 
     def _read(self) -> Counter:
@@ -116,25 +118,13 @@ class Meter:
         return Counter({str(name): count for name, count in counted.items()} | {SECONDS: time.perf_counter()})
 
 
-def flop_counter():
-    """PyTorch's counter, which knows nothing of convolutions with packed weights (`frozen.FrozenConv2d`) by itself."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
-
-    def packed(x: list[int], weight: list[int], *_, out_shape: list[int], **__) -> int:
-        return conv_flop_count(x, weight, out_shape)
-
-    known = {torch.ops.mkldnn._convolution_pointwise: packed} if torch.backends.mkldnn.is_available() else {}
-    return FlopCounterMode(display=False, custom_mapping=known)
-
-
 def _less(one: Counter, other: Counter) -> Counter:
     """`one` minus `other`, zeros and negative values kept."""
     return Counter({name: one[name] - other[name] for name in one.keys() | other.keys()})
 
 
 def wrap_training(meter: Meter) -> None:
-    """Put the meter around the parts of `training.Learner.step`, by their public names."""
+    """Put the meter around the parts of `trainer.Trainer.step`, by their public names."""
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
     from diffusers import UNet2DConditionModel

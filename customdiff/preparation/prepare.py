@@ -16,6 +16,7 @@ from customdiff.config import Concept, Params, Prepare
 from customdiff.errors import UserError
 from customdiff.preparation import augmentation, prepared_set
 from customdiff.preparation.prepared_set import PreparedSet
+from customdiff.sources.instance_images import instance_paths
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,7 @@ def instance_examples(folder: Path, concept: Concept, prepare: Prepare, device: 
     Raises:
         UserError: there are none, or `captions: sidecar` lacks a file.
     """
-    paths = sorted(folder.glob("*.png"))
-    if not paths:
-        raise UserError(f"{folder}: holds no instance images; run `dvc repro download-data`")
+    paths = instance_paths(folder)
     if prepare.captions == "sidecar":
         return [Example(path, _sidecar(path, concept)) for path in paths]
     if prepare.captions == "blip":

@@ -19,7 +19,8 @@ from customdiff.adapters import adapter
 from customdiff.adapters.config import AdapterConfig, LearnedConcept
 from customdiff.config import Evaluate
 from customdiff.errors import UserError
-from customdiff.evaluation.scores import AND, Prompt
+from customdiff.evaluation.prompts import JOIN as AND
+from customdiff.evaluation.prompts import Prompt
 from customdiff.images import open_rgb
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"

@@ -273,3 +273,24 @@ def _hub_image(cell: dict[str, Any], caption: Any, name: str, limits: Download, 
         return SourceImage(label, b"", problem="lies outside the data set")
     with opened as file:
         return SourceImage(label, file.read(int(limits.max_megabytes * 1e6)), text)
+
+
+def instance_paths(folder: Path) -> list[Path]:
+    """The files of the instance images that download-data wrote to `folder`, in order.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in images.SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder}: holds no instance images; run `dvc repro download-data@{folder.name}`")
+    return paths
+
+
+def read_instance_images(folder: Path) -> list[Image.Image]:
+    """The instance images that download-data wrote to `folder`, RGB, in order.
+
+    Raises:
+        UserError: there are none.
+    """
+    return [images.open_rgb(path, max_megapixels=float("inf")) for path in instance_paths(folder)]

@@ -316,20 +316,20 @@ def test_gradient_checkpointing_changes_nothing(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_large_image_trains_on_a_lightened_unet(tiny_base, tmp_path, monkeypatch, precision):
+def test_a_large_image_trains_on_a_memory_efficient_unet(tiny_base, tmp_path, monkeypatch, precision):
     """It learns what diffusers' layers learn; here for a small image, by another threshold."""
-    lightened = []
+    converted = []
     monkeypatch.setattr(
         memory_efficient,
         "convert",
-        lambda unet, lighten=memory_efficient.convert, **how: lightened.append(lighten(unet, **how)),
+        lambda unet, convert=memory_efficient.convert, **options: converted.append(convert(unet, **options)),
     )
     params = tiny_params(tiny_base, max_steps=2, mixed_precision=precision)
     plain = adapter.read(train(params, tmp_path / "a").path / "adapter").weights
-    assert not lightened
+    assert not converted
     monkeypatch.setattr(trainer, "MEMORY_EFFICIENT_FROM", params.prepare.resolution)
     found = adapter.read(train(params, tmp_path / "b").path / "adapter").weights
-    assert lightened
+    assert converted
     for name, weight in plain.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
 
@@ -343,7 +343,7 @@ def test_compiling_needs_a_compiler(tiny_base, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiled_blocks_learn_the_same(tiny_base, tmp_path, monkeypatch):
-    """With what is not compiled lightened, too; and a run that was killed ends with the same bits."""
+    """Layers that are not compiled are memory-efficient; and a run that was killed ends with the same bits."""
     monkeypatch.setattr(trainer, "MEMORY_EFFICIENT_FROM", 8)
     plain = train(tiny_params(tiny_base, max_steps=2), tmp_path / "a")
     params = tiny_params(tiny_base, max_steps=2, compile=True, checkpointing_steps=1)
