@@ -129,18 +129,17 @@ def wrap_training(meter: Meter) -> None:
     from accelerate.optimizer import AcceleratedOptimizer
     from diffusers import UNet2DConditionModel
 
-    from customdiff.models import base
     from customdiff.training import trainer
 
     meter.wrap(trainer.Batches, "draw", "draw a batch")
-    meter.wrap(base, "encode_text", "text encoder, forward")
+    meter.wrap(trainer, "encode_text", "text encoder, forward")
     meter.wrap(UNet2DConditionModel, "forward", "UNet, forward")
     meter.wrap(trainer, "losses", "losses")
     meter.wrap(Accelerator, "backward", "backward")
     meter.wrap(Accelerator, "clip_grad_norm_", "clip the gradient")
     meter.wrap(AcceleratedOptimizer, "step", "optimizer")
-    meter.wrap_step(trainer.Learner, "step")
-    meter.wrap(trainer.Log, "add", "log")  # between two steps; it counts to the step before
+    meter.wrap_step(trainer.Trainer, "step")
+    meter.wrap(trainer.StepLog, "add", "log")  # between two steps; it counts to the step before
 
 
 def speeds(device: str, dtype) -> dict[str, float]:

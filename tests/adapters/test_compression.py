@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import customdiff
 from customdiff import cli
 from customdiff.adapters import adapter, compression
-from customdiff.adapters.config import AdapterConfig
+from customdiff.adapters.config import AdapterConfig, Compression
 from customdiff.errors import UserError
 from customdiff.models import attention, base, modifier_tokens
 from customdiff.models.text import text_encoders
@@ -165,11 +165,11 @@ def test_the_command_says_bytes_and_what_is_left_out(tiny_base, tmp_path):
     bound = np.sqrt(sum((s[2:] ** 2).sum() for s in spectra) / sum((s**2).sum() for s in spectra))
     assert f"{100 * bound:.1f} % of the change is left out" in done.output
     assert {weight.dtype for weight in adapter.read(out).weights.values()} == {torch.float16}
-    assert adapter.read_config(out)["compressed"] == {"ranks": [2] * len(spectra), "dtype": "float16"}
+    assert adapter.read_config(out).compressed == Compression(ranks=[2] * len(spectra), dtype="float16")
 
     run(tmp_path / "whole", "--out", tmp_path / "default")
     fewest = [int(np.argmax(s.cumsum() >= 0.6 * s.sum())) + 1 for s in spectra]
-    assert adapter.read_config(tmp_path / "default")["compressed"]["ranks"] == fewest
+    assert adapter.read_config(tmp_path / "default").compressed.ranks == fewest
 
     again = run(out, "--rank", 1, "--out", tmp_path / "smaller")
     assert again.exit_code == 0, again.output
@@ -191,7 +191,7 @@ def test_mistakes_are_one_line_and_write_nothing(tiny_base, tiny_v_base, tmp_pat
         (["lora"], "a LoRA is of low rank already"),
         (["textual_inversion"], "only adapters of method custom_diffusion"),
         (["nowhere"], "no adapter found"),
-        (["whole", "--rank", 2, "--out", tmp_path / "whole"], "--out: .*whole is there already"),
+        (["whole", "--rank", 2, "--out", tmp_path / "whole"], "--out: .*whole exists already"),
     ):
         folder, *others = arguments
         done = run(tmp_path / folder, "--out", tmp_path / "out", *others)

@@ -281,7 +281,7 @@ def test_kohyas_files_hold_the_changes_of_biases(learned, tmp_path):
 def test_tokens_that_make_one_file_name_are_refused():
     concepts = {name: concept_values(token, name) for name, token in (("cat", "<new1>"), ("dog", "new1"))}
     with pytest.raises(UserError, match=r"--format kohya: .*<new1>, new1"):
-        kohya.check({"concepts": concepts}, None)
+        kohya.check(AdapterConfig.model_validate({"base": {"model": "base"}, "concepts": concepts}), None)
 
 
 # -- the paper's delta -------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_a_compressed_adapter_is_a_compressed_delta(compressed, tmp_path, form, 
     if form == "delta":
         assert_same_images(with_delta(model, tmp_path / "out" / file, compress=True), images)
     imported = bring(tmp_path / "out" / file, tmp_path / "back", model, form)
-    assert imported.config.compressed["ranks"][:3] == [1, 2, 3]
+    assert imported.config.compressed.ranks[:3] == [1, 2, 3]
     assert_same_adapter(imported, adapter.read(folder))
 
 
@@ -638,9 +638,9 @@ def test_another_base_is_refused(learned, tiny_v_base, tmp_path):
 def test_what_is_there_is_never_replaced(learned, tmp_path):
     folder, model, _ = learned("tiny_base")
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         formats.export_adapter("delta", folder, tmp_path)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         bring(folder, tmp_path, model, "diffusers")
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
