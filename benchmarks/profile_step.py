@@ -107,7 +107,9 @@ class Meter:
         }
 
     def _counting(self):
-        self._counter = flop_counter()
+        from torch.utils.flop_counter import FlopCounterMode
+
+        self._counter = FlopCounterMode(display=False)
         return self._counter
 
     def _read(self) -> Counter:
@@ -116,41 +118,28 @@ class Meter:
         return Counter({str(name): count for name, count in counted.items()} | {SECONDS: time.perf_counter()})
 
 
-def flop_counter():
-    """PyTorch's counter, which knows nothing of convolutions with packed weights (`frozen.FrozenConv2d`) by itself."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
-
-    def packed(x: list[int], weight: list[int], *_, out_shape: list[int], **__) -> int:
-        return conv_flop_count(x, weight, out_shape)
-
-    known = {torch.ops.mkldnn._convolution_pointwise: packed} if torch.backends.mkldnn.is_available() else {}
-    return FlopCounterMode(display=False, custom_mapping=known)
-
-
 def _less(one: Counter, other: Counter) -> Counter:
     """`one` minus `other`, zeros and negative values kept."""
     return Counter({name: one[name] - other[name] for name in one.keys() | other.keys()})
 
 
 def wrap_training(meter: Meter) -> None:
-    """Put the meter around the parts of `training.Learner.step`, by their public names."""
+    """Put the meter around the parts of `trainer.Trainer.step`, by their public names."""
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
     from diffusers import UNet2DConditionModel
 
-    from customdiff.models import base
     from customdiff.training import trainer
 
     meter.wrap(trainer.Batches, "draw", "draw a batch")
-    meter.wrap(base, "encode_text", "text encoder, forward")
+    meter.wrap(trainer, "encode_text", "text encoder, forward")
     meter.wrap(UNet2DConditionModel, "forward", "UNet, forward")
     meter.wrap(trainer, "losses", "losses")
     meter.wrap(Accelerator, "backward", "backward")
     meter.wrap(Accelerator, "clip_grad_norm_", "clip the gradient")
     meter.wrap(AcceleratedOptimizer, "step", "optimizer")
-    meter.wrap_step(trainer.Learner, "step")
-    meter.wrap(trainer.Log, "add", "log")  # between two steps; it counts to the step before
+    meter.wrap_step(trainer.Trainer, "step")
+    meter.wrap(trainer.StepLog, "add", "log")  # between two steps; it counts to the step before
 
 
 def speeds(device: str, dtype) -> dict[str, float]:

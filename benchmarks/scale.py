@@ -90,10 +90,14 @@ def train(folder: Path, machine: Machine = MACHINE) -> Trained:
     """Train from the beginning."""
     shutil.rmtree(folder / ".checkpoints", ignore_errors=True)
     seconds, _ = stage(folder, "train", machine=machine)
-    noted = json.loads((folder / "results/train/metrics.json").read_text(encoding="utf-8"))
+    noted = json.loads((folder / "results/train/performance.json").read_text(encoding="utf-8"))
     steps = np.genfromtxt(folder / "results/train/steps.csv", delimiter=",", names=True)
-    images = float(np.median(steps["images_per_second"][len(steps) // 4 :]))
-    return Trained(IMAGES_A_STEP / images, noted["peak_memory_mb"], seconds - noted["seconds"], steps["loss"].tolist())
+    return Trained(
+        IMAGES_A_STEP / noted["images_per_second"],
+        noted["peak_memory_mb"],
+        seconds - noted["seconds"],
+        steps["loss"].tolist(),
+    )
 
 
 def change(work: Project, **sections: dict) -> None:
@@ -181,7 +185,7 @@ def prompts(counts: Annotated[list[int], typer.Argument()] = (10, 40, 160), work
         (one.ours / "prompts/default.txt").write_text(lines, encoding="utf-8")
         settings = {"prompts": "prompts", "num_images": 1, "steps": 5, "clip": str(ROOT / "data/judge")}
         change(one, evaluate=settings)
-        shutil.rmtree(one.ours / ".drawn", ignore_errors=True)
+        shutil.rmtree(one.ours / ".base-images", ignore_errors=True)
         first, again = (stage(one.ours, "evaluate") for _ in range(2))
         rows.add(count, *first, again.seconds)
 

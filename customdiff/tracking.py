@@ -1,8 +1,8 @@
-"""MLflow: the one place that knows it, and what it must never do: stop a run, or keep a step waiting.
+"""Non-blocking MLflow logging; failures never stop a run.
 
-`start` opens a run, `resume` goes on with one, `for_evaluation` chooses between the two for `evaluate`. Each
-returns a `Tracker`, whose methods only put work into a queue that one thread empties. A store that cannot be
-reached, or that goes away in the middle, costs one line of warning; from there on the tracker does nothing.
+`start` opens a run, `resume` continues one, `for_evaluation` chooses between the two for `evaluate`. Each returns a
+`Tracker`, whose methods put work into a queue that one thread empties. A store that cannot be reached, or that
+disappears in the middle, costs one warning; from then on the tracker does nothing.
 """
 
 import json
@@ -10,31 +10,28 @@ import logging
 import os
 import queue
 import re
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from customdiff.config import Params
+from customdiff.config import Params, Tracking
 from customdiff.files import atomic_file, project_home
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
 EVALUATED = "text_alignment"  # a run that has this metric has been evaluated
 TRAINING_RUN = "customdiff.training_run"
-DATA_STAGES = ("download-data", "retrieve-class-images", "prepare")
 
-# MLflow's defaults would keep a training waiting for minutes on a server that is gone, print lines and
-# progress bars of its own, and report usage to its makers. What the user has set goes first.
+# MLflow's defaults would block a training for minutes on a server that is gone, print lines and progress bars of its
+# own, and report usage to its makers. Variables that the user has set take precedence.
 SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # s
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -48,58 +45,60 @@ LAST_SECONDS = 120  # how long `finish` waits for a store that still answers, fo
 MAX_VALUE, MAX_TAG, PARAMS_PER_BATCH, METRICS_PER_BATCH = 6000, 8000, 100, 1000  # MLflow's limits
 
 
-def start(params: Params, *, store: Path | str | None = None, tags: Mapping[str, str] | None = None) -> "Tracker":
-    """Open a run in the experiment that params.yaml names.
-
-    It is tagged with the git commit, whether the work tree differs from it, DVC's experiment name, and the
-    hashes that dvc.lock holds of the data that goes in.
+def start(settings: Tracking, *, store: Path | str | None = None, tags: Mapping[str, str] | None = None) -> "Tracker":
+    """Open a run.
 
     Args:
-        params: section `tracking` says whether and where.
-        store: project folder whose mlflow.db is used where MLFLOW_TRACKING_URI is not set; None: DVC's
-            project, else the working folder.
-        tags: further tags.
+        settings: section `tracking` of params.yaml: whether to track, and the name of the experiment.
+        store: folder whose mlflow.db is used if MLFLOW_TRACKING_URI is not set; None: the DVC project's folder, or
+            else the working folder.
+        tags: of the run; see `provenance.run_tags`.
     """
-    return _open(params, store, lambda client, found: _create(client, found, params, tags or {}))
+    return _open(settings, store, lambda client, found: _create(client, found, settings, tags or {}))
 
 
-def resume(params: Params, run_id: str, *, store: Path | str | None = None) -> "Tracker":
-    """Go on with a run; open a new one where the store does not have it."""
+def resume(
+    settings: Tracking, run_id: str, *, store: Path | str | None = None, tags: Mapping[str, str] | None = None
+) -> "Tracker":
+    """Continue a run; open a new one if the store does not have it. See `start`."""
 
     def find(client: Any, found: _Store) -> str:
         if _find(client, run_id) is None:
-            return _create(client, found, params, {})
+            return _create(client, found, settings, tags or {})
         client.update_run(run_id, status="RUNNING")
         return run_id
 
-    return _open(params, store, find)
+    return _open(settings, store, find)
 
 
-def for_evaluation(params: Params, card: Path | str, *, store: Path | str | None = None) -> "Tracker":
-    """Go on with the training's run; open a new one where that has been evaluated before or is not here.
+def for_evaluation(
+    settings: Tracking, run_file: Path | str, *, store: Path | str | None = None, tags: Mapping[str, str] | None = None
+) -> "Tracker":
+    """Continue the training's run; open a new one if it has been evaluated already or is not in the store.
 
     Args:
-        card: the file that `Tracker.write_run_id` wrote at the end of training; it need not exist.
+        run_file: the file that `Tracker.write_run_id` wrote at the end of training; it need not exist.
     """
-    training_run = _read_run_id(Path(card))
+    training_run = _read_run_id(Path(run_file))
 
     def find(client: Any, found: _Store) -> str:
         run = training_run and _find(client, training_run)
-        if run and EVALUATED not in run.data.metrics:
+        if training_run and run and EVALUATED not in run.data.metrics:
             client.update_run(training_run, status="RUNNING")
             return training_run
-        return _create(client, found, params, {TRAINING_RUN: training_run} if training_run else {})
+        trained = {TRAINING_RUN: training_run} if training_run else {}
+        return _create(client, found, settings, dict(tags or {}) | trained)
 
-    return _open(params, store, find)
+    return _open(settings, store, find)
 
 
 class Tracker:
-    """A run that is written to in the background. Without a client it takes everything and does nothing.
+    """A run that is written in the background. Without a client all methods do nothing.
 
-    As a context manager it ends its run as finished, failed, or killed.
+    As a context manager it ends its run as finished, failed or killed.
 
     Attributes:
-        run_id: of the open run; None where nothing is tracked.
+        run_id: of the open run; None if nothing is tracked.
     """
 
     def __init__(self, client: Any = None, run_id: str | None = None) -> None:
@@ -115,9 +114,9 @@ class Tracker:
             self._thread.start()
 
     def params(self, params: Params, sections: Iterable[str] | None = None) -> None:
-        """Log sections of params.yaml, keys joined by dots; None: all but `evaluate`, which evaluate adds.
+        """Log sections of params.yaml under dotted keys; None: all but `evaluate`, which the stage of that name adds.
 
-        What the run already has stays as it is: MLflow's parameters cannot change.
+        Parameters that the run has already stay as they are: MLflow does not change them.
         """
         chosen = set(sections) if sections is not None else set(Params.model_fields) - {"evaluate"}
         flat = flatten({name: value for name, value in params.model_dump().items() if name in chosen})
@@ -133,13 +132,13 @@ class Tracker:
         self._put(log)
 
     def metrics(self, metrics: Mapping[str, float | None], step: int = 0, *, group: str = "train/") -> None:
-        """Log figures of one step; figures of several steps travel together.
+        """Log metrics of one step; metrics of several steps are sent together.
 
         Args:
-            metrics: by name; those that are None are left out.
+            metrics: by name; None values are skipped.
             step: counted from 1.
-            group: goes before each name that has no / in it. MLflow's page shows a group together, and figures
-                without one last.
+            group: prefix of each name that has no /. MLflow's page shows a group together, and metrics without one
+                last.
         """
         if self._thread is None:
             return
@@ -153,13 +152,13 @@ class Tracker:
             self._put(self._flush)
 
     def image(self, image: Image.Image, name: str, step: int = 0) -> None:
-        """Log an image; images of one name make a series over steps."""
+        """Log an image; images of one name form a series over steps."""
         key = "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
         copy = image.copy()
         self._put(lambda client: client.log_image(self.run_id, copy, key=key, step=step))
 
     def artifact(self, path: Path | str, folder: str | None = None) -> None:
-        """Store a file or a whole folder with the run, below `folder`. What is not there is left out."""
+        """Log a file or a folder, below `folder` of the run's artifacts; nothing if it does not exist."""
 
         def log(client: Any) -> None:
             with _timeout(UPLOAD_SECONDS):
@@ -177,17 +176,17 @@ class Tracker:
 
         self._put(log)
 
-    def evaluation(self, params: Params, metrics: Mapping[str, Any], results: Path, adapter: Path) -> None:
-        """Log what `evaluate` found, and everything that it takes to understand and to use what was learned.
+    def evaluation(self, params: Params, metrics: Mapping[str, float], results: Path, adapter: Path) -> None:
+        """Log the results of `evaluate`, and everything needed to understand and use the adapter.
 
         Args:
-            params: all sections; those that the training has logged stay.
-            metrics: as in metrics.json.
+            params: all sections; parameters that the training logged stay as they are.
+            metrics: flat, by name; see `evaluation_metrics`.
             results: results/evaluate.
-            adapter: models/adapter; the pickled twins of its files are left out.
+            adapter: models/adapter; its pickled files are not logged.
         """
         self.params(params, Params.model_fields)
-        self.metrics(evaluation_metrics(metrics), group="")
+        self.metrics(metrics, group="")
         for name in ("report.html", "contact_sheet.jpg", "metrics.json", "per_prompt.csv"):
             self.artifact(results / name, "evaluate")
         for file in sorted(adapter.iterdir()):
@@ -202,7 +201,7 @@ class Tracker:
             incoming.write_text(json.dumps({"run_id": self.run_id}) + "\n", encoding="utf-8")
 
     def finish(self, status: str = "FINISHED") -> None:
-        """Write what is left and end the run: FINISHED, FAILED or KILLED. Further calls do nothing."""
+        """Send what is queued and end the run: FINISHED, FAILED or KILLED. Further calls do nothing."""
         if self._thread is None:
             return
         self._put(lambda client: client.set_terminated(self.run_id, status))
@@ -257,71 +256,45 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def evaluation_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The alignments of metrics.json, flat: intervals as `_low` and `_high`, of several concepts each as `.<name>`."""
+    """The metrics of metrics.json under flat names.
+
+    Returns:
+        For each metric `text_alignment`, `base_text_alignment`, `text_alignment_delta`, `..._delta_low` and
+        `..._delta_high`; with several concepts also those of each, with `.<concept>` at the end.
+    """
     concepts = metrics["concepts"] if len(metrics["concepts"]) > 1 else {}
     flat = {}
-    for suffix, figures in {"": metrics, **{f".{name}": own for name, own in concepts.items()}}.items():
-        for name, value in figures.items():
-            if "alignment" in name and isinstance(value, Sequence):
-                flat |= {f"{name}_low{suffix}": value[0], f"{name}_high{suffix}": value[1]}
-            elif "alignment" in name:
-                flat[name + suffix] = value
+    for suffix, group in {"": metrics, **{f".{name}": own for name, own in concepts.items()}}.items():
+        for name, values in group.items():
+            if isinstance(values, Mapping) and "adapter" in values:
+                flat |= {f"{name}{suffix}": values["adapter"], f"base_{name}{suffix}": values["base"]}
+                flat |= {f"{name}_{end}{suffix}": values[end] for end in ("delta", "delta_low", "delta_high")}
     return flat
-
-
-def project_tags(project: Path) -> dict[str, str]:
-    """Where a run comes from: commit, uncommitted changes, DVC experiment, hashes of the data in dvc.lock."""
-    tags = {}
-    commit = _git(project, "rev-parse", "HEAD")
-    if commit:
-        tags["mlflow.source.git.commit"] = tags["git.commit"] = commit
-        tags["git.dirty"] = str(bool(_git(project, "status", "--porcelain", "--untracked-files=no"))).lower()
-    if os.environ.get("DVC_EXP_NAME"):
-        tags["dvc.experiment"] = os.environ["DVC_EXP_NAME"]
-    return tags | data_hashes(project / "dvc.lock")
-
-
-def data_hashes(lock: Path) -> dict[str, str]:
-    """Tags `data.<path>` with the MD5 that dvc.lock holds of each output of the data stages."""
-    try:
-        stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
-        return {
-            f"data.{out['path'].removeprefix('data/')}": out["md5"]
-            for name, stage in stages.items()
-            if name.partition("@")[0] in DATA_STAGES
-            for out in stage.get("outs", [])
-            if "md5" in out
-        }
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return {}
 
 
 @dataclass(frozen=True)
 class _Store:
-    """Where runs are written, and what they are about.
+    """Where runs are written.
 
     Attributes:
-        uri: MLflow's address of it.
+        uri: its MLflow address.
         artifacts: folder of the local store's artifacts; None: the server decides.
-        project: folder whose git commit and dvc.lock tag the run.
     """
 
     uri: str
     artifacts: Path | None
-    project: Path
 
     @classmethod
     def of(cls, folder: Path | str | None) -> "_Store":
-        project = Path(folder or ".")
         if os.environ.get("MLFLOW_TRACKING_URI"):
-            return cls(os.environ["MLFLOW_TRACKING_URI"], None, project)
+            return cls(os.environ["MLFLOW_TRACKING_URI"], None)
         home = Path(folder).resolve() if folder else project_home()
-        return cls(f"sqlite:///{home / DATABASE}", home / ARTIFACTS, project)
+        return cls(f"sqlite:///{home / DATABASE}", home / ARTIFACTS)
 
 
-def _open(params: Params, folder: Path | str | None, find: Callable[[Any, _Store], str]) -> Tracker:
-    """A tracker on the run whose id `find` answers, given a client and the store."""
-    if not params.tracking.enabled:
+def _open(settings: Tracking, folder: Path | str | None, find: Callable[[Any, _Store], str]) -> Tracker:
+    """A tracker of the run whose id `find` returns, given a client and the store."""
+    if not settings.enabled:
         return Tracker()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -338,20 +311,19 @@ def _open(params: Params, folder: Path | str | None, find: Callable[[Any, _Store
         return Tracker()
 
 
-def _create(client: Any, store: _Store, params: Params, tags: Mapping[str, str]) -> str:
-    name = params.tracking.experiment
+def _create(client: Any, store: _Store, settings: Tracking, tags: Mapping[str, str]) -> str:
+    name = settings.experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
         experiment_id = experiment.experiment_id
     else:
         location = store.artifacts.as_uri() if store.artifacts else None
         experiment_id = client.create_experiment(name, artifact_location=location)
-    run_tags = project_tags(store.project) | dict(tags)
-    return client.create_run(experiment_id, run_name=os.environ.get("DVC_EXP_NAME"), tags=run_tags).info.run_id
+    return client.create_run(experiment_id, run_name=os.environ.get("DVC_EXP_NAME"), tags=dict(tags)).info.run_id
 
 
 def _find(client: Any, run_id: str) -> Any:
-    """The run, or None where the store does not have it (or has it in its bin)."""
+    """The run; None if the store does not have it or it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -370,17 +342,9 @@ def _read_run_id(path: Path) -> str | None:
         return None
 
 
-def _git(project: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(project), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 @contextmanager
 def _timeout(seconds: int) -> Iterator[None]:
-    """Let MLflow wait so long for an answer. It reads the environment at each request."""
+    """Raise MLflow's request timeout; it reads the environment at each request."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ[name]
     os.environ[name] = str(max(seconds, int(before)))
@@ -391,7 +355,7 @@ def _timeout(seconds: int) -> Iterator[None]:
 
 
 def _warn(store: str, problem: BaseException | str, consequence: str) -> None:
-    """One line: which store, what went wrong at the root of it, and what that means. No password of an address."""
+    """Print one line: the store without credentials, the root cause, and the consequence."""
     while isinstance(problem, BaseException) and (problem.__cause__ or problem.__context__):
         problem = problem.__cause__ or problem.__context__
     reason = " ".join(str(problem).split())[:160] or type(problem).__name__

@@ -1,8 +1,7 @@
-"""evaluate: text and image alignment of the adapter beside those of the base model, as figures, images and a report."""
+"""evaluate: text and image alignment of the adapter and of the base model, with images and a report."""
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 
 from customdiff import config
@@ -13,46 +12,44 @@ ADAPTER, TRAINING, RESULTS = Path("models/adapter"), Path("results/train"), Path
 
 
 def main() -> None:
-    params = config.load()
-    settings = params.evaluate
+    """Grade the adapter of the last training."""
+    params = config.load()  # before imports that take seconds, so that a mistake in params.yaml is reported at once
 
-    # seconds that a mistake in params.yaml need not wait for
-    from customdiff import tracking
-    from customdiff.adapters import adapter
+    from customdiff import provenance, tracking
+    from customdiff.adapters.config import read_config
     from customdiff.evaluation import report, scores
-    from customdiff.evaluation.base_image_cache import drawn_folder
-    from customdiff.models import base, sampling
+    from customdiff.evaluation.base_image_cache import cache_folder
+    from customdiff.evaluation.generation import Generation, generate_pairs, write_images
+    from customdiff.evaluation.prompts import read_all_prompts
+    from customdiff.models import base
     from customdiff.models.clip import Clip
+    from customdiff.sources.instance_images import read_instance_images
 
-    adapter_config = adapter.read_config(ADAPTER)
-    scores.check_concepts(adapter_config, params)
-    prompts = scores.all_prompts(params)
-    instances = {name: scores.read_instances(Path("data/instances", name)) for name in params.concepts}
-    device = base.device(params.base.device)
-    pipe = base.load_pipeline(params.base, dtype=base.DTYPES[settings.precision], device=device)
-    sampling.set_scheduler(pipe, settings.scheduler)
-    judge = Clip.load(settings.clip, device)
+    settings, concepts = params.evaluate, params.concepts
+    adapter_config = read_config(ADAPTER)
+    scores.check_concepts(adapter_config, concepts)
+    prompts = read_all_prompts(settings.prompts, concepts)
+    instances = {name: read_instance_images(Path("data/instances", name)) for name in concepts}
+    judge = Clip.load(settings.clip, base.device(params.base.device))
 
     started = time.perf_counter()
-    pairs = scores.draw(pipe, partial(adapter.load, folder=ADAPTER), params, prompts, drawn_folder())
-    rows = scores.score(pairs, instances, judge)
-    metrics = scores.summarize(rows, resamples=settings.bootstrap, seed=params.base.seed)
-    metrics |= {
-        "seconds": round(time.perf_counter() - started, 1),
-        "num_prompts": len(rows),
-        "num_images": len(pairs),
-    }
-    sheet = report.contact_sheet(pairs, instances, params)
-    page = report.html(metrics, rows, sheet, params, adapter_config, TRAINING / "steps.csv")
+    generation = Generation(params.base, settings, concepts, cache_folder())
+    ((_, pairs),) = generate_pairs(generation, {"customized": ADAPTER}, prompts)
+    scored = scores.score_prompts(pairs, instances, judge)
+    summary = scores.summarize(scored, len(pairs), resamples=settings.bootstrap, seed=params.base.seed)
+    seconds = time.perf_counter() - started
+    sheet = report.contact_sheet(pairs, instances, concepts)
+    page = report.html(summary, scored, sheet, params, adapter_config, TRAINING / "steps.csv")
     with atomic_directory(RESULTS) as out:
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        (out / "metrics.json").write_text(summary.to_json(), encoding="utf-8")
         (out / "report.html").write_text(page, encoding="utf-8")
-        scores.write_table(rows, out / "per_prompt.csv")
-        scores.write_images(pairs, out / "images")
+        scores.write_table(scored, out / "per_prompt.csv")
+        write_images(pairs, out / "images")
         sheet.save(out / "contact_sheet.jpg", quality=90)
-    print("\n".join([*report.verdicts(metrics), f"{RESULTS / 'report.html'} shows them"]))
+    print("\n".join([*report.verdicts(summary), f"report: {RESULTS / 'report.html'}"]))
 
-    with tracking.for_evaluation(params, TRAINING / "run.json") as tracker:
+    metrics = tracking.evaluation_metrics(json.loads(summary.to_json())) | {"evaluate/seconds": seconds}
+    with tracking.for_evaluation(params.tracking, TRAINING / "run.json", tags=provenance.run_tags()) as tracker:
         tracker.evaluation(params, metrics, RESULTS, ADAPTER)
 
 

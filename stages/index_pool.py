@@ -1,4 +1,4 @@
-"""index-pool: embed and index the pool of class images with clip-retrieval, once a pool, in data/index/."""
+"""index-pool: embed the pool of class images with clip-retrieval, in data/index."""
 
 from customdiff import config
 from customdiff.errors import one_line_errors
@@ -6,17 +6,27 @@ from customdiff.retrieval import clip_index
 
 FOLDER = "data/index"
 
-with one_line_errors():
-    settings = config.load()
-    retrieve = settings.retrieve
+
+def main() -> None:
+    """Index the pool, if class images come from it."""
+    params = config.load()
+    retrieve = params.retrieve
+    if not params.train.preserves_prior:
+        clip_index.no_index(FOLDER, "no class images are used (train.with_prior_preservation, train.method)")
+        print("no class images are used: no index is needed")
+        return
     if retrieve.backend != "index":
-        clip_index.no_index(FOLDER, retrieve.backend)
+        clip_index.no_index(FOLDER, f"retrieve.backend is {retrieve.backend}")
         print(f"retrieve.backend is {retrieve.backend}: no index is needed")
-    else:
-        result = clip_index.build_index(
-            retrieve.index.pool, retrieve.index.clip, FOLDER, max_megapixels=settings.download.max_megapixels
-        )
-        print(f"{result.count} images of {retrieve.index.pool} indexed in {FOLDER}, {len(result.set_aside)} set aside")
-        for refused in result.set_aside:
-            print(f"  set aside: {refused.name}: {refused.reason}")
-        print("  seconds: " + ", ".join(f"{step} {seconds}" for step, seconds in result.seconds.items()))
+        return
+    limit = params.download.max_megapixels
+    result = clip_index.build_index(retrieve.index.pool, retrieve.index.clip, FOLDER, max_megapixels=limit)
+    print(f"{result.count} images of {retrieve.index.pool} indexed in {FOLDER}, {len(result.set_aside)} set aside")
+    for refused in result.set_aside:
+        print(f"  set aside: {refused.name}: {refused.reason}")
+    print("  seconds: " + ", ".join(f"{step} {seconds}" for step, seconds in result.seconds.items()))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

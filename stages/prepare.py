@@ -1,4 +1,4 @@
-"""prepare@<concept>: captions, views and VAE moments of a concept's instance and class images."""
+"""prepare@<concept>: captions, augmented views and VAE moments, in data/prepared/<concept>."""
 
 import sys
 from pathlib import Path
@@ -9,27 +9,28 @@ from customdiff.files import atomic_directory
 
 
 def main(name: str) -> None:
-    params = config.load()
+    """Prepare one concept's instance images, and its class images if they are used."""
+    params = config.load()  # before imports that take seconds, so that a mistake in params.yaml is reported at once
     concept = config.concept(params, name)
 
-    import torch  # seconds that a mistake in params.yaml need not wait for
+    import torch
     from diffusers import AutoencoderKL
 
     from customdiff.models import base
     from customdiff.preparation import prepare, prepared_set
 
+    settings, seed = params.prepare, params.base.seed
     device = base.device(params.base.device)
     vae = base.load_part(params.base, "vae", AutoencoderKL, device=device).to(memory_format=torch.channels_last)
-    instances = prepare.instance_examples(Path("data/instances", name), concept, params.prepare, device)
-    classes = prepare.class_examples(Path("data/classes", name), concept, params.prepare)
+    instances = prepare.instance_examples(Path("data/instances", name), concept, settings, device)
     with atomic_directory(Path("data/prepared", name)) as out:
-        for kind, examples, prepare_images in (
-            ("instance", instances, prepare.prepare_instances),
-            ("class", classes, prepare.prepare_classes),
-        ):
-            prepared = prepare_images(examples, params, vae, prepare.seed_of(params, name, kind))
+        sets = {"instance": prepare.prepare_instances(instances, settings, vae, prepare.seed_of(seed, name, "instance"))}
+        if params.train.preserves_prior:
+            classes = prepare.class_examples(Path("data/classes", name), concept, settings)
+            sets["class"] = prepare.prepare_classes(classes, settings, vae, prepare.seed_of(seed, name, "class"))
+        for kind, prepared in sets.items():
             prepared_set.save(prepared, out / kind)
-            print(f"{name}: {len(examples)} {kind} images, {len(prepared)} views, such as {prepared.captions[0]!r}")
+            print(f"{name}: {len(prepared)} views of {kind} images, such as {prepared.captions[0]!r}")
 
 
 if __name__ == "__main__":

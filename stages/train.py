@@ -1,7 +1,6 @@
-"""train: learn all concepts jointly; in this process, or in several by `accelerate launch`."""
+"""train: learn all concepts jointly; in this process, or in several started by `accelerate launch`."""
 
 import os
-import sys
 from pathlib import Path
 
 from customdiff import config
@@ -10,17 +9,21 @@ from customdiff.training.launch import command
 
 
 def main() -> None:
+    """Train, or continue an interrupted training."""
     params = config.load()
     if params.train.launch.num_processes > 1 and "LOCAL_RANK" not in os.environ:
-        arguments = command(params, __file__)
+        arguments = command(params.train, __file__)
         os.execv(arguments[0], arguments)
 
-    from customdiff import tracking
+    from customdiff import provenance, tracking
     from customdiff.training import trainer
     from customdiff.training.checkpoints import RUNS
 
     def tracker_for(run_id: str | None) -> tracking.Tracker:
-        return tracking.resume(params, run_id) if run_id else tracking.start(params)
+        tags = provenance.run_tags()
+        if run_id:
+            return tracking.resume(params.tracking, run_id, tags=tags)
+        return tracking.start(params.tracking, tags=tags)
 
     run = trainer.run(params, Path("data/prepared"), RUNS, tracker_for)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -29,4 +32,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(*sys.argv[1:])
+        main()

@@ -223,8 +223,8 @@ def write_prepared(folder: Path, params: Params) -> Path:
             ("class", images[4:], [f"a {concept.class_prompt} on red", "the grass"] * 3, prepare.prepare_classes),
         ):
             examples = [prepare.Example(*pair) for pair in zip(paths, captions, strict=True)]
-            seed = prepare.seed_of(params, name, kind)
-            prepared_set.save(prepare_images(examples, params, vae, seed), folder / name / kind)
+            seed = prepare.seed_of(params.base.seed, name, kind)
+            prepared_set.save(prepare_images(examples, params.prepare, vae, seed), folder / name / kind)
     return folder
 
 

@@ -225,12 +225,14 @@ def test_a_stage_that_fails_says_why(tmp_path):
 
 
 def test_a_trainings_own_notes_by_hand(tmp_path, monkeypatch):
-    """Two images a second in batches of four are two seconds a step; the first quarter, the start, is left out."""
+    """Two images per second in batches of four are two seconds per step."""
     monkeypatch.setattr(scale, "stage", lambda *_, **__: scale.Cost(30.0, 0.0))
     (tmp_path / "results/train").mkdir(parents=True)
-    (tmp_path / "results/train/metrics.json").write_text('{"peak_memory_mb": 900, "seconds": 18, "steps": 8}')
-    rows = [f"{number},1.5,{speed}" for number, speed in enumerate([0.1, 0.1, 2, 2, 2, 2, 2, 2], 1)]
-    (tmp_path / "results/train/steps.csv").write_text("\n".join(["step,loss,images_per_second", *rows]))
+    (tmp_path / "results/train/performance.json").write_text(
+        '{"peak_memory_mb": 900, "seconds": 18, "images_per_second": 2}'
+    )
+    rows = [f"{number},1.5" for number in range(1, 9)]
+    (tmp_path / "results/train/steps.csv").write_text("\n".join(["step,loss", *rows]))
     assert scale.train(tmp_path) == scale.Trained(2.0, 900, 12.0, [1.5] * 8)
 
 

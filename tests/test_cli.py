@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from customdiff import cli
 from customdiff.adapters import adapter
+from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Base
 from customdiff.errors import UserError
 from customdiff.models import attention, modifier_tokens
@@ -59,9 +60,12 @@ def learned(tmp_path_factory, tiny_base):
     for weight in attention.inject_processors(pipe.unet, "crossattn_kv").values():
         weight.data.normal_()
     concept = {"modifier_token": "<new1>", "class_prompt": "cat"}
-    card = {"base": {"model": str(tiny_base), "revision": None, "variant": None}, "concepts": {"cat": concept}}
+    config = {"base": {"model": str(tiny_base), "revision": None, "variant": None}, "concepts": {"cat": concept}}
     adapter.save(
-        adapter.from_pipeline(pipe, card | {"method": "custom_diffusion", "freeze_model": "crossattn_kv"}), folder
+        adapter.from_pipeline(
+            pipe, AdapterConfig.model_validate(config | {"method": "custom_diffusion", "freeze_model": "crossattn_kv"})
+        ),
+        folder,
     )
     return folder
 
@@ -104,7 +108,7 @@ def trainings(learned, tmp_path, monkeypatch):
         changed = adapter.read(folder)
         for weight in changed.weights.values():
             weight *= 1 + number
-        adapter.save(replace(changed, card=changed.config | {"steps": 12}), folder)
+        adapter.save(replace(changed, config=changed.config.with_changes(**{"steps": 12})), folder)
         (folder / "state.pt").write_text("never read here")
         identity = folder.parent / "identity.json"
         identity.touch()

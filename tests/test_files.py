@@ -68,7 +68,7 @@ def test_somebodys_folder_is_never_taken_for_results(tmp_path):
     files.check_free(tmp_path / "new", "table.csv")
     (own / "thesis.txt").touch()
     for marker in (None, "table.csv"):
-        with pytest.raises(UserError, match=r"--out: .*own is there already"):
+        with pytest.raises(UserError, match=r"--out: .*own exists already"):
             files.check_free(own, marker)
     (own / "table.csv").touch()
     files.check_free(own, "table.csv")

@@ -57,7 +57,7 @@ def test_what_is_logged_is_read_back(store, read, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter.json").write_text("{}")
-    with tracking.start(params(), store=store, tags={"kind": "test"}) as tracker:
+    with tracking.start(params().tracking, store=store, tags={"kind": "test"}) as tracker:
         tracker.params(params())
         for step in range(1, 2501):  # more than MLflow takes in one batch
             tracker.metrics({"loss": 1 / step, "train/images_per_second": 2.0, "unknown": None}, step)
@@ -83,11 +83,11 @@ def test_what_is_logged_is_read_back(store, read, tmp_path):
 
 
 def test_evaluation_adds_to_the_training_run_once_and_then_opens_its_own(store, read, tmp_path):
-    card = tmp_path / "run.json"
-    with tracking.start(params(), store=store) as training:
+    run_file = tmp_path / "run.json"
+    with tracking.start(params().tracking, store=store) as training:
         training.params(params())
-        training.write_run_id(card)
-    with tracking.for_evaluation(params(evaluate={"steps": 7}), card, store=store) as first:
+        training.write_run_id(run_file)
+    with tracking.for_evaluation(params(evaluate={"steps": 7}).tracking, run_file, store=store) as first:
         first.params(params(evaluate={"steps": 7}), ["evaluate"])
         first.metrics({tracking.EVALUATED: 0.7}, group="")
     assert first.run_id == training.run_id
@@ -95,7 +95,7 @@ def test_evaluation_adds_to_the_training_run_once_and_then_opens_its_own(store, 
     assert run.data.params["evaluate.steps"] == "7"
     assert run.data.metrics[tracking.EVALUATED] == 0.7
     assert run.info.status == "FINISHED"
-    with tracking.for_evaluation(params(), card, store=store) as second:
+    with tracking.for_evaluation(params().tracking, run_file, store=store) as second:
         pass
     assert second.run_id != first.run_id
     assert read.get_run(second.run_id).data.tags[tracking.TRAINING_RUN] == training.run_id
@@ -109,17 +109,12 @@ def test_an_evaluation_is_logged_with_all_that_belongs_to_it(store, read, monkey
     Path("adapter").mkdir()
     for name in ("adapter.json", "weights.safetensors", "weights.bin"):
         Path("adapter", name).write_text("x")
-    figures = {"text_alignment": 0.5, "text_alignment_delta_ci95": [-0.1, 0.2]}
-    metrics = {**figures, "num_images": 8, "concepts": {"cat": figures}}
-    with tracking.start(params(), store=store) as tracker:
+    metrics = {"text_alignment": 0.5, "text_alignment_delta_low": -0.1}
+    with tracking.start(params().tracking, store=store) as tracker:
         tracker.evaluation(params(), metrics, Path("results"), Path("adapter"))
     run = read.get_run(tracker.run_id)
     assert run.data.params["evaluate.scheduler"] == "ddim"
-    assert run.data.metrics == {
-        "text_alignment": 0.5,
-        "text_alignment_delta_ci95_low": -0.1,
-        "text_alignment_delta_ci95_high": 0.2,
-    }
+    assert run.data.metrics == metrics
     assert tracking.EVALUATED in run.data.metrics
     folders = (None, "adapter", "evaluate")
     found = {item.path for folder in folders for item in read.list_artifacts(run.info.run_id, folder)}
@@ -134,43 +129,51 @@ def test_an_evaluation_is_logged_with_all_that_belongs_to_it(store, read, monkey
     "text", [None, "not json", '{"run_id": null}', '{"run_id": "0123456789abcdef0123456789abcdef"}']
 )
 def test_evaluation_without_its_training_run_opens_one(store, tmp_path, text):
-    card = tmp_path / "run.json"
+    run_file = tmp_path / "run.json"
     if text:
-        card.write_text(text)
-    with tracking.for_evaluation(params(), card, store=store) as tracker:
+        run_file.write_text(text)
+    with tracking.for_evaluation(params().tracking, run_file, store=store) as tracker:
         assert tracker.run_id
 
 
 def test_a_resumed_run_goes_on_and_keeps_the_parameters_it_began_with(store, read):
-    with tracking.start(params(), store=store) as first:
+    with tracking.start(params().tracking, store=store) as first:
         first.params(params())
         first.metrics({"loss": 2.0}, 1)
-    with tracking.resume(params(tracking={"log_every": 3}), first.run_id, store=store) as second:
+    with tracking.resume(params(tracking={"log_every": 3}).tracking, first.run_id, store=store) as second:
         second.params(params(tracking={"log_every": 3}))
         second.metrics({"loss": 1.0}, 2)
     assert second.run_id == first.run_id
     run = read.get_run(first.run_id)
     assert run.data.params["tracking.log_every"] == "10"
     assert [point.value for point in read.get_metric_history(first.run_id, "train/loss")] == [2.0, 1.0]
-    assert tracking.resume(params(), "f" * 32, store=store).run_id != "f" * 32
+    assert tracking.resume(params().tracking, "f" * 32, store=store).run_id != "f" * 32
 
 
-def test_figures_of_several_concepts_are_told_apart():
-    metrics = {
-        "image_alignment": 0.5,
-        "seconds": 9,
-        "concepts": {"cat": {"image_alignment": 0.4}, "pot": {"image_alignment": 0.6}},
+def paired(base, adapter):
+    delta = adapter - base
+    return {"base": base, "adapter": adapter, "delta": delta, "delta_low": delta - 1, "delta_high": delta + 1}
+
+
+def test_metrics_of_several_concepts_have_their_names():
+    overall, cat, pot = paired(1, 3), paired(0, 2), paired(2, 4)
+    concepts = {"cat": {"image_alignment": cat}, "pot": {"image_alignment": pot}}
+    one = tracking.evaluation_metrics({"image_alignment": overall, "num_prompts": 9, "concepts": {"cat": {}}})
+    assert one == {
+        "image_alignment": 3,
+        "base_image_alignment": 1,
+        "image_alignment_delta": 2,
+        "image_alignment_delta_low": 1,
+        "image_alignment_delta_high": 3,
     }
-    assert tracking.evaluation_metrics(metrics) == {
-        "image_alignment": 0.5,
-        "image_alignment.cat": 0.4,
-        "image_alignment.pot": 0.6,
-    }
+    both = tracking.evaluation_metrics({"image_alignment": overall, "num_prompts": 9, "concepts": concepts})
+    assert both.items() > one.items()
+    assert (both["image_alignment.cat"], both["base_image_alignment.pot"]) == (2, 2)
 
 
 def test_a_run_that_fails_or_is_interrupted_says_so(store, read):
     for error, status in ((RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")):
-        with pytest.raises(error), tracking.start(params(), store=store) as tracker:
+        with pytest.raises(error), tracking.start(params().tracking, store=store) as tracker:
             raise error
         assert read.get_run(tracker.run_id).info.status == status
 
@@ -178,49 +181,17 @@ def test_a_run_that_fails_or_is_interrupted_says_so(store, read):
 def test_long_values_are_cut_and_nothing_of_the_environment_is_logged(store, read, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
     long = params(train={"validation": {"prompts": ["a cat " * 2000]}})
-    with tracking.start(long, store=store) as tracker:
+    with tracking.start(long.tracking, store=store) as tracker:
         tracker.params(long)
     run = read.get_run(tracker.run_id)
     assert len(run.data.params["train.validation.prompts"]) == 6000
     assert "hf_very_secret" not in str(run.to_dictionary())
 
 
-def test_a_run_is_tagged_with_commit_experiment_and_the_data_that_went_in(store, read, monkeypatch, tmp_path):
-    monkeypatch.setenv("DVC_EXP_NAME", "lower-lr")
-    git = ["git", "-C", str(store), "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    (store / "dvc.lock").write_text(
-        "stages:\n"
-        "  prepare@cat:\n    outs:\n    - {path: data/prepared/cat, md5: abc.dir}\n"
-        "  evaluate:\n    outs:\n    - {path: results/evaluate, md5: old.dir}\n"
-    )
-    subprocess.run([*git, "add", "dvc.lock"], check=True)
-    subprocess.run([*git, "commit", "-qm", "x"], check=True)
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    with tracking.start(params(), store=store) as clean:
-        pass
-    (store / "dvc.lock").write_text((store / "dvc.lock").read_text() + "\n")
-    with tracking.start(params(), store=store) as dirty:
-        pass
-    run = read.get_run(clean.run_id)
-    assert run.info.run_name == "lower-lr"
-    expected = {"git.commit": commit, "git.dirty": "false", "dvc.experiment": "lower-lr"}
-    assert run.data.tags.items() >= {**expected, "data.prepared/cat": "abc.dir"}.items()
-    assert not any("results" in key for key in run.data.tags)
-    assert read.get_run(dirty.run_id).data.tags["git.dirty"] == "true"
-
-
-@pytest.mark.parametrize("lock", ["", "stages: 3", "stages: {a: 1}", "{", None])
-def test_a_damaged_dvc_lock_costs_only_its_tags(tmp_path, lock):
-    if lock is not None:
-        (tmp_path / "dvc.lock").write_text(lock)
-    assert tracking.data_hashes(tmp_path / "dvc.lock") == {}
-
-
 def test_a_queued_experiment_writes_to_the_projects_own_store(store, read, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(store))
-    with tracking.start(params()) as tracker:
+    with tracking.start(params().tracking) as tracker:
         pass
     assert read.get_run(tracker.run_id).info.status == "FINISHED"
     assert list(tmp_path.iterdir()) == []
@@ -240,7 +211,7 @@ def use(tracker, tmp_path):
 
 
 def test_disabled_tracking_does_nothing(tmp_path, capsys):
-    tracker = tracking.start(params(tracking={"enabled": False}), store=tmp_path / "project")
+    tracker = tracking.start(params(tracking={"enabled": False}).tracking, store=tmp_path / "project")
     (tmp_path / "project").mkdir()
     use(tracker, tmp_path)
     tracker.write_run_id(tmp_path / "run.json")
@@ -254,7 +225,7 @@ def test_a_server_that_is_not_there_costs_one_line(tmp_path, monkeypatch, capsys
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2@127.0.0.1:{port}")
-    use(tracking.start(params(), store=tmp_path), tmp_path)
+    use(tracking.start(params().tracking, store=tmp_path), tmp_path)
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith(f"warning: MLflow at http://127.0.0.1:{port}: ")
@@ -265,7 +236,7 @@ def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        use(tracking.start(params(), store=tmp_path), tmp_path)
+        use(tracking.start(params().tracking, store=tmp_path), tmp_path)
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -294,7 +265,7 @@ def test_a_server_that_dies_midway_costs_one_line_and_no_step_waits(tmp_path, mo
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-    tracker = tracking.start(params(), store=tmp_path)
+    tracker = tracking.start(params().tracking, store=tmp_path)
     assert tracker.run_id == "1" * 32
     server.shutdown()
     server.server_close()
@@ -332,5 +303,5 @@ def test_importing_the_module_does_not_import_mlflow():
 
 def test_without_mlflow_there_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    use(tracking.start(params(), store=tmp_path), tmp_path)
+    use(tracking.start(params().tracking, store=tmp_path), tmp_path)
     assert capsys.readouterr().err.count("\n") == 1

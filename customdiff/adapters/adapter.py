@@ -157,6 +157,38 @@ def inject(pipe: DiffusionPipeline, adapter: Adapter) -> None:
     verify(pipe, adapter)
 
 
+def is_replaceable(placed: Adapter, learned: Adapter) -> bool:
+    """Whether `replace` can put `learned` where `placed` was injected: same base, method, layers and tokens."""
+    same_shapes = {name: weight.shape for name, weight in placed.weights.items()} == {
+        name: weight.shape for name, weight in learned.weights.items()
+    }
+    compressed = placed.config.compressed or learned.config.compressed
+    return (
+        same_shapes
+        and not compressed
+        and list(placed.embeddings) == list(learned.embeddings)
+        and placed.config.fingerprint == learned.config.fingerprint
+        and _trained_part(placed) == _trained_part(learned)
+    )
+
+
+def _trained_part(adapter: Adapter) -> tuple:
+    return adapter.config.method, adapter.config.freeze_model, adapter.config.lora_rank
+
+
+def replace(pipe: DiffusionPipeline, learned: Adapter) -> None:
+    """Replace the adapter in a pipeline by one for which `is_replaceable` holds; the base model stays loaded."""
+    placed = methods.trainable(pipe.unet)
+    with torch.no_grad():
+        for name, parameter in placed.items():
+            parameter.copy_(learned.weights[name])
+        for name, (tokenizer, encoder) in text.text_encoders(pipe).items():
+            layer = encoder.get_input_embeddings()
+            tokens = tokenizer.convert_ids_to_tokens(layer.ids.tolist())
+            layer.trained.weight.copy_(torch.stack([learned.embeddings[token][name] for token in tokens]))
+    verify(pipe, learned)
+
+
 def full_weights(adapter: Adapter, pipe: DiffusionPipeline) -> dict[str, Tensor]:
     """An adapter's whole weights, fp32 on the CPU; those of a compressed one are expanded onto the base's."""
     if not adapter.config.compressed:

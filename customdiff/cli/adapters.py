@@ -75,7 +75,7 @@ def merge(
             "--captions: neither data/classes nor data/pool is here; name a text file with a caption a line"
         )
     texts = list(dict.fromkeys(text for path in sources for text in merging.read_captions(path, num_captions)))
-    merged = merging.merge(pipeline(parts[str(adapters[0])].card, base, "auto"), parts, texts, fidelities)
+    merged = merging.merge(pipeline(parts[str(adapters[0])].config, base, "auto"), parts, texts, fidelities)
     with atomic_directory(out) as folder:
         adapter.save(merged.adapter, folder)
     held = f"{merged.targets} states of target words, {merged.rank} of them independent, held to {merged.residual:.0e}"
@@ -137,7 +137,7 @@ def compress(
     before, after = (adapters.size(folder) for folder in (adapter, out))
     typer.echo(
         f"{out}: {before / 1e3:.0f} kB -> {after / 1e3:.0f} kB ({100 * after / before:.1f} %), "
-        f"ranks {min(ranks := small.config.compressed['ranks'])} to {max(ranks)}; "
+        f"ranks {min(ranks := small.config.compressed.ranks)} to {max(ranks)}; "
         f"{100 * error:.1f} % of the change is left out, by its norm"
     )
 

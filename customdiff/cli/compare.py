@@ -44,35 +44,40 @@ def compare(
     folders = {name: Path(folder) for name, folder in _pairs(adapters or [], "NAME=FOLDER").items()}
     wanted = [] if folders else [name.strip() for name in methods.split(",")]
 
-    from customdiff import tracking
-    from customdiff.adapters.adapter import read_config
-    from customdiff.evaluation import comparison, scores
-    from customdiff.evaluation.base_image_cache import drawn_folder
+    from customdiff import provenance, tracking
+    from customdiff.adapters.config import read_config
+    from customdiff.evaluation import comparison
+    from customdiff.evaluation.base_image_cache import cache_folder
+    from customdiff.evaluation.generation import Generation
+    from customdiff.evaluation.prompts import read_all_prompts
     from customdiff.models import base
     from customdiff.models.clip import Clip
+    from customdiff.sources.instance_images import read_instance_images
 
     for name in [*wanted, *rates]:
         if name not in comparison.RATES:
-            raise UserError(f"--methods: there is no {name}; use {', '.join(comparison.RATES)}")
+            raise UserError(f"--methods: unknown method {name}; use {', '.join(comparison.RATES)}")
     for folder in folders.values():
         read_config(folder)
-    prompts = scores.all_prompts(params)
-    instances = {name: scores.read_instances(Path("data/instances", name)) for name in params.concepts}
-    device = base.device(params.base.device)
-    judge = Clip.load(params.evaluate.clip, device)
+    prompts = read_all_prompts(params.evaluate.prompts, params.concepts)
+    instances = {name: read_instance_images(Path("data/instances", name)) for name in params.concepts}
+    judge = Clip.load(params.evaluate.clip, base.device(params.base.device))
+
+    def tracker_for(run_id: str | None) -> tracking.Tracker:
+        tags = provenance.run_tags()
+        if run_id:
+            return tracking.resume(params.tracking, run_id, tags=tags)
+        return tracking.start(params.tracking, tags=tags)
 
     facts = {}
     for name in wanted:
         chosen = comparison.params_of(params, name, rates.get(name))
-
-        def tracker_for(run_id: str | None, chosen=chosen) -> tracking.Tracker:
-            return tracking.resume(chosen, run_id) if run_id else tracking.start(chosen)
-
         typer.echo(f"{name}: {chosen.train.max_steps} steps at a learning rate of {chosen.train.learning_rate:g}")
         run = comparison.train(chosen, PREPARED, RUNS / name, tracker_for)
         folders[name], facts[name] = run.path / "adapter", comparison.facts_of(run, chosen)
 
-    graded = comparison.grade(folders, params, prompts, instances, judge, device, drawn_folder())
+    generation = Generation(params.base, params.evaluate, params.concepts, cache_folder())
+    graded = comparison.grade(generation, folders, prompts, instances, judge)
     for name, found in facts.items():
         graded[name].facts.update(found)
     rows = comparison.table(graded)
@@ -81,7 +86,7 @@ def compare(
         (incoming / "comparison.md").write_text(comparison.markdown(rows), encoding="utf-8")
         comparison.sheet(graded).save(incoming / "comparison.jpg", quality=90)
     typer.echo(comparison.markdown(rows))
-    typer.echo(f"pictures: {out / 'comparison.jpg'}")
+    typer.echo(f"images: {out / 'comparison.jpg'}")
 
 
 def _pairs(texts: list[str], what: str) -> dict[str, str]:

@@ -79,7 +79,7 @@ def import_(
     for prompt in prompts:
         if prompt.count("{}") != 1:
             raise UserError(f"--instance-prompt: {prompt!r} must hold {{}} once, where the token goes")
-    concepts = [formats.Concept(*each) for each in zip(token, class_prompt, prompts, strict=True)]
+    concepts = [formats.ImportedConcept(*each) for each in zip(token, class_prompt, prompts, strict=True)]
     found = formats.import_adapter(format, path, out, base=base, concepts=concepts, allow_pickle=allow_pickle)
     typer.echo(
         f"{out}: an adapter of {base}, {len(found.weights)} weights and {', '.join(found.embeddings)}; to draw with it:"

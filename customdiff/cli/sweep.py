@@ -44,53 +44,60 @@ def sweep(
     params = config.load()
     params = config.with_num_images(params, num_images)
 
-    from customdiff import tracking
-    from customdiff.adapters import adapter
-    from customdiff.evaluation import scores
+    from customdiff import provenance, tracking
+    from customdiff.adapters.config import read_config
+    from customdiff.evaluation import scores, trade_off
     from customdiff.evaluation import sweep as sweeps
-    from customdiff.evaluation.base_image_cache import drawn_folder
-    from customdiff.models import base, sampling
+    from customdiff.evaluation.base_image_cache import cache_folder
+    from customdiff.evaluation.generation import Generation
+    from customdiff.evaluation.prompts import read_all_prompts
+    from customdiff.models import base
     from customdiff.models.clip import Clip
+    from customdiff.sources.instance_images import read_instance_images
     from customdiff.training import checkpoints
 
     folder = checkpoints.find_run(run)
     paths = [folder.checkpoint(step) for step in wanted] if wanted else folder.checkpoints()
     chosen = {checkpoints.step_of(path): path for path in paths}
-    scores.check_concepts(adapter.read_config(paths[0]), params)
-    settings = params.evaluate
-    prompts = scores.all_prompts(params)
-    instances = {name: scores.read_instances(Path("data/instances", name)) for name in params.concepts}
-    photos = sweeps.read_holdout(holdout, list(params.concepts))
+    settings, concepts = params.evaluate, params.concepts
+    scores.check_concepts(read_config(paths[0]), concepts)
+    prompts = read_all_prompts(settings.prompts, concepts)
+    instances = {name: read_instance_images(Path("data/instances", name)) for name in concepts}
+    photos = None
+    if all((holdout / name).is_dir() for name in concepts):
+        photos = {name: read_instance_images(holdout / name) for name in concepts}
     typer.echo(f"{folder.path}: steps {', '.join(map(str, chosen))}")
-    device = base.device(params.base.device)
-    pipe = base.load_pipeline(params.base, dtype=base.DTYPES[settings.precision], device=device)
-    sampling.set_scheduler(pipe, settings.scheduler)
-    judge = Clip.load(settings.clip, device)
+    judge = Clip.load(settings.clip, base.device(params.base.device))
 
     started = time.perf_counter()
-    points = sweeps.sweep(pipe, chosen, params, prompts, instances, judge, photos, drawn_folder())
-    table = [sweeps.figures(point, resamples=settings.bootstrap, seed=params.base.seed) for point in points]
+    generation = Generation(params.base, settings, concepts, cache_folder())
+    points = sweeps.sweep(generation, chosen, prompts, instances, judge, photos)
+    summaries = [sweeps.summarize(point, resamples=settings.bootstrap, seed=params.base.seed) for point in points]
+    ceiling = sweeps.photo_alignment(photos, instances, judge) if photos else None
     metrics = {
         "run": str(folder.path),
-        "base": table[0],
-        "steps": {str(row["step"]): row for row in table[1:]},
-        "holdout_photos": photos and sweeps.photos_alignment(photos, instances, judge),
-        "num_prompts": len(points[0].rows),
-        "num_images": len(points[0].rows) * settings.num_images,
+        "base": summaries[0].flat(),
+        "steps": {str(summary.step): summary.flat() for summary in summaries[1:]},
+        "holdout_photos": ceiling,
+        "num_prompts": len(prompts),
+        "num_images": len(prompts) * settings.num_images,
         "seconds": round(time.perf_counter() - started, 1),
     }
     with atomic_directory(out) as incoming:
         (incoming / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        sweeps.write_tables(points, table, incoming)
-        sweeps.picture(points, table, metrics["holdout_photos"]).savefig(incoming / "trade_off.png")
+        sweeps.write_tables(points, summaries, incoming)
+        trade_off.picture(points, summaries, ceiling).savefig(incoming / "trade_off.png")
         sweeps.sheet(points).save(incoming / "prompts.jpg", quality=90)
-    typer.echo(f"{out / 'trade_off.png'} shows them")
+    typer.echo(f"picture: {out / 'trade_off.png'}")
 
-    run_id = folder.run_id()
-    with tracking.resume(params, run_id) if run_id else tracking.start(params) as tracker:
+    run_id, tags = folder.run_id(), provenance.run_tags()
+    opened = (
+        tracking.resume(params.tracking, run_id, tags=tags) if run_id else tracking.start(params.tracking, tags=tags)
+    )
+    with opened as tracker:
         tracker.params(params)
-        for row in table[1:]:
-            tracker.metrics({name: value for name, value in row.items() if name != "step"}, row["step"], group="sweep/")
+        for summary in summaries[1:]:
+            tracker.metrics(summary.flat(), summary.step, group="sweep/")
         for path in sorted(out.iterdir()):
             tracker.artifact(path, "sweep")
 

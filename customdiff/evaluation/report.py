@@ -1,4 +1,4 @@
-"""What an evaluation looks like: a contact sheet, and a report in one HTML file that needs nothing beside it."""
+"""The contact sheet and the report of an evaluation; the report is one self-contained HTML file."""
 
 import base64
 import csv
@@ -12,30 +12,36 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from customdiff.adapters.config import AdapterConfig
-from customdiff.config import Params
-from customdiff.evaluation.scores import AND, FIGURES, Pair, concepts_of, customized_subject
+from customdiff.config import Concept, Params
+from customdiff.evaluation.generation import ImagePair, class_subject, customized_subject
+from customdiff.evaluation.scores import METRICS, PromptScore, Summary
 
 TEMPLATES = Path(__file__).parent / "templates"
 INK, FAINT, BASE, CUSTOMIZED = "#1f2430", "#7a8194", "#9aa3b5", "#2f6fde"
-IMAGES_A_PROMPT = 4  # shown on the sheet; all are among the files
+IMAGES_PER_PROMPT = 4  # on the sheet; the files hold all
 GAP, LABEL_WIDTH = 6, 220  # px
 
 
-def contact_sheet(pairs: Sequence[Pair], instances: Mapping[str, Sequence[Image.Image]], params: Params) -> Image.Image:
-    """All prompts at a glance: instance images on top, then a row a prompt, base model beside customized.
+def contact_sheet(
+    pairs: Sequence[ImagePair],
+    instances: Mapping[str, Sequence[Image.Image]],
+    concepts: Mapping[str, Concept],
+) -> Image.Image:
+    """All prompts at a glance: instance images on top, then one row per prompt, base model beside customized.
 
     Args:
         pairs: of all concepts, in order.
         instances: instance images by concept.
-        params: for the words above the columns.
+        concepts: for the words above the columns.
     """
+    groups: dict[tuple[str, ...], list[ImagePair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.prompt.concepts, []).append(pair)
     sections = []
-    for name in dict.fromkeys(pair.concept for pair in pairs):
-        # of several concepts in one picture, instance images of each in turn
-        shown = [
-            image for images in zip(*(instances[each] for each in name.split(AND)), strict=False) for image in images
-        ]
-        sections.append(_section([pair for pair in pairs if pair.concept == name], shown, params, name))
+    for names, group in groups.items():
+        # for several concepts in one image: instance images of each in turn
+        shown = [image for images in zip(*(instances[name] for name in names), strict=False) for image in images]
+        sections.append(_section(group, shown, {name: concepts[name] for name in names}))
     sheet = Image.new("RGB", (max(s.width for s in sections), sum(s.height for s in sections)), "white")
     top = 0
     for section in sections:
@@ -44,13 +50,14 @@ def contact_sheet(pairs: Sequence[Pair], instances: Mapping[str, Sequence[Image.
     return sheet
 
 
-def _section(pairs: Sequence[Pair], instances: Sequence[Image.Image], params: Params, name: str) -> Image.Image:
-    """One concept's part of the contact sheet."""
-    concepts = concepts_of(name, params)
-    rows: dict[str, list[Pair]] = {}
+def _section(
+    pairs: Sequence[ImagePair], instances: Sequence[Image.Image], concepts: Mapping[str, Concept]
+) -> Image.Image:
+    """The part of the contact sheet about one concept, or about several in one image."""
+    rows: dict[str, list[ImagePair]] = {}
     for pair in pairs:
         rows.setdefault(pair.prompt.template, []).append(pair)
-    columns = min(IMAGES_A_PROMPT, max(map(len, rows.values())))
+    columns = min(IMAGES_PER_PROMPT, max(map(len, rows.values())))
     side = _cell_side(pairs[0].base)
     block = columns * (side + GAP)
     left, right = LABEL_WIDTH, LABEL_WIDTH + block + 3 * GAP
@@ -61,27 +68,26 @@ def _section(pairs: Sequence[Pair], instances: Sequence[Image.Image], params: Pa
     sheet = Image.new("RGB", (width, first_row + len(rows) * (side + GAP) + 2 * GAP), "white")
     draw = ImageDraw.Draw(sheet)
 
-    _label(draw, (2 * GAP, head), side, name, "instance images")
+    _label(draw, (2 * GAP, head), side, " and ".join(concepts), "instance images")
     for column, image in enumerate(shown):
         sheet.paste(_cell(image, side), (left + column * (side + GAP), head))
-    classes, subjects = (AND.join(map(of, concepts)) for of in (lambda c: c.class_prompt, customized_subject))
-    headings = ((left, "base model", classes), (right, "customized", subjects))
-    for x, title, subject in headings:
+    for x, title, subject in ((left, "base model", class_subject), (right, "customized", customized_subject)):
+        words = " and ".join(map(subject, concepts.values()))
         draw.text((x, first_row - line), title, INK, _font(17))
         offset = draw.textlength(f"{title}  ", _font(17))
-        draw.text((x + offset, first_row - line + 1), subject, FAINT, _font(15))
-    for row, drawn in enumerate(rows.values()):
+        draw.text((x + offset, first_row - line + 1), words, FAINT, _font(15))
+    for row, generated in enumerate(rows.values()):
         top = first_row + row * (side + GAP)
-        _label(draw, (2 * GAP, top), side, drawn[0].text, drawn[0].prompt.kind)
-        for column, pair in enumerate(drawn[:columns]):
+        _label(draw, (2 * GAP, top), side, generated[0].text, generated[0].prompt.kind)
+        for column, pair in enumerate(generated[:columns]):
             sheet.paste(_cell(pair.base, side), (left + column * (side + GAP), top))
             sheet.paste(_cell(pair.customized, side), (right + column * (side + GAP), top))
     return sheet
 
 
-def side_by_side(rows: Mapping[str, Mapping[str, Image.Image]], columns: Sequence[str]) -> Image.Image:
-    """Pictures in a table: a row a text, a column a model; where a row lacks a column's picture, white."""
-    side = _cell_side(next(iter(next(iter(rows.values())).values())))
+def image_grid(rows: Sequence[tuple[str, Mapping[str, Image.Image]]], columns: Sequence[str]) -> Image.Image:
+    """Images in a table: one row per text, one column per model; a missing image is white."""
+    side = _cell_side(next(iter(rows[0][1].values())))
     head = 40
     sheet = Image.new("RGB", (LABEL_WIDTH + len(columns) * (side + GAP), head + len(rows) * (side + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -89,17 +95,17 @@ def side_by_side(rows: Mapping[str, Mapping[str, Image.Image]], columns: Sequenc
         words = textwrap.wrap(name.replace("_", " "), max(6, side // 8), max_lines=2, placeholder="...")
         for line, word in enumerate(words):
             draw.text((LABEL_WIDTH + column * (side + GAP), 4 + 16 * line), word, INK, _font(14))
-    for row, (text, pictures) in enumerate(rows.items()):
+    for row, (text, images) in enumerate(rows):
         top = head + row * (side + GAP)
         _label(draw, (2 * GAP, top), side, text, "")
         for column, name in enumerate(columns):
-            if name in pictures:
-                sheet.paste(_cell(pictures[name], side), (LABEL_WIDTH + column * (side + GAP), top))
+            if name in images:
+                sheet.paste(_cell(images[name], side), (LABEL_WIDTH + column * (side + GAP), top))
     return sheet
 
 
 def _label(draw: ImageDraw.ImageDraw, corner: tuple[int, int], side: int, text: str, note: str) -> None:
-    """A text and a fainter note under it, wrapped and centred beside a row of images."""
+    """Draw a text and a fainter note below it, wrapped and centred beside a row of images."""
     lines = textwrap.wrap(text, 25, max_lines=max(1, (side - 24) // 20), placeholder=" ...") or [""]
     x, y = corner[0], corner[1] + (side - 20 * len(lines) - 18) // 2
     for number, line in enumerate(lines):
@@ -108,7 +114,7 @@ def _label(draw: ImageDraw.ImageDraw, corner: tuple[int, int], side: int, text: 
 
 
 def _cell_side(image: Image.Image) -> int:
-    """Small images are shown at twice their size, large ones at 192 px."""
+    """Side of a cell, px: twice the size of small images, at most 192."""
     return max(96, min(192, 2 * max(image.size)))
 
 
@@ -127,22 +133,22 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def html(
-    metrics: Mapping,
-    rows: Sequence[Mapping],
+    summary: Summary,
+    scores: Sequence[PromptScore],
     sheet: Image.Image,
     params: Params,
     adapter_config: AdapterConfig,
     steps: Path | None = None,
 ) -> str:
-    """The report: figures with intervals, curves, contact sheet, table of prompts, parameters. One file, no scripts.
+    """The report: metrics with intervals, curves, contact sheet, table of prompts, parameters. One file, no scripts.
 
     Args:
-        metrics: what goes into metrics.json.
-        rows: the table of prompts.
+        summary: the contents of metrics.json.
+        scores: one per prompt.
         sheet: the contact sheet, embedded as JPEG.
         params: shown as YAML.
         adapter_config: of the adapter that was evaluated.
-        steps: CSV with a row a training step (results/train/steps.csv); left out where it is not there.
+        steps: CSV with one row per training step (results/train/steps.csv); left out where it does not exist.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -153,13 +159,13 @@ def html(
     )
     curves = read_steps(steps) if steps else {}
     return environment.get_template("report.html").render(
-        metrics=metrics,
+        summary=summary,
         concepts=params.concepts,
-        figures=FIGURES,
-        verdicts=verdicts(metrics),
-        rows=rows,
+        metrics=METRICS,
+        verdicts=verdicts(summary),
+        scores=scores,
         sheet=_data_uri(_jpeg(sheet), "image/jpeg"),
-        plane=_data_uri(alignment_plane(rows), "image/svg+xml"),
+        plane=_data_uri(alignment_plane(scores), "image/svg+xml"),
         curves=_data_uri(loss_curves(curves), "image/svg+xml") if curves else None,
         adapter=adapter_config,
         settings=params.evaluate,
@@ -167,24 +173,22 @@ def html(
     )
 
 
-def verdicts(metrics: Mapping) -> list[str]:
-    """Each figure's change in a sentence; one whose interval holds zero is not called a change."""
+def verdicts(summary: Summary) -> list[str]:
+    """One sentence per metric; a change whose interval includes zero is not called one."""
     sentences = []
-    for name in FIGURES:
-        delta, (low, high) = metrics[f"{name}_delta"], metrics[f"{name}_delta_ci95"]
+    for name, metric in summary.overall.items():
         title = name.replace("_", " ").capitalize()
-        if low <= 0 <= high:
-            sentences.append(
-                f"{title} does not change measurably ({delta:+.3f}; 95 % interval {low:+.3f} to {high:+.3f})."
-            )
+        interval = f"95 % interval {metric.delta_low:+.3f} to {metric.delta_high:+.3f}"
+        if metric.delta_low <= 0 <= metric.delta_high:
+            sentences.append(f"{title} does not change measurably ({metric.delta:+.3f}; {interval}).")
         else:
-            verb = "rises" if delta > 0 else "falls"
-            sentences.append(f"{title} {verb} by {abs(delta):.3f} (95 % interval {low:+.3f} to {high:+.3f}).")
+            verb = "rises" if metric.delta > 0 else "falls"
+            sentences.append(f"{title} {verb} by {abs(metric.delta):.3f} ({interval}).")
     return sentences
 
 
 def read_steps(path: Path) -> dict[str, list[float]]:
-    """The columns of a CSV of steps; empty where there is no such file, or no step in it."""
+    """The columns of a CSV of steps; empty if the file does not exist or has no steps."""
     if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8") as file:
@@ -195,7 +199,7 @@ def read_steps(path: Path) -> dict[str, list[float]]:
 
 
 def loss_curves(columns: Mapping[str, Sequence[float]]) -> bytes:
-    """SVG of the losses over steps: each step faint, and their running mean over a twentieth of the run."""
+    """SVG of the losses over steps: single steps faint, and their running mean over a twentieth of the run."""
     names = [name for name in ("loss", "instance_loss", "prior_loss") if name in columns]
     steps = columns.get("step") or range(1, len(columns[names[0]]) + 1)
     figure, axes = _figure(5.6, 3.4)
@@ -210,16 +214,16 @@ def loss_curves(columns: Mapping[str, Sequence[float]]) -> bytes:
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """The mean of each value and those up to `width` - 1 before it."""
+    """Mean of each value and up to `width` - 1 values before it."""
     return [sum(window) / len(window) for i in range(len(values)) for window in [values[max(0, i + 1 - width) : i + 1]]]
 
 
-def alignment_plane(rows: Sequence[Mapping]) -> bytes:
-    """SVG of the paper's plane (section 4): image over text alignment, a line a prompt from base to customized."""
+def alignment_plane(scores: Sequence[PromptScore]) -> bytes:
+    """SVG of the paper's figure (section 4): image over text alignment, one line per prompt from base to customized."""
     figure, axes = _figure(5.6, 3.4)
     ends = {
-        label: [(row[f"{prefix}text_alignment"], row[f"{prefix}image_alignment"]) for row in rows]
-        for label, prefix in (("base model", "base_"), ("customized", ""))
+        "base model": [tuple(score.base[name] for name in METRICS) for score in scores],
+        "customized": [tuple(score.adapter[name] for name in METRICS) for score in scores],
     }
     for start, end in zip(*ends.values(), strict=True):
         axes.annotate("", end, start, arrowprops={"arrowstyle": "-", "color": FAINT, "alpha": 0.35, "linewidth": 0.8})

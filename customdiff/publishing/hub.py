@@ -132,7 +132,7 @@ def build(
     adapter.save(Adapter(learned.weights, learned.embeddings, config), out, with_pickle=with_bin)
     card.save(out / README)
     if evaluation:
-        metrics = evaluation.metrics.model_dump_json(indent=2, exclude_none=True)
+        metrics = evaluation.metrics.model_dump_json(indent=2)
         (out / "metrics.json").write_text(metrics + "\n", encoding="utf-8")
         (out / "images").mkdir()
         for name, sample in evaluation.samples.items():

@@ -20,12 +20,12 @@ from customdiff.adapters import adapter
 from customdiff.adapters.config import AdapterConfig, LearnedConcept
 from customdiff.config import Evaluate
 from customdiff.errors import UserError
-from customdiff.evaluation.scores import Prompt
+from customdiff.evaluation.metrics import PairedMetric
+from customdiff.evaluation.prompts import JOIN, Prompt
 from customdiff.images import open_rgb
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 MAX_SAMPLES = 12
-TOGETHER = "+"  # joins the names of concepts that one prompt shows together
 ALIGNMENTS = {"image_alignment": "image alignment", "text_alignment": "text alignment"}
 TAGS = {"custom_diffusion": "custom-diffusion", "textual_inversion": "textual_inversion", "lora": "lora"}
 
@@ -34,33 +34,23 @@ class _Read(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-class Alignment(_Read):
-    """One metric: means over prompts, and the mean change with its 95 % interval."""
-
-    base: float
-    adapter: float
-    delta: float
-    delta_low: float | None = None
-    delta_high: float | None = None
-
-
 class Alignments(_Read):
     """Both metrics of a group of prompts."""
 
-    text_alignment: Alignment
-    image_alignment: Alignment
+    text_alignment: PairedMetric
+    image_alignment: PairedMetric
 
 
 class Metrics(Alignments):
     """The contents of metrics.json that are published: figures, and nothing else that may be in the file.
 
     Attributes:
-        concepts: figures by concept; names of concepts that are shown together are joined by `TOGETHER`.
+        concepts: figures by concept; names of concepts that are shown together are joined by `JOIN`.
     """
 
-    concepts: dict[str, Alignments] = {}
-    num_prompts: int | None = None
-    num_images: int | None = None
+    concepts: dict[str, Alignments]
+    num_prompts: int
+    num_images: int
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ def read_evaluation(
         raise UserError(
             f"{folder}: metrics.json or per_prompt.csv cannot be read ({type(error).__name__}); run `dvc repro`"
         ) from error
-    unknown = sorted({name for group in groups for name in group.split(TOGETHER)} - set(config.concepts))
+    unknown = sorted({name for group in groups for name in group.split(JOIN)} - set(config.concepts))
     if unknown:
         raise UserError(f"{folder}: evaluates {', '.join(unknown)}, which this adapter has not learned")
     sheet = folder / "contact_sheet.jpg"
@@ -243,15 +233,15 @@ def _samples(
     """Samples by file name; the images of row n of per_prompt.csv are `<concept>/<n>-...-<number>.png`."""
     found = {}
     for place, row in enumerate(rows, 1):
-        subjects = [concepts[name].subject for name in row["concept"].split(TOGETHER)]
-        prompt = Prompt(row["prompt"]).of(*subjects)
+        names = tuple(row["concept"].split(JOIN))
+        prompt = Prompt(row["prompt"], names).fill(*(concepts[name].subject for name in names))
         for path in sorted(folder.glob(f"*/{place:02d}-*-0.png"))[:1]:
             found[path.name] = (prompt, path)
     step = max(1, -(-len(found) // MAX_SAMPLES))
     return {name: Sample(prompt, open_rgb(path)) for name, (prompt, path) in list(found.items())[::step]}
 
 
-def _rows(metrics: Metrics) -> Iterator[tuple[str, Alignment]]:
+def _rows(metrics: Metrics) -> Iterator[tuple[str, PairedMetric]]:
     """Labels and figures of the card's table: by concept if there are several."""
     groups: Mapping[str, Alignments] = metrics.concepts if len(metrics.concepts) > 1 else {"": metrics}
     for concept, alignments in groups.items():
@@ -265,7 +255,7 @@ def _eval_results(metrics: Metrics) -> list[EvalResult]:
         EvalResult(
             task_type="text-to-image",
             dataset_type="evaluation-prompts",
-            dataset_name=f"{metrics.num_prompts or ''} evaluation prompts".strip(),
+            dataset_name=f"{metrics.num_prompts} evaluation prompts",
             metric_type=key.replace("_", "-"),
             metric_name=name,
             metric_value=getattr(metrics, key).adapter,

@@ -172,10 +172,10 @@ def _timed(result: Indexed, step: str) -> Iterator[None]:
     result.seconds[step] = round(time.monotonic() - started, 1)
 
 
-def no_index(out: Path | str, backend: str) -> None:
+def no_index(out: Path | str, reason: str) -> None:
     """Write an index folder that only says why there is no index, because DVC needs the stage's output."""
     with files.atomic_directory(out) as folder:
-        (folder / "README.txt").write_text(f"retrieve.backend is {backend}, which needs no index.\n", encoding="utf-8")
+        (folder / "README.txt").write_text(f"No index is needed: {reason}.\n", encoding="utf-8")
 
 
 def read_rows(index: Path) -> list[dict[str, str]]:

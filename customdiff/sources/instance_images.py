@@ -92,7 +92,7 @@ def instance_paths(folder: Path | str) -> list[Path]:
         UserError: there are none.
     """
     folder = Path(folder)
-    paths = sorted(folder.glob("*.png"))
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in images.SUFFIXES)
     if not paths:
         raise UserError(f"{folder}: no instance images; run `dvc repro download-data@{folder.name}` first")
     return paths

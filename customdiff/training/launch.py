@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 
-from customdiff.config import Params
+from customdiff.config import Train
 from customdiff.errors import UserError
 
 DEFAULT_CONFIG = Path(".checkpoints/accelerate.yaml")
 
 
-def command(params: Params, script: str) -> list[str]:
+def command(train: Train, script: str) -> list[str]:
     """The `accelerate launch` command line that runs `script` in `train.launch.num_processes` processes.
 
     Without `train.launch.config_file` it uses accelerate's basic configuration, as `accelerate config default` writes
@@ -19,7 +19,7 @@ def command(params: Params, script: str) -> list[str]:
     Raises:
         UserError: `config_file` does not exist.
     """
-    launch = params.train.launch
+    launch = train.launch
     if launch.config_file and not Path(launch.config_file).is_file():
         raise UserError(
             f"train.launch.config_file: {launch.config_file} does not exist; null takes accelerate's default"
@@ -31,7 +31,7 @@ def command(params: Params, script: str) -> list[str]:
         # processes on a CPU would need MPI, and in its absence accelerate starts a single one and says nothing.
         arguments += ["--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no"]
     arguments += ["--num_processes", str(launch.num_processes)]
-    return [*arguments, "--mixed_precision", params.train.mixed_precision, script]
+    return [*arguments, "--mixed_precision", train.mixed_precision, script]
 
 
 def default_config(path: Path = DEFAULT_CONFIG) -> Path:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import customdiff
 from customdiff import cli
 from customdiff.adapters import adapter, compression
+from customdiff.adapters.config import AdapterConfig, Compression
 from customdiff.errors import UserError
 from customdiff.models import attention, base, modifier_tokens
 from customdiff.models.text import text_encoders
@@ -27,13 +28,13 @@ def learned_adapter(folder, freeze_model="crossattn_kv"):
     with torch.no_grad():
         for weight in attention.inject_processors(pipe.unet, freeze_model).values():
             weight += 0.3 * torch.randn(weight.shape, generator=generator)
-    card = {
+    config = {
         "base": params.base.model_dump(),
         "concepts": {"cat": concept_values()},
         "method": "custom_diffusion",
         "freeze_model": freeze_model,
     }
-    return base.load_pipeline(params.base), adapter.from_pipeline(pipe, card)
+    return base.load_pipeline(params.base), adapter.from_pipeline(pipe, AdapterConfig.model_validate(config))
 
 
 def widths(pipe):
@@ -94,7 +95,7 @@ def test_all_of_the_energy_is_all_of_the_rank():
 def test_a_size_is_kept_and_spent_where_it_gains_most(tiny_base):
     """No other ranks of the same size have a smaller error: tried by exhaustion on three weights of one shape."""
     spectra = [torch.tensor(s, dtype=torch.float64) for s in ([9.0, 8.0, 1.0], [5.0, 0.5, 0.1], [4.0, 3.5, 3.0])]
-    factors = {str(n): compression.Factors(torch.eye(3), s, torch.eye(3)) for n, s in enumerate(spectra)}
+    factors = {str(n): compression.SVD(torch.eye(3), s, torch.eye(3)) for n, s in enumerate(spectra)}
     choices = np.array(np.meshgrid(*[range(1, 4)] * 3)).reshape(3, -1).T
     for count in range(3, 10):
         error = {tuple(c): sum(float((s[r:] ** 2).sum()) for s, r in zip(spectra, c, strict=True)) for c in choices}
@@ -164,11 +165,11 @@ def test_the_command_says_bytes_and_what_is_left_out(tiny_base, tmp_path):
     bound = np.sqrt(sum((s[2:] ** 2).sum() for s in spectra) / sum((s**2).sum() for s in spectra))
     assert f"{100 * bound:.1f} % of the change is left out" in done.output
     assert {weight.dtype for weight in adapter.read(out).weights.values()} == {torch.float16}
-    assert adapter.read_config(out)["compressed"] == {"ranks": [2] * len(spectra), "dtype": "float16"}
+    assert adapter.read_config(out).compressed == Compression(ranks=[2] * len(spectra), dtype="float16")
 
     run(tmp_path / "whole", "--out", tmp_path / "default")
     fewest = [int(np.argmax(s.cumsum() >= 0.6 * s.sum())) + 1 for s in spectra]
-    assert adapter.read_config(tmp_path / "default")["compressed"]["ranks"] == fewest
+    assert adapter.read_config(tmp_path / "default").compressed.ranks == fewest
 
     again = run(out, "--rank", 1, "--out", tmp_path / "smaller")
     assert again.exit_code == 0, again.output
@@ -179,15 +180,18 @@ def test_mistakes_are_one_line_and_write_nothing(tiny_base, tiny_v_base, tmp_pat
     _, learned = learned_adapter(tiny_base)
     adapter.save(learned, tmp_path / "whole")
     for method in ("lora", "textual_inversion"):
-        adapter.save(replace(learned, card=learned.config | {"method": method, "lora_rank": 2}), tmp_path / method)
+        adapter.save(
+            replace(learned, config=learned.config.with_changes(**{"method": method, "lora_rank": 2})),
+            tmp_path / method,
+        )
     for arguments, message in (
         (["whole", "--rank", 2, "--energy", 0.5], "--energy and --rank: give one of them"),
         (["whole", "--size-mb", 0.0001], r"--size-mb: 0\.0001 is too small; at 0\.\d+ each weight has one"),
-        (["whole", "--base", tiny_v_base], "learned on .*tiny; the pipeline is of another base model"),
+        (["whole", "--base", tiny_v_base], "trained on .*another base model"),
         (["lora"], "a LoRA is of low rank already"),
         (["textual_inversion"], "only adapters of method custom_diffusion"),
-        (["nowhere"], "there is no adapter here"),
-        (["whole", "--rank", 2, "--out", tmp_path / "whole"], "--out: .*whole is there already"),
+        (["nowhere"], "no adapter found"),
+        (["whole", "--rank", 2, "--out", tmp_path / "whole"], "--out: .*whole exists already"),
     ):
         folder, *others = arguments
         done = run(tmp_path / folder, "--out", tmp_path / "out", *others)

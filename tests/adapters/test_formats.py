@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import customdiff
 from customdiff import cli
 from customdiff.adapters import adapter, formats
+from customdiff.adapters.config import AdapterConfig
 from customdiff.adapters.formats import changes, compvis, kohya, lora
 from customdiff.config import Base
 from customdiff.errors import UserError
@@ -59,12 +60,14 @@ def learn(model: Path, folder: Path, method: str = "custom_diffusion", freeze_mo
     widths = {name: encoder.config.hidden_size for name, (_, encoder) in text_encoders(pipe).items()}
     rows = {name: {key: torch.randn(width) for key, width in widths.items()} for name in ("<new1>", "<new2>")}
     modifier_tokens.add_tokens(pipe, rows)
-    how = {"method": method, "freeze_model": freeze_model, "lora_rank": 3}
+    adapter_config = AdapterConfig.model_validate(
+        {"base": {"model": str(model)}, "concepts": CONCEPTS, "method": method, "freeze_model": freeze_model}
+        | {"lora_rank": 3}
+    )
     with torch.no_grad():
-        for weight in methods.inject(pipe.unet, how).values() if methods.trains_unet(how) else []:
+        for weight in methods.inject(pipe.unet, adapter_config).values() if method != "textual_inversion" else []:
             weight += 0.3 * torch.randn_like(weight)
-    card = {"base": Base(model=str(model)).model_dump(), "concepts": CONCEPTS} | how
-    adapter.save(adapter.from_pipeline(pipe, card), folder)
+    adapter.save(adapter.from_pipeline(pipe, adapter_config), folder)
     return folder
 
 
@@ -261,7 +264,7 @@ def test_kohyas_files_hold_the_changes_of_biases(learned, tmp_path):
     """Where `crossattn` trained: diffusers refuses such entries, so they are added by hand as ComfyUI adds them."""
     folder, model, images = learned("tiny_base", freeze_model="crossattn")
     written = formats.export_adapter("kohya", folder, tmp_path / "out")
-    assert ".diff_b" in written.how
+    assert ".diff_b" in written.instructions
     found = load_file(tmp_path / "out/loras/cat-dog.safetensors")
     pipe = plain(model)
     biases = {key: found.pop(key) for key in list(found) if key.endswith(".diff_b")}
@@ -278,7 +281,7 @@ def test_kohyas_files_hold_the_changes_of_biases(learned, tmp_path):
 def test_tokens_that_make_one_file_name_are_refused():
     concepts = {name: concept_values(token, name) for name, token in (("cat", "<new1>"), ("dog", "new1"))}
     with pytest.raises(UserError, match=r"--format kohya: .*<new1>, new1"):
-        kohya.check({"concepts": concepts}, None)
+        kohya.check(AdapterConfig.model_validate({"base": {"model": "base"}, "concepts": concepts}), None)
 
 
 # -- the paper's delta -------------------------------------------------------------------------------------------------
@@ -320,11 +323,11 @@ def test_a_delta_draws_the_same_and_comes_back(learned, tmp_path, family, freeze
 def test_a_compressed_adapter_is_a_compressed_delta(compressed, tmp_path, form, file):
     folder, model, images = compressed
     written = formats.export_adapter(form, folder, tmp_path / "out")
-    assert "--compress" in written.how
+    assert "--compress" in written.instructions
     if form == "delta":
         assert_same_images(with_delta(model, tmp_path / "out" / file, compress=True), images)
     imported = bring(tmp_path / "out" / file, tmp_path / "back", model, form)
-    assert imported.config.compressed["ranks"][:3] == [1, 2, 3]
+    assert imported.config.compressed.ranks[:3] == [1, 2, 3]
     assert_same_adapter(imported, adapter.read(folder))
 
 
@@ -431,7 +434,7 @@ def test_what_diffusers_script_wrote_draws_the_same(reference, tiny_base, tmp_pa
 
 
 def test_a_folder_of_ours_is_one_that_the_script_could_have_written(learned, tmp_path):
-    """It names the self-attention layers too, by empty tensors; the card is made anew."""
+    """It names the self-attention layers too, by empty tensors; the adapter_values is made anew."""
     folder, model, _ = learned("tiny_base")
     assert_same_adapter(bring(folder, tmp_path / "out", model, "diffusers", allow_pickle=False), adapter.read(folder))
 
@@ -455,7 +458,10 @@ def compressed(tiny_base, tmp_path_factory):
             }
         else:
             weights[name] = weight
-    adapter.save(adapter.Adapter(weights, whole.embeddings, whole.config | {"compressed": True}), folder / "adapter")
+    adapter.save(
+        adapter.Adapter(weights, whole.embeddings, whole.config.with_changes(compressed={"ranks": []})),
+        folder / "adapter",
+    )
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
     customdiff.load(pipe, folder / "adapter")
     return folder / "adapter", tiny_base, {prompt: draw(pipe, prompt) for prompt in (PROMPT, BOTH)}
@@ -484,7 +490,7 @@ def test_a_compressed_adapters_factors_are_taken_as_they_are(compressed):
 def bring(path, out, model, form, words=("<new1>", "<new2>"), allow_pickle=True):
     kinds = ("cat", "dog")
     concepts = [
-        formats.Concept(word, kind, f"photo of a {{}} {kind}") for word, kind in zip(words, kinds, strict=False)
+        formats.ImportedConcept(word, kind, f"photo of a {{}} {kind}") for word, kind in zip(words, kinds, strict=False)
     ]
     return formats.import_adapter(
         form, Path(path), Path(out), base=str(model), concepts=concepts, allow_pickle=allow_pickle
@@ -632,9 +638,9 @@ def test_another_base_is_refused(learned, tiny_v_base, tmp_path):
 def test_what_is_there_is_never_replaced(learned, tmp_path):
     folder, model, _ = learned("tiny_base")
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         formats.export_adapter("delta", folder, tmp_path)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         bring(folder, tmp_path, model, "diffusers")
     assert (tmp_path / "mine.txt").read_text() == "mine"
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import customdiff
 from customdiff import cli
 from customdiff.adapters import adapter, compression, merging
+from customdiff.adapters.config import AdapterConfig, LearnedConcept
 from customdiff.errors import UserError
 from customdiff.models import attention, base, modifier_tokens
 from customdiff.models.text import text_encoders
@@ -41,7 +42,7 @@ def learned(folder, token="<new1>", name="cat", seed=1, freeze_model="crossattn_
     with torch.no_grad():
         for weight in attention.inject_processors(pipe.unet, freeze_model).values():
             weight += 0.3 * torch.randn(weight.shape, generator=generator)
-    card = {
+    config = {
         "base": params.base.model_dump(),
         "concepts": {name: concept_values(token, name)},
         "method": "custom_diffusion",
@@ -49,7 +50,7 @@ def learned(folder, token="<new1>", name="cat", seed=1, freeze_model="crossattn_
         "steps": 6,
         "seed": seed,
     }
-    return adapter.from_pipeline(pipe, card)
+    return adapter.from_pipeline(pipe, AdapterConfig.model_validate(config))
 
 
 def two(folder):
@@ -298,7 +299,7 @@ def test_a_merged_adapter_is_merged_again(tiny_base):
 
 
 def test_captions_speak_of_a_concept_by_its_token():
-    concept = concept_values("<new1>", "cat")
+    concept = LearnedConcept.model_validate(concept_values("<new1>", "cat"))
     captions = ["a cat and a cat", "A Cat, asleep", "a category", "the dog"]
     assert merging.captions_of(concept, captions) == [
         "photo of a <new1> cat",
@@ -343,7 +344,7 @@ def test_captions_are_read_from_a_file_a_folder_or_a_pool(tmp_path):
 
 def of_method(method):
     def change(part):
-        return replace(part, card=part.config | {"method": method, "lora_rank": 2})
+        return replace(part, config=part.config.with_changes(**{"method": method, "lora_rank": 2}))
 
     return change
 
@@ -354,16 +355,18 @@ def of_method(method):
         (of_method("lora"), "is of method lora; only adapters of custom_diffusion"),
         (of_method("textual_inversion"), "is of method textual_inversion"),
         (
-            lambda part: replace(part, card=part.config | {"freeze_model": "crossattn"}),
+            lambda part: replace(part, config=part.config.with_changes(**{"freeze_model": "crossattn"})),
             "learned queries and outputs too",
         ),
         (
-            lambda part: replace(part, rows={"<new1>": part.embeddings["<new2>"]}),
+            lambda part: replace(part, embeddings={"<new1>": part.embeddings["<new2>"]}),
             "has the token <new1>, and so has one",
         ),
         (
-            lambda part: replace(part, card=part.config | {"fingerprint": [x + 1 for x in part.config.fingerprint]}),
-            "other: this adapter was learned on .*; the pipeline is of another base model",
+            lambda part: replace(
+                part, config=part.config.with_changes(**{"fingerprint": [x + 1 for x in part.config.fingerprint]})
+            ),
+            "other: .*trained on .*another base model",
         ),
     ],
 )
@@ -420,8 +423,8 @@ def test_the_command_s_mistakes_are_one_line_and_write_nothing(folders, tiny_v_b
     for arguments, message in (
         ([folders / "one"], "merge: name two adapters or more"),
         ([folders / "one", folders / "one"], "merge: name two adapters or more, each once"),
-        ([folders / "one", folders / "stranger", *captions], "stranger: this adapter was learned on .*tiny-v"),
-        ([folders / "one", folders / "nowhere"], "there is no adapter here"),
+        ([folders / "one", folders / "stranger", *captions], "stranger: .*trained on .*tiny-v"),
+        ([folders / "one", folders / "nowhere"], "no adapter found"),
         ([folders / "one", folders / "other", *["--fidelity", 1] * 3], "--fidelity: 3 given for 2 adapters"),
         ([folders / "one", folders / "other", "--captions", folders / "none.txt"], "none.txt does not exist"),
     ):
@@ -430,4 +433,4 @@ def test_the_command_s_mistakes_are_one_line_and_write_nothing(folders, tiny_v_b
         assert re.search(message, str(done.exception))
         assert not list(folders.glob("out*"))
     done = run(folders / "one", folders / "other", *captions, "--out", folders / "stranger")
-    assert "is there already" in str(done.exception)
+    assert "exists already" in str(done.exception)

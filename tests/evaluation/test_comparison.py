@@ -168,7 +168,7 @@ def test_the_command_trains_grades_and_writes(tiny_base, tmp_path, monkeypatch):
         (["--learning-rate", "lora=fast"], "--learning-rate: of lora must be a number above 0"),
         (["--learning-rate", "1e-4"], "--learning-rate: must be such as lora=1e-4"),
         (["models/a"], "NAME=FOLDER: must be such as"),
-        (["a=nowhere"], "nowhere/adapter.json: there is no adapter here"),
+        (["a=nowhere"], "nowhere/adapter.json: no adapter found"),
     ],
 )
 def test_mistakes_are_one_line(tiny_base, tmp_path, monkeypatch, arguments, message):

@@ -56,8 +56,8 @@ def page(names=("tom",), **changes):
     metrics = scores.summarize(rows(names), resamples=100, seed=0)
     metrics |= {"seconds": 1.0, "num_prompts": 2, "num_images": 4}
     sheet = report.contact_sheet(pairs(names), {name: [picture(GREEN)] for name in names}, params(names))
-    card = {"base": {"model": "some/base", "revision": None, "variant": None}}
-    return report.html(metrics, rows(names), sheet, params(names), card, **changes)
+    config = {"base": {"model": "some/base", "revision": None, "variant": None}}
+    return report.html(metrics, rows(names), sheet, params(names), config, **changes)
 
 
 def where(sheet, color):

@@ -260,8 +260,8 @@ def project(tiny_base, tmp_path, monkeypatch, pytestconfig):
         weight.data.normal_()
     concept = {"modifier_token": "<new1>", "class_prompt": "cat", "instance_prompt": "photo of a {} cat"}
     how = {"method": "custom_diffusion", "freeze_model": "crossattn_kv"}
-    card = {"base": {"model": str(tiny_base)}, "concepts": {"tom": concept}, **how}
-    adapter.save(adapter.from_pipeline(pipe, card), "models/adapter")
+    adapter_values = {"base": {"model": str(tiny_base)}, "concepts": {"tom": concept}, **how}
+    adapter.save(adapter.from_pipeline(pipe, AdapterConfig.model_validate(adapter_values)), "models/adapter")
     (tmp_path / "data/instances/tom").mkdir(parents=True)
     red(30).save(tmp_path / "data/instances/tom/1.png")
     (tmp_path / "data/prompts").mkdir()

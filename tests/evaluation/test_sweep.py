@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from customdiff import cli, tracking
 from customdiff.adapters import adapter
+from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Params
 from customdiff.errors import UserError
 from customdiff.evaluation import scores, sweep
@@ -33,11 +34,11 @@ def learned(folder, path, seed, method="custom_diffusion", tokens_of=("<new1>",)
     modifier_tokens.add_tokens(pipe, rows)
     how = {"method": method, "freeze_model": "crossattn_kv", "lora_rank": 2}
     with torch.no_grad():
-        for weight in methods.inject(pipe.unet, how).values():
+        for weight in methods.inject(pipe.unet, adapter_config).values():
             weight += 0.3 * torch.randn_like(weight)
     concepts = {token.strip("<>"): concept_values(token) for token in tokens_of}
-    card = {"base": tiny_params(folder).base.model_dump(), "concepts": concepts, **how}
-    adapter.save(adapter.from_pipeline(pipe, card), path)
+    config = {"base": tiny_params(folder).base.model_dump(), "concepts": concepts, **how}
+    adapter.save(adapter.from_pipeline(pipe, AdapterConfig.model_validate(config)), path)
     return path
 
 
@@ -86,7 +87,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_drawn(
     asked = []
     monkeypatch.setattr(scores, "generate", lambda *arguments, **options: asked.append(arguments))
     params = tiny_params(tiny_base)
-    with pytest.raises(UserError, match=r"of another base model|not a whole adapter"):
+    with pytest.raises(UserError, match=r"of another base model|incomplete adapter"):
         sweep.sweep(base.load_pipeline(params.base), folders, params, PROMPTS, INSTANCES, Judge())
     assert not asked
 

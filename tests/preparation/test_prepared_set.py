@@ -12,7 +12,7 @@ from PIL import Image
 
 from customdiff.errors import UserError
 from customdiff.models import base
-from customdiff.preparation import augmentation, prepare, prepared_set
+from customdiff.preparation import augmentation, captions, prepare, prepared_set
 
 
 def test_moments_and_samples_are_those_of_the_vae(tiny_base, tmp_path):
@@ -20,7 +20,7 @@ def test_moments_and_samples_are_those_of_the_vae(tiny_base, tmp_path):
     paths = noisy_images(tmp_path, 3)
     vae = base.load_part(params.base, "vae", AutoencoderKL)
     examples = [prepare.Example(path, "a cat") for path in paths]
-    prepared = prepare.prepare_instances(examples, params, vae, [0])
+    prepared = prepare.prepare_instances(examples, params.prepare, vae, [0])
 
     crop = Image.open(paths[2]).crop((5, 0, 45, 40)).resize((32, 32), Image.Resampling.BILINEAR)
     pixels = torch.tensor(np.asarray(crop) / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
@@ -39,8 +39,8 @@ def test_pixels_are_kept_where_latents_are_not(tiny_base, tmp_path):
     cached = tiny_params(tiny_base)
     vae = base.load_part(params.base, "vae", AutoencoderKL)
     examples = [prepare.Example(path, "a cat") for path in noisy_images(tmp_path, 2)]
-    kept = prepare.prepare_instances(examples, params, vae, [0])
-    encoded = prepare.prepare_instances(examples, cached, vae, [0])
+    kept = prepare.prepare_instances(examples, params.prepare, vae, [0])
+    encoded = prepare.prepare_instances(examples, cached.prepare, vae, [0])
     assert kept.mean is None
     drawn = prepare._views(examples, params.prepare, 4, augmentation.resized_view, 4, [0])
     exact = torch.stack([torch.from_numpy(view.pixels) for view, _ in drawn])
@@ -73,7 +73,7 @@ def test_captions_carry_the_prefix_of_their_view(tiny_base, tmp_path):
     params = tiny_params(tiny_base, prepare={"views": 30})
     vae = base.load_part(params.base, "vae", AutoencoderKL)
     example = prepare.Example(noisy_images(tmp_path, 1)[0], "photo of a <new1> cat")
-    prepared = prepare.prepare_instances([example], params, vae, [0])
+    prepared = prepare.prepare_instances([example], params.prepare, vae, [0])
     for caption, mask in zip(prepared.captions, prepared.mask, strict=True):
         prefix = caption.removesuffix("photo of a <new1> cat")
         assert prefix in ("", *augmentation.FAR, *augmentation.NEAR)
@@ -110,8 +110,8 @@ def test_sidecar_captions(tmp_path, tiny_base):
 
 def test_a_captioners_words_take_the_token_in(tiny_base):
     concept = tiny_params(tiny_base).concepts["cat"]
-    assert prepare.with_token("a Cat, on red", concept) == "a <new1> Cat, on red"
-    assert prepare.with_token("an animal", concept) == "photo of a <new1> cat, an animal"
+    assert captions.with_token("a Cat, on red", concept) == "a <new1> Cat, on red"
+    assert captions.with_token("an animal", concept) == "photo of a <new1> cat, an animal"
 
 
 def test_a_blip_captioner_is_loaded_by_name(tmp_path, tiny_base):
@@ -145,4 +145,4 @@ def test_a_blip_captioner_is_loaded_by_name(tmp_path, tiny_base):
     assert len(found) == 2
     assert all("<new1>" in example.caption for example in found)
     with pytest.raises(UserError, match=r"prepare\.captioner"):
-        prepare.describe([], str(tmp_path / "nothing"), torch.device("cpu"))
+        captions.describe([], str(tmp_path / "nothing"), torch.device("cpu"))

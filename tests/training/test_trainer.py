@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import concept_values, tiny_params, write_prepared
 from diffusers import DDPMScheduler
 
+from customdiff import files
 from customdiff.adapters import adapter
 from customdiff.config import Params, Train
 from customdiff.errors import UserError
@@ -21,7 +23,8 @@ from customdiff.models import attention, base, memory_efficient, methods, modifi
 from customdiff.models.text import text_encoders, text_of
 from customdiff.preparation import prepared_set
 from customdiff.tracking import Tracker
-from customdiff.training import launch, trainer
+from customdiff.training import batches, launch, objective, trainer
+from customdiff.training.identity import run_identity
 
 WEIGHTS = "adapter/pytorch_custom_diffusion_weights.safetensors"
 
@@ -47,9 +50,9 @@ def test_losses_against_numpy():
     mask = (rng.uniform(size=(3, 1, 6, 6)) < 0.4).astype(float)
     error = (prediction - target) ** 2
     instance = np.mean([(error[i] * mask[i]).sum() / mask[i].sum() for i in range(3)])
-    found = trainer.losses(*(torch.tensor(x) for x in (prediction, target, mask)))
+    found = objective.losses(*(torch.tensor(x) for x in (prediction, target, mask)))
     np.testing.assert_allclose([float(x) for x in found], [instance, error[3:].mean()], rtol=1e-5)
-    alone, none = trainer.losses(*(torch.tensor(x[:3]) for x in (prediction, target, mask)))
+    alone, none = objective.losses(*(torch.tensor(x[:3]) for x in (prediction, target, mask)))
     assert none is None
     np.testing.assert_allclose(float(alone), instance, rtol=1e-5)
 
@@ -58,14 +61,14 @@ def test_losses_against_numpy():
 def test_targets_against_the_formula(kind):
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind)
     clean, noise = torch.randn(2, 2, 4, 8, 8)
-    batch = trainer.Batch(clean, noise, torch.tensor([3, 900]), None, None, None, None)
+    batch = batches.Batch(clean, noise, torch.tensor([3, 900]), None, None, None, None)
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     signal = np.cumprod(1 - betas)[[3, 900]].reshape(2, 1, 1, 1)
     velocity = np.sqrt(signal) * noise.numpy() - np.sqrt(1 - signal) * clean.numpy()
     expected = noise.numpy() if kind == "epsilon" else velocity
-    np.testing.assert_allclose(trainer.target_of(scheduler, batch), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="predicts 'sample'"):
-        trainer.target_of(DDPMScheduler(prediction_type="sample"), batch)
+    np.testing.assert_allclose(objective.target_of(scheduler, batch), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"base\.model: .*'sample'"):
+        objective.target_of(DDPMScheduler(prediction_type="sample"), batch)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_targets_against_the_formula(kind):
     ],
 )
 def test_the_rate_is_scaled_as_in_the_reference(options, processes, expected):
-    assert trainer.learning_rate(Train(**options), processes) == pytest.approx(expected)
+    assert objective.learning_rate(Train(**options), processes) == pytest.approx(expected)
 
 
 def test_a_first_step_against_adamw_by_hand(tiny_base, tmp_path):
@@ -119,9 +122,9 @@ def test_only_what_should_train_moves(tiny_base, tmp_path, freeze_model):
     weights = attention.trainable(pipe.unet)
     first = {name: weight.detach().clone() for name, weight in weights.items()}
     sets = trainer._load_sets(params, tmp_path / "prepared")
-    learner = trainer._learner(params, sets, pipe, vae, scale, trained, accelerator)
+    steps = trainer._trainer(params, sets, pipe, vae, scale, trained, accelerator)
     for number in range(3):
-        learner.step(number)
+        steps.step(number)
     now = {
         f"{part}.{name}".replace("embedding.table", "embedding"): weight
         for part in ("unet", "text_encoder")
@@ -158,13 +161,15 @@ def test_a_killed_run_continues_to_the_same_bits(request, tmp_path, model, optio
     shutil.rmtree(killed.path / "adapter")
     for step in ("step-000004", "step-000006"):
         shutil.rmtree(killed.path / step)
-    (killed.path / "step-000004.incoming").mkdir()  # as a kill in the middle of writing leaves it
+    (killed.path / ".step-000004.99999999-0badf00d.incoming").mkdir()  # as a kill in the middle of writing leaves it
     continued = train(params, tmp_path, "killed")
     assert learned(continued) == learned(whole)
     rows = [path.joinpath("steps.csv").read_text().splitlines() for path in (whole.path, continued.path)]
-    assert len(rows[0]) == len(rows[1]) == 7
-    columns = rows[0][0].split(",").index("images_per_second")
-    assert [row.split(",")[:columns] for row in rows[0]] == [row.split(",")[:columns] for row in rows[1]]
+    assert len(rows[0]) == 7
+    assert rows[0] == rows[1]
+    assert not list(continued.path.glob(".*"))
+    before = torch.load(continued.path / "step-000002/state.pt", weights_only=True)["seconds"]
+    assert 0 < before < continued.metrics()["seconds"]
 
 
 def test_an_edited_parameter_never_continues_a_strangers_run(tiny_base, tmp_path):
@@ -177,20 +182,46 @@ def test_an_edited_parameter_never_continues_a_strangers_run(tiny_base, tmp_path
     assert learned(second) == learned(train(edited, tmp_path, "fresh"))
     more_images = tiny_params(tiny_base, validation={"prompts": ["a cat"], "every": 3, "steps": 1})
     prepared = tmp_path / "prepared"
-    assert trainer.run_identity(more_images, prepared, 1) == trainer.run_identity(params, prepared, 1)
+    assert run_identity(more_images, prepared, 1) == run_identity(params, prepared, 1)
+
+
+def test_an_edit_of_the_code_is_another_run(tiny_base, tmp_path, monkeypatch):
+    params = tiny_params(tiny_base)
+    prepared = write_prepared(tmp_path / "prepared", params)
+    before = run_identity(params, prepared, 1)
+    monkeypatch.setattr(files, "PACKAGE", shutil.copytree(files.PACKAGE, tmp_path / "customdiff"))
+    assert run_identity(params, prepared, 1) == before
+    with (tmp_path / "customdiff/models/methods.py").open("a") as code:
+        code.write("# edited\n")
+    assert run_identity(params, prepared, 1) != before
+
+
+def test_one_gpu_by_name_and_several_processes_contradict(tiny_base, monkeypatch):
+    monkeypatch.setattr(base, "device", torch.device)
+    params = tiny_params(tiny_base, launch={"num_processes": 2})
+    params = params.model_copy(update={"base": params.base.model_copy(update={"device": "cuda:1"})})
+    with pytest.raises(UserError, match=r"base\.device: cuda:1.*num_processes"):
+        trainer._accelerator(params)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_sharded_training_is_refused(kind):
+    with pytest.raises(UserError, match=rf"train\.launch\.config_file: {kind}"):
+        trainer.check_distributed_type(DistributedType[kind])
+    trainer.check_distributed_type(DistributedType.MULTI_GPU)
 
 
 def test_a_base_that_changed_under_its_name_is_another_run(tiny_base, tmp_path):
     model = shutil.copytree(tiny_base, tmp_path / "base")
     params = tiny_params(model)
     prepared = write_prepared(tmp_path / "prepared", params)
-    before = trainer.run_identity(params, prepared, 1)
-    assert trainer.run_identity(params, prepared, 1) == before
+    before = run_identity(params, prepared, 1)
+    assert run_identity(params, prepared, 1) == before
     weights = model / "unet/diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert trainer.run_identity(params, prepared, 1) != before
+    assert run_identity(params, prepared, 1) != before
 
 
 def test_a_complete_run_is_run_anew(tiny_base, tmp_path):
@@ -281,7 +312,7 @@ def test_sdxl_is_told_each_views_size_and_crop(tiny_xl_base, tmp_path):
     pipe, vae, scale = trainer._load_base(params, accelerator.device)
     trainer._make_trainable(pipe, params, None)
     sets = trainer._load_sets(params, tmp_path / "prepared")
-    batch = trainer.Batches(sets, pipe, vae, scale, params, accelerator).draw(0)
+    batch = batches.Batches(sets, pipe, vae, scale, params, accelerator).draw(0)
     assert batch.time_ids.shape == (4, 6)
     assert batch.time_ids[:, [0, 1, 4, 5]].tolist() == [[40, 50, 32, 32]] * 4
     assert batch.time_ids[:, 2].tolist() == [0] * 4
@@ -296,11 +327,11 @@ def test_each_class_image_has_its_own_caption(tiny_xl_base, tmp_path):
     pipe, vae, scale = trainer._load_base(params, accelerator.device)
     trainer._make_trainable(pipe, params, None)
     sets = trainer._load_sets(params, tmp_path / "prepared")
-    batches = trainer.Batches(sets, pipe, vae, scale, params, accelerator)
+    drawn_batches = batches.Batches(sets, pipe, vae, scale, params, accelerator)
     for number in range(3):
         chosen = prepared_set.batch_indices(len(sets[1]), 2, params.base.seed + 1, number)
         alone = text_of(pipe, [sets[1].captions[index] for index in chosen])
-        found = batches.draw(number).class_text
+        found = drawn_batches.draw(number).class_text
         torch.testing.assert_close(found.states, alone.states, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.pooled, alone.pooled, rtol=1e-5, atol=1e-6)
 
@@ -316,20 +347,20 @@ def test_gradient_checkpointing_changes_nothing(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_large_image_trains_on_a_lightened_unet(tiny_base, tmp_path, monkeypatch, precision):
+def test_a_large_image_trains_on_a_memory_efficient_unet(tiny_base, tmp_path, monkeypatch, precision):
     """It learns what diffusers' layers learn; here for a small image, by another threshold."""
-    lightened = []
+    converted = []
     monkeypatch.setattr(
         memory_efficient,
         "convert",
-        lambda unet, lighten=memory_efficient.convert, **how: lightened.append(lighten(unet, **how)),
+        lambda unet, convert=memory_efficient.convert, **options: converted.append(convert(unet, **options)),
     )
     params = tiny_params(tiny_base, max_steps=2, mixed_precision=precision)
     plain = adapter.read(train(params, tmp_path / "a").path / "adapter").weights
-    assert not lightened
+    assert not converted
     monkeypatch.setattr(trainer, "MEMORY_EFFICIENT_FROM", params.prepare.resolution)
     found = adapter.read(train(params, tmp_path / "b").path / "adapter").weights
-    assert lightened
+    assert converted
     for name, weight in plain.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
 
@@ -343,7 +374,7 @@ def test_compiling_needs_a_compiler(tiny_base, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiled_blocks_learn_the_same(tiny_base, tmp_path, monkeypatch):
-    """With what is not compiled lightened, too; and a run that was killed ends with the same bits."""
+    """Layers that are not compiled are memory-efficient; and a run that was killed ends with the same bits."""
     monkeypatch.setattr(trainer, "MEMORY_EFFICIENT_FROM", 8)
     plain = train(tiny_params(tiny_base, max_steps=2), tmp_path / "a")
     params = tiny_params(tiny_base, max_steps=2, compile=True, checkpointing_steps=1)
@@ -378,7 +409,9 @@ def test_two_processes_learn_what_one_does(tiny_base, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(launch.command(halved, "two.py"), check=True, env=environment, capture_output=True, timeout=300)
+    subprocess.run(
+        launch.command(halved.train, "two.py"), check=True, env=environment, capture_output=True, timeout=300
+    )
     (run,) = (tmp_path / "two").iterdir()
     assert json.loads((run / "identity.json").read_text())["processes"] == 2
     first, second = (
@@ -391,13 +424,17 @@ def test_two_processes_learn_what_one_does(tiny_base, tmp_path, monkeypatch):
 def test_launching_asks_no_question(tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = tiny_params(tiny_base, launch={"num_processes": 3})
-    command = launch.command(params, "train.py")
+    command = launch.command(params.train, "train.py")
     assert command[0] == sys.executable
     assert command[command.index("--num_processes") + 1] == "3"
     assert json.loads(Path(command[command.index("--config_file") + 1]).read_text())["num_machines"] == 1
     Path("nodes.yaml").write_text("num_machines: 2")
-    own = launch.command(tiny_params(tiny_base, launch={"num_processes": 16, "config_file": "nodes.yaml"}), "train.py")
+    own = launch.command(
+        tiny_params(tiny_base, launch={"num_processes": 16, "config_file": "nodes.yaml"}).train, "train.py"
+    )
     assert own[own.index("--num_processes") + 1] == "16"
     assert "--num_machines" not in own  # it would outdo the file's
     with pytest.raises(UserError, match=r"train\.launch\.config_file: nowhere\.yaml does not exist"):
-        launch.command(tiny_params(tiny_base, launch={"num_processes": 3, "config_file": "nowhere.yaml"}), "train.py")
+        launch.command(
+            tiny_params(tiny_base, launch={"num_processes": 3, "config_file": "nowhere.yaml"}).train, "train.py"
+        )

@@ -120,6 +120,7 @@ def import_adapter(
     form = _module(name, "import")
     from customdiff.adapters import adapter
     from customdiff.adapters.formats import foreign
+    from customdiff.config import Base
     from customdiff.models import base as base_model
 
     check_free(out)
@@ -128,7 +129,7 @@ def import_adapter(
         raise UserError(f"--token: each once (here: {', '.join(tokens)})")
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
-    chosen = config.Base(model=base)
+    chosen = Base(model=base)
     pipe = base_model.load_pipeline(chosen, vae=None)
     found = form.read(path, foreign.ImportRequest(tokens, pipe, allow_pickle))
     imported = foreign.adapter_from(found, pipe, chosen, concepts, name)

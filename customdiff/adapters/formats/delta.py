@@ -51,7 +51,7 @@ def instructions(config: AdapterConfig, folder: Path) -> str:
     options += " --sdxl" if config.family == "Stable Diffusion XL" else ""
     return (
         "in the paper's repository (adobe-research/custom-diffusion):\n"
-        f"  python src/diffusers_sample.py --ckpt {config.base['model']} --delta_ckpt {folder / FILE}{options} "
+        f"  python src/diffusers_sample.py --ckpt {config.base.model} --delta_ckpt {folder / FILE}{options} "
         f'--prompt "{example(config)}"'
     )
 
@@ -137,4 +137,4 @@ def _rows(row: Any) -> TokenEmbedding:
 def example(config: AdapterConfig) -> str:
     """A prompt for the first of an adapter's concepts."""
     concept = next(iter(config.concepts.values()))
-    return concept.get("instance_prompt", "photo of a {}").format(concept.modifier_token)
+    return concept.instance_prompt.replace("{}", concept.modifier_token)

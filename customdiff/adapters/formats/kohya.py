@@ -74,7 +74,7 @@ def verify(source: ExportSource, folder: Path, error: float) -> None:
 def instructions(config: AdapterConfig, folder: Path) -> str:
     """Where the files go in each program, and what to write in a prompt."""
     words = zip(_words(config).values(), config.concepts.values(), strict=True)
-    named = [(word, concept.get("class_prompt", "")) for word, concept in words]
+    named = [(word, concept.class_prompt) for word, concept in words]
     lora = folder / _lora(config)
     name = f" <lora:{lora.stem}:1>" if lora.exists() else ""
     lines = [
@@ -89,7 +89,7 @@ def instructions(config: AdapterConfig, folder: Path) -> str:
 
 
 def tensors(found: LowRank) -> dict[str, Tensor]:
-    """Factors under kohya's names: .lora_down.weight (r, in), .lora_up.weight (out, r), .alpha (equal to r), .diff_b."""
+    """Factors under kohya's names: .lora_down.weight (r, in), .lora_up.weight (out, r), .alpha (r), .diff_b."""
     peft = {f"unet.{name}": tensor for name, tensor in one_rank(found).items()}
     named = convert_state_dict_to_kohya({name: tensor for name, tensor in peft.items() if not name.endswith(".bias")})
     named = {key: tensor.float() if key.endswith(".alpha") else tensor for key, tensor in named.items()}

@@ -1,0 +1,38 @@
+"""Schema and defaults of params.yaml, one module per section: every key with its default, unit and range.
+
+`load` checks the whole file before any work starts. Defaults are the values of diffusers' guide to Custom Diffusion,
+which differ from the defaults of its script in a few keys: docs/migrating-from-diffusers.md.
+"""
+
+from customdiff.config.base import Base
+from customdiff.config.concepts import Concept, Source
+from customdiff.config.download import Download
+from customdiff.config.evaluate import Evaluate
+from customdiff.config.params import Params, concept, load, with_num_images
+from customdiff.config.prepare import Prepare
+from customdiff.config.retrieve import Generate, Index, Retrieve, Service
+from customdiff.config.section import ParamsError
+from customdiff.config.tracking import Tracking
+from customdiff.config.train import Launch, Train, Validation
+
+__all__ = [
+    "Base",
+    "Concept",
+    "Download",
+    "Evaluate",
+    "Generate",
+    "Index",
+    "Launch",
+    "Params",
+    "ParamsError",
+    "Prepare",
+    "Retrieve",
+    "Service",
+    "Source",
+    "Tracking",
+    "Train",
+    "Validation",
+    "concept",
+    "load",
+    "with_num_images",
+]

@@ -1,0 +1,50 @@
+"""Section `concepts` of params.yaml: one entry per subject."""
+
+from pydantic import Field, field_validator, model_validator
+
+from customdiff.config.section import Section
+
+
+class Source(Section):
+    """Where a concept's instance images come from: exactly one of `path`, `url` and `hub`."""
+
+    path: str | None = Field(None, description="Folder of images, or a zip or tar archive.")
+    url: str | None = Field(None, pattern=r"^https://", description="https address of a zip or tar archive.")
+    hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description="Hugging Face data set, owner/name.")
+    revision: str | None = Field(None, description="Branch, tag or commit of `hub`.")
+    split: str = Field("train", description="Split of `hub`.")
+    subfolder: str | None = Field(None, description="Folder of the images inside the archive or folder.")
+    sha256: str | None = Field(None, pattern=r"^[0-9a-fA-F]{64}$", description="Checksum of the archive.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Source":
+        named = [name for name in ("path", "url", "hub") if getattr(self, name)]
+        if len(named) != 1:
+            raise ValueError(f"give exactly one of path, url and hub (here: {', '.join(named) or 'none'})")
+        return self
+
+
+class Concept(Section):
+    """One subject to learn. The first four keys are required, because stages depend on each of them separately."""
+
+    source: Source
+    modifier_token: str = Field(pattern=r"^\S+$", description="New token that means this subject, such as <new1>.")
+    class_prompt: str = Field(min_length=1, description="Class of the subject, such as cat.")
+    instance_prompt: str = Field(description="Caption of instance images; {} stands for the modifier token.")
+    initializer_token: str | None = Field(
+        None,
+        min_length=1,
+        description="Words whose mean embedding the token starts from; null: class_prompt.",
+    )
+
+    @field_validator("instance_prompt")
+    @classmethod
+    def _has_placeholder(cls, prompt: str) -> str:
+        if prompt.count("{}") != 1:
+            raise ValueError("must contain {} once, the place of the modifier token, as in 'photo of a {} cat'")
+        return prompt
+
+    @property
+    def caption(self) -> str:
+        """The instance prompt with the modifier token: `photo of a <new1> cat`."""
+        return self.instance_prompt.replace("{}", self.modifier_token)

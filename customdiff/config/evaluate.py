@@ -1,0 +1,24 @@
+"""Section `evaluate` of params.yaml: prompts, sampler and judge."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from customdiff.config.section import Fraction, Section
+
+
+class Evaluate(Section):
+    """evaluate: text and image alignment of the adapter and of the base model (section 4 of the paper)."""
+
+    prompts: str = Field("data/prompts", description="Folder of <class>.txt or default.txt; {} stands for the subject.")
+    num_images: int = Field(4, ge=1, description="Images per prompt.")
+    batch_size: int = Field(8, ge=1, description="Images generated at a time.")
+    scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler", "base"] = Field(
+        "ddim", description="Sampler; base: the model's own."
+    )
+    steps: int = Field(100, ge=1, description="Sampler steps.")
+    guidance_scale: float = Field(6.0, ge=0, description="Scale of classifier-free guidance.")
+    eta: Fraction = Field(1.0, description="Noise of ddim; other samplers ignore it.")
+    precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Precision of the weights.")
+    clip: str = Field("openai/clip-vit-base-patch32", description="Judge: CLIP folder or Hub repository.")
+    bootstrap: int = Field(2000, ge=100, description="Bootstrap resamples of prompts for 95 % intervals.")

@@ -1,0 +1,122 @@
+"""All of params.yaml: read it, check it, and report what is wrong."""
+
+import difflib
+from pathlib import Path
+from typing import get_args
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from customdiff.config.base import Base
+from customdiff.config.concepts import Concept
+from customdiff.config.download import Download
+from customdiff.config.evaluate import Evaluate
+from customdiff.config.prepare import Prepare
+from customdiff.config.retrieve import Retrieve
+from customdiff.config.section import ConceptName, ParamsError, Section
+from customdiff.config.tracking import Tracking
+from customdiff.config.train import Train
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    base: Base = Base()
+    concepts: dict[ConceptName, Concept] = Field(min_length=1)
+    download: Download = Download()
+    retrieve: Retrieve = Retrieve()
+    prepare: Prepare = Prepare()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _distinct_tokens(self) -> "Params":
+        tokens = [concept.modifier_token for concept in self.concepts.values()]
+        for token in tokens:
+            if tokens.count(token) > 1:
+                raise ValueError(f"concepts: modifier_token {token} is used twice; give each concept its own")
+        return self
+
+
+def load(path: Path | str = "params.yaml") -> Params:
+    """Read and check a params file as a whole.
+
+    Raises:
+        ParamsError: the file is missing, is not YAML, or has unknown keys or values out of range.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(
+            f"{path}: cannot be read ({error}); run in the project folder, or `customdiff preset`"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path}: must hold sections such as base:, concepts: and train:")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise ParamsError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from error
+
+
+def with_num_images(params: Params, num_images: int | None) -> Params:
+    """Parameters that evaluate with so many images a prompt; None leaves them as they are."""
+    if num_images is None:
+        return params
+    return params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"num_images": num_images})})
+
+
+def concept(params: Params, name: str) -> Concept:
+    """The concept of that name.
+
+    Raises:
+        ParamsError: there is none.
+    """
+    if name not in params.concepts:
+        raise ParamsError(f"concepts: there is no {name}; params.yaml has {', '.join(params.concepts)}")
+    return params.concepts[name]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, instead of the last one winning in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _explain(problem: dict) -> str:
+    """One line for one pydantic error: the key, what is wrong, what would be right."""
+    *parents, key = problem["loc"] or ("",)
+    where = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    if problem["type"] == "extra_forbidden":
+        valid = _keys_at(parents)
+        near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
+        return f"{where}: unknown key; " + (f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}")
+    if problem["type"] == "missing":
+        return f"{where}: is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message[0].lower()}{message[1:]} (here: {problem['input']!r})"
+
+
+def _keys_at(parents: list) -> list[str]:
+    """The keys that are valid inside the section at `parents`."""
+    model = Params
+    for part in parents:
+        if part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            model = next(
+                (a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, Section)),
+                annotation,
+            )
+    return list(model.model_fields)

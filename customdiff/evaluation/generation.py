@@ -1,0 +1,201 @@
+"""Images of the base model and of adapters, from the same prompts and seeds."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from customdiff.adapters import adapter
+from customdiff.adapters.adapter import Adapter
+from customdiff.config import Base, Concept, Evaluate
+from customdiff.evaluation.base_image_cache import base_images
+from customdiff.evaluation.metrics import without_tokens
+from customdiff.evaluation.prompts import Prompt
+from customdiff.images import save_all
+from customdiff.models.base import DTYPES, device, load_pipeline
+from customdiff.models.sampling import generate, image_seed, set_scheduler
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image that every model generates.
+
+    Attributes:
+        prompt: what it shows.
+        number: among the images of this prompt, from 0.
+        seed: of its noise.
+    """
+
+    prompt: Prompt
+    number: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class ImagePair:
+    """One prompt and seed, as the base model and as an adapter generated it.
+
+    Attributes:
+        prompt: what it shows.
+        text: the prompt without modifier tokens, which both images are compared with.
+        number: among the images of this prompt, from 0.
+        base, customized: RGB.
+    """
+
+    prompt: Prompt
+    text: str
+    number: int
+    base: Image.Image
+    customized: Image.Image
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How to generate: sections `base`, `evaluate` and `concepts` of params.yaml, and the cache of base-model images.
+
+    Attributes:
+        cache: folder of cached base-model images; None: no cache.
+    """
+
+    base: Base
+    settings: Evaluate
+    concepts: Mapping[str, Concept]
+    cache: Path | None = None
+
+    def load_base(self) -> DiffusionPipeline:
+        """The base model with the scheduler and precision of section `evaluate`."""
+        pipe = load_pipeline(self.base, dtype=DTYPES[self.settings.precision], device=device(self.base.device))
+        set_scheduler(pipe, self.settings.scheduler)
+        return pipe
+
+    def requests(self, prompts: Sequence[Prompt]) -> list[ImageRequest]:
+        """The images to generate, in order; each has a seed of its own, which other prompts do not change."""
+        return [
+            ImageRequest(prompt, number, image_seed(self.base.seed, prompt.concept_label, prompt.template, number))
+            for prompt in prompts
+            for number in range(self.settings.num_images)
+        ]
+
+    def texts(self, requests: Sequence[ImageRequest], subject: Callable[[Concept], str]) -> list[str]:
+        """The text of each request; `subject` gives the words for a concept."""
+        return [self.text(request.prompt, subject) for request in requests]
+
+    def text(self, prompt: Prompt, subject: Callable[[Concept], str]) -> str:
+        """The text of a prompt; `subject` gives the words for a concept."""
+        return prompt.fill(*(subject(self.concepts[name]) for name in prompt.concepts))
+
+    def reference_text(self, prompt: Prompt) -> str:
+        """The text that both images of a prompt are compared with: no modifier tokens."""
+        tokens = [self.concepts[name].modifier_token for name in prompt.concepts]
+        return without_tokens(self.text(prompt, customized_subject), *tokens)
+
+
+def class_subject(concept: Concept) -> str:
+    """The words for a concept in prompts of the base model: "cat"."""
+    return concept.class_prompt
+
+
+def customized_subject(concept: Concept) -> str:
+    """The words for a concept in prompts of an adapter: "<new1> cat"."""
+    return f"{concept.modifier_token} {concept.class_prompt}"
+
+
+def generate_pairs(
+    generation: Generation, adapters: Mapping[str, Path], prompts: Sequence[Prompt]
+) -> Iterator[tuple[str, list[ImagePair]]]:
+    """Generate all prompts with the base model once, then with each adapter, from the same seeds.
+
+    An adapter generates the prompts whose concepts it has learned. Adapters of one training replace one another in
+    the same pipeline; for any other the base model is loaded again.
+
+    Args:
+        adapters: folders by the name that progress bars show.
+
+    Yields:
+        The name of each adapter, and its images beside the base model's.
+
+    Raises:
+        UserError: an adapter is damaged, or was trained on another base model; before anything is generated.
+    """
+    pipe = generation.load_base()
+    for folder in adapters.values():
+        adapter.check_base(pipe, adapter.read(folder))
+    requests = generation.requests(prompts)
+    before = cached_base_images(generation, pipe, requests)
+    placed: Adapter | None = None
+    for name, folder in adapters.items():
+        learned = adapter.read(folder)
+        if placed is not None and not adapter.is_replaceable(placed, learned):
+            pipe, placed = generation.load_base(), None
+        (adapter.inject if placed is None else adapter.replace)(pipe, learned)
+        placed = learned
+        concepts = set(learned.config.concepts)
+        known = [place for place, request in enumerate(requests) if concepts.issuperset(request.prompt.concepts)]
+        chosen = [requests[place] for place in known]
+        images = generate_images(generation, pipe, chosen, customized_subject, name)
+        yield name, pair_images(generation, chosen, [before[place] for place in known], images)
+
+
+def cached_base_images(
+    generation: Generation, pipe: DiffusionPipeline, requests: Sequence[ImageRequest]
+) -> list[Image.Image]:
+    """The base model's images, with the class for the subject; from the cache where it has them."""
+    return base_images(
+        generation.cache,
+        pipe,
+        generation.base,
+        generation.settings,
+        generation.texts(requests, class_subject),
+        [request.seed for request in requests],
+        lambda: generate_images(generation, pipe, requests, class_subject, "base model"),
+    )
+
+
+def generate_images(
+    generation: Generation,
+    pipe: DiffusionPipeline,
+    requests: Sequence[ImageRequest],
+    subject: Callable[[Concept], str],
+    progress: str | None = None,
+) -> list[Image.Image]:
+    """Generate each request with the pipeline as it is."""
+    settings = generation.settings
+    return generate(
+        pipe,
+        generation.texts(requests, subject),
+        [request.seed for request in requests],
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        eta=settings.eta,
+        batch_size=settings.batch_size,
+        progress=progress,
+    )
+
+
+def pair_images(
+    generation: Generation,
+    requests: Sequence[ImageRequest],
+    base: Sequence[Image.Image],
+    customized: Sequence[Image.Image],
+) -> list[ImagePair]:
+    """The images of two models of the same requests, side by side."""
+    return [
+        ImagePair(request.prompt, generation.reference_text(request.prompt), request.number, *both)
+        for request, *both in zip(requests, base, customized, strict=True)
+    ]
+
+
+def write_images(pairs: Sequence[ImagePair], folder: Path) -> None:
+    """Write `<folder>/base/<concept>/...png` and `<folder>/customized/<concept>/...png`, under the same names."""
+    numbers: dict[Prompt, int] = {}
+    images = {}
+    for pair in pairs:
+        number = numbers.setdefault(pair.prompt, len(numbers) + 1)
+        words = re.sub(r"[^a-z0-9]+", "-", pair.prompt.template.lower()).strip("-")[:60]
+        for kind in ("base", "customized"):
+            path = folder / kind / pair.prompt.concept_label / f"{number:02d}-{words}-{pair.number}.png"
+            images[path] = getattr(pair, kind)
+    save_all(images)

@@ -1,0 +1,104 @@
+"""Evaluation prompts: read from files, and filled in with subjects."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from customdiff.config import Concept
+from customdiff.errors import UserError
+
+KINDS = ("scene", "companion", "style", "property")
+JOINT_FILE = "together.txt"
+JOIN = "+"  # between the names of a prompt's concepts in files; no concept name contains it
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt template about one concept, or about several in one image.
+
+    Attributes:
+        template: text with {} for the subject; with {1}, {2} and so on for several, in the order of `concepts`.
+        concepts: names of the concepts that the prompt is about.
+        kind: what it asks for: one of `KINDS`, or `other`.
+    """
+
+    template: str
+    concepts: tuple[str, ...]
+    kind: str = "other"
+
+    @property
+    def concept_label(self) -> str:
+        """The names of its concepts in one string: `cat`, or `cat+teapot`."""
+        return JOIN.join(self.concepts)
+
+    def fill(self, *subjects: str) -> str:
+        """The text of the prompt about these subjects, one per concept."""
+        text = self.template.replace("{}", subjects[0])
+        for number, subject in enumerate(subjects, 1):
+            text = text.replace(f"{{{number}}}", subject)
+        return text
+
+
+def read_all_prompts(folder: Path | str, concepts: Mapping[str, Concept]) -> list[Prompt]:
+    """The prompts of each concept, then those that show all concepts in one image, where there are any.
+
+    Raises:
+        UserError: a prompt file is missing, empty, or has a line without its placeholders.
+    """
+    prompts = [prompt for name, concept in concepts.items() for prompt in read_prompts(folder, name, concept)]
+    return prompts + read_joint_prompts(folder, tuple(concepts))
+
+
+def read_prompts(folder: Path | str, name: str, concept: Concept) -> list[Prompt]:
+    """The prompts of one concept: those of `<class_prompt>.txt`, spaces as _, or else of `default.txt`.
+
+    The file has one prompt per line, as `kind: prompt` or only the prompt, with {} for the subject; # starts a comment.
+
+    Raises:
+        UserError: there is no file, it is empty, or a line lacks {}.
+    """
+    own, default = Path(folder, f"{concept.class_prompt.replace(' ', '_')}.txt"), Path(folder, "default.txt")
+    path = own if own.is_file() else default
+    try:
+        prompts = _read_lines(path, ["{}"], (name,))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"evaluate.prompts: neither {own.name} nor default.txt can be read in {folder}") from error
+    if not prompts:
+        raise UserError(f"{path}: has no prompts; write one per line, such as `scene: a {{}} on the grass`")
+    return prompts
+
+
+def read_joint_prompts(folder: Path | str, concepts: Sequence[str]) -> list[Prompt]:
+    """Prompts that show all concepts in one image, {1} to {N}: the lines of `together.txt` with exactly N placeholders.
+
+    Raises:
+        UserError: a line lacks {1} or {2}.
+    """
+    path = Path(folder, JOINT_FILE)
+    if len(concepts) < 2 or not path.is_file():
+        return []
+    *wanted, too_many = (f"{{{number}}}" for number in range(1, len(concepts) + 2))
+    return [
+        prompt
+        for prompt in _read_lines(path, wanted[:2], tuple(concepts))
+        if all(each in prompt.template for each in wanted) and too_many not in prompt.template
+    ]
+
+
+def _read_lines(path: Path, placeholders: Sequence[str], concepts: tuple[str, ...]) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        kind, colon, rest = text.partition(":")
+        has_kind = bool(colon) and kind in KINDS
+        prompt = Prompt(rest.strip(), concepts, kind) if has_kind else Prompt(text, concepts)
+        for placeholder in placeholders:
+            if placeholder not in prompt.template:
+                raise UserError(
+                    f"{path}: line {number}: lacks {placeholder}, the placeholder of the subject (here: {text!r})"
+                )
+        if prompt not in prompts:
+            prompts.append(prompt)
+    return prompts

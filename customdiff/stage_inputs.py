@@ -1,0 +1,164 @@
+"""The inputs of each stage: the parameters it reads, defaults included, and hashes of the files that they name.
+
+DVC tracks the files that this module writes, one per stage and concept. A stage therefore reruns when a parameter that
+it reads changes, in params.yaml or as a default in the schema, and when a file that the parameters name changes,
+wherever it lies. Paths that a backend or method does not use are not among its inputs.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from customdiff.config import Base, Concept, Params
+from customdiff.files import atomic_directory, atomic_file, project_home, sha256
+
+FOLDER = Path("data/inputs")
+HASHES = ".input-hashes.json"  # hashes of files by path, size and time, so that large models are read once
+
+Inputs = dict[str, Any]
+
+
+def write_inputs(params: Params, folder: Path = FOLDER) -> list[Path]:
+    """Write `<stage>.json`, or `<stage>/<concept>.json` for stages that run once per concept; returns the paths."""
+    hashes = FileHashes(project_home() / HASHES)
+    inputs = {"index-pool": index_pool(params, hashes), "train": train(params, hashes)}
+    inputs["evaluate"] = evaluate(params, hashes)
+    for name, concept in params.concepts.items():
+        inputs[f"download-data/{name}"] = download_data(params, concept, hashes)
+        inputs[f"retrieve-class-images/{name}"] = retrieve_class_images(params, name, hashes)
+        inputs[f"prepare/{name}"] = prepare(params, concept, hashes)
+    with atomic_directory(folder) as out:
+        for name, values in inputs.items():
+            path = out / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    hashes.save()
+    return [folder / f"{name}.json" for name in inputs]
+
+
+def download_data(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:
+    """Inputs of `download-data`: the source and its files, and the limits."""
+    return {
+        "source": concept.source.model_dump(),
+        "download": params.download.model_dump(),
+        "files": hashes.of(concept.source.path),
+    }
+
+
+def index_pool(params: Params, hashes: "FileHashes") -> Inputs:
+    """Inputs of `index-pool`: pool and CLIP; for another backend its name only."""
+    retrieve = params.retrieve
+    if retrieve.backend != "index" or not params.train.preserves_prior:
+        return {"backend": retrieve.backend, "class images": params.train.preserves_prior}
+    return {
+        "index": retrieve.index.model_dump(),
+        "max_megapixels": params.download.max_megapixels,
+        "files": hashes.of(retrieve.index.pool, retrieve.index.clip),
+    }
+
+
+def retrieve_class_images(params: Params, name: str, hashes: "FileHashes") -> Inputs:
+    """Inputs of `retrieve-class-images`: class, backend and its section; nothing if no class images are used."""
+    retrieve = params.retrieve
+    if not params.train.preserves_prior:
+        return {"class images": False}
+    backends = {"index", "service", "generate", "folder"}
+    inputs: Inputs = {
+        "class_prompt": params.concepts[name].class_prompt,
+        "retrieve": retrieve.model_dump(exclude=backends - {retrieve.backend}),
+        "download": params.download.model_dump(),
+    }
+    if retrieve.backend == "generate":
+        inputs |= _base(params.base, hashes)
+    if retrieve.backend == "index":
+        inputs["files"] = hashes.of(retrieve.index.clip)
+    if retrieve.backend == "folder":
+        inputs["files"] = hashes.of(retrieve.folder.replace("{}", name))
+    return inputs
+
+
+def prepare(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:
+    """Inputs of `prepare`: what captions say, section `prepare`, and the base model with its VAE."""
+    words = concept.model_dump(include={"modifier_token", "class_prompt", "instance_prompt"})
+    captioner = hashes.of(params.prepare.captioner) if params.prepare.captions == "blip" else {}
+    return {
+        "concept": words,
+        "prepare": params.prepare.model_dump(),
+        "class images": params.train.preserves_prior,
+        "captioner": captioner,
+        **_base(params.base, hashes),
+    }
+
+
+def train(params: Params, hashes: "FileHashes") -> Inputs:
+    """Inputs of `train`: sections `train` and `concepts`, without the sources of images, and the base model."""
+    config_file = params.train.launch.config_file
+    return {
+        "train": params.train.model_dump(),
+        "prepare": params.prepare.model_dump(include={"resolution", "cache_latents"}),
+        "concepts": {name: concept.model_dump(exclude={"source"}) for name, concept in params.concepts.items()},
+        "launch": hashes.of(config_file),
+        **_base(params.base, hashes),
+    }
+
+
+def evaluate(params: Params, hashes: "FileHashes") -> Inputs:
+    """Inputs of `evaluate`: its section with prompts and judge, the words for each concept, and the base model."""
+    words = {"modifier_token", "class_prompt"}
+    return {
+        "evaluate": params.evaluate.model_dump(),
+        "concepts": {name: concept.model_dump(include=words) for name, concept in params.concepts.items()},
+        "files": hashes.of(params.evaluate.prompts, params.evaluate.clip),
+        **_base(params.base, hashes),
+    }
+
+
+def _base(base: Base, hashes: "FileHashes") -> Inputs:
+    """The base model and the seed; `device` changes no result that is tracked."""
+    return {"base": base.model_dump(exclude={"device"}), "base files": hashes.of(base.model)}
+
+
+class FileHashes:
+    """SHA-256 hashes of files and folders, remembered by size and modification time.
+
+    Args:
+        path: file in which hashes are kept from one run to the next.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._known = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._known = {}
+        self._used: dict[str, list] = {}
+
+    def of(self, *names: str | None) -> dict[str, str]:
+        """Hash by name, of those names that are local files or folders; others, such as Hub repositories, are left out."""
+        return {name: self._tree(Path(name)) for name in names if name and Path(name).exists()}
+
+    def save(self) -> None:
+        """Keep the hashes of the files that were asked for."""
+        with atomic_file(self.path) as incoming:
+            incoming.write_text(json.dumps(self._used), encoding="utf-8")
+
+    def _tree(self, path: Path) -> str:
+        if path.is_file():
+            return self._file(path)
+        digest = hashlib.sha256()
+        for file in sorted(each for each in path.rglob("*") if each.is_file() and not _is_hidden(each, path)):
+            digest.update(f"{file.relative_to(path).as_posix()}\0{self._file(file)}\n".encode())
+        return digest.hexdigest()
+
+    def _file(self, path: Path) -> str:
+        status, key = path.stat(), str(path.resolve())
+        size, modified, known = self._known.get(key, (None, None, ""))
+        if (size, modified) != (status.st_size, status.st_mtime_ns):
+            known = sha256(path)
+        self._used[key] = [status.st_size, status.st_mtime_ns, known]
+        return known
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)

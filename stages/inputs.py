@@ -1,0 +1,14 @@
+"""inputs: check params.yaml, and write the inputs of every stage for DVC to compare."""
+
+from customdiff import config, stage_inputs
+from customdiff.errors import one_line_errors
+
+
+def main() -> None:
+    """Check params.yaml and write data/inputs."""
+    stage_inputs.write_inputs(config.load())
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
