@@ -1,4 +1,4 @@
-"""`customdiff push`: an adapter onto the Hugging Face Hub."""
+"""`customdiff push`: publish an adapter on the Hugging Face Hub."""
 
 import re
 import sys
@@ -21,68 +21,76 @@ LICENCES = "apache-2.0, cc-by-4.0, cc-by-nc-4.0, creativeml-openrail-m, other, .
 EXAMPLES = """Examples:
 
 \b
-  customdiff push anna/grey-cat --license cc-by-4.0 --dry-run card     look at it first; nothing is sent
-  customdiff push anna/grey-cat --license cc-by-4.0                    private; --public shows it to everybody
+  customdiff push anna/grey-cat --license cc-by-4.0 --dry-run card     write what would be sent to card/
+  customdiff push anna/grey-cat --license cc-by-4.0                    private; --public makes it visible to everyone
   customdiff push anna/grey-cat --license cc-by-4.0 --base-model anna/base --revision v2
 
-Then, anywhere: customdiff sample "a <new1> cat" --adapter anna/grey-cat
+Then, on any machine: customdiff sample "a <new1> cat" --adapter anna/grey-cat
 """
 
 
+Repository = Annotated[
+    str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub; created if it does not exist.")
+]
+AdapterFolder = Annotated[Path, typer.Option(help="Folder of the adapter.")]
+License = Annotated[
+    str | None, typer.Option("--license", help=f"Licence of the adapter, an identifier of the Hub: {LICENCES}")
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(metavar="OWNER/NAME", help="Repository of the same base model, if the adapter names a folder."),
+]
+Private = Annotated[
+    bool | None, typer.Option("--private/--public", help="Visibility of a new repository (default: private).")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch; created if it does not exist.")]
+Message = Annotated[str | None, typer.Option(help="Commit message.")]
+Results = Annotated[
+    Path | None,
+    typer.Option(help="Output folder of `evaluate` for this adapter; for models/adapter, results/evaluate by default."),
+]
+ContactSheet = Annotated[
+    bool, typer.Option("--contact-sheet", help="Publish the contact sheet, which shows your instance images.")
+]
+WithBin = Annotated[
+    bool, typer.Option("--with-bin", help="Also publish pickle files (.bin), for programs that need them.")
+]
+DryRun = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Write the files to this new folder instead of sending them.")
+]
+
+
 def push(
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hub; created where there is none.")],
-    adapter: Annotated[Path, typer.Option(help="Folder of what was learned.")] = ADAPTER,
-    license_: Annotated[
-        str | None,
-        typer.Option("--license", help=f"Of the adapter, as the Hub spells it: {LICENCES} Asked for where it lacks."),
-    ] = None,
-    base_model: Annotated[
-        str | None,
-        typer.Option(metavar="OWNER/NAME", help="The very same base model on the Hub, where yours is a folder."),
-    ] = None,
-    private: Annotated[
-        bool | None,
-        typer.Option("--private/--public", help="Of a new repository; private if not said."),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch, created where there is none.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
-    results: Annotated[
-        Path | None, typer.Option(help="What `evaluate` wrote of it; by default results/evaluate, for models/adapter.")
-    ] = None,
-    contact_sheet: Annotated[
-        bool, typer.Option("--contact-sheet", help="Show the contact sheet too, and so your own pictures.")
-    ] = False,
-    with_bin: Annotated[bool, typer.Option("--with-bin", help="Pickles too, for programs that know no other.")] = False,
-    dry_run: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Write into this new folder what would go there; send nothing."),
-    ] = None,
+    repository: Repository,
+    adapter: AdapterFolder = ADAPTER,
+    license_: License = None,
+    base_model: BaseModel = None,
+    private: Private = None,
+    revision: Revision = None,
+    message: Message = None,
+    results: Results = None,
+    contact_sheet: ContactSheet = False,
+    with_bin: WithBin = False,
+    dry_run: DryRun = None,
 ) -> None:
     """Publish an adapter on the Hugging Face Hub: its files, a model card, images and figures, in one commit."""
-    from customdiff.adapters.adapter import read_config
+    from customdiff.adapters.config import read_config
     from customdiff.files import atomic_directory
     from customdiff.models.base import quiet
-    from customdiff.publishing import hub, model_card
+    from customdiff.publishing import hub
 
     hub.check_repository(repository, "OWNER/NAME")
     if base_model is not None:
         hub.check_repository(base_model, "--base-model", "owner/name[@revision]")
     if dry_run is not None and dry_run.exists():
-        raise UserError(f"--dry-run: {dry_run} is there already; name a new folder")
+        raise UserError(f"--dry-run: {dry_run} exists already; name a new folder")
     adapter_config = read_config(adapter)
     if dry_run is None:
         hub.require_token()
     license_ = _license(license_)
     quiet()
-    evaluation = _evaluation(adapter, results, adapter_config)
-    base = model_card.published(adapter_config, adapter, base_model).base.model
-    if base.startswith("./"):
-        _note(
-            f"nobody else can load the base model {base} by that name; if it is on the Hub too, name it by --base-model"
-        )
-    if contact_sheet and (evaluation is None or evaluation.sheet is None):
-        raise UserError("--contact-sheet: there is none in the results; `dvc repro` draws it")
-
+    _note_local_base(adapter, adapter_config, base_model)
+    evaluation = _evaluation(adapter, results, adapter_config, contact_sheet)
     with (
         tempfile.TemporaryDirectory(prefix="customdiff-") as work,
         atomic_directory(dry_run or Path(work, "out")) as out,
@@ -95,50 +103,65 @@ def push(
             base_model=base_model,
             revision=revision,
             evaluation=evaluation,
-            with_sheet=contact_sheet,
             with_bin=with_bin,
         )
         files = [path for path in out.rglob("*") if path.is_file()]
-        size = sum(path.stat().st_size for path in files) / 1e6
+        summary = f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB"
         if dry_run is not None:
-            typer.echo(f"{len(files)} files, {size:.1f} MB, in {dry_run}; nothing was sent")
+            typer.echo(f"{summary}, in {dry_run}; nothing was sent")
             return
-        pushed, remarks = hub.push(out, repository, private=private, revision=revision, message=message)
-    for remark in remarks:
-        _note(f"the Hub says: {remark}")
-    what = f"commit {pushed.commit[:8]}, {len(files)} files, {size:.1f} MB" if pushed.commit else "nothing has changed"
-    typer.echo(f"{pushed.url} ({'private' if pushed.private else 'public'}): {what}")
+        pushed = hub.push(out, repository, private=private, revision=revision, message=message)
+    done = f"commit {pushed.commit[:8]}, {summary}" if pushed.commit else "nothing has changed"
+    typer.echo(f"{pushed.url} ({'private' if pushed.private else 'public'}): {done}")
+
+
+def _note_local_base(adapter: Path, adapter_config: "AdapterConfig", base_model: str | None) -> None:
+    """Tell the user if others cannot load the base model by the name that is published."""
+    from customdiff.publishing.model_card import published
+
+    name = published(adapter_config, adapter, base_model).base.model
+    if name.startswith("./"):
+        _note(f"others cannot load the base model {name}; if it is on the Hub, name it with --base-model")
 
 
 def _license(given: str | None) -> str:
-    """The licence's identifier, asked for on a terminal; whoever publishes chooses it."""
+    """The licence's identifier; asked for if it is missing and there is a terminal."""
     if given is None and on_terminal():
-        typer.echo("The licence is yours to choose; that of the base model holds beside it.", err=True)
+        typer.echo("Choose a licence for the adapter. The licence of the base model applies too.", err=True)
         given = typer.prompt(f"Licence ({LICENCES})", err=True)
     if given is None:
-        raise UserError(f"--license: is yours to choose and never guessed; one of {LICENCES}")
+        raise UserError(f"--license: is required; choose one, such as {LICENCES}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", given):
-        raise UserError(f"--license: {given!r} is no identifier as the Hub spells it; such as {LICENCES}")
+        raise UserError(f"--license: {given!r} is not an identifier of the Hub, such as {LICENCES}")
     return given
 
 
-def _evaluation(adapter: Path, results: Path | None, adapter_config: "AdapterConfig") -> "Evaluation | None":
-    """What `evaluate` wrote of this adapter: asked for, or found in the pipeline's own places and not older."""
+def _evaluation(
+    adapter: Path, results: Path | None, adapter_config: "AdapterConfig", with_sheet: bool
+) -> "Evaluation | None":
+    """The evaluation of this adapter: in `results`, or the pipeline's own if it is not older than the adapter."""
     from customdiff.publishing.model_card import read_evaluation
 
-    if results is not None:
-        return read_evaluation(results, adapter_config, _settings(results))
+    if results is None and (problem := _no_evaluation(adapter)):
+        if with_sheet:
+            raise UserError(f"--contact-sheet: {problem}")
+        _note(f"the model card has no figures and no images: {problem}")
+        return None
+    folder = results or RESULTS
+    return read_evaluation(folder, adapter_config, _settings(folder), with_sheet=with_sheet)
+
+
+def _no_evaluation(adapter: Path) -> str | None:
+    """Why the pipeline's own evaluation is not published with an adapter; None: it is."""
     if adapter.resolve() != ADAPTER.resolve() or not (RESULTS / "metrics.json").is_file():
-        _note("the card has no figures and no images; --results names the folder that `evaluate` wrote of this adapter")
-        return None
+        return "give the output folder of `evaluate` for this adapter with --results"
     if _written(RESULTS / "metrics.json") < _written(adapter / "adapter.json"):
-        _note(f"{RESULTS} is older than the adapter and left out; --results {RESULTS} shows it all the same")
-        return None
-    return read_evaluation(RESULTS, adapter_config, _settings(RESULTS))
+        return f"{RESULTS} is older than the adapter; to publish it anyway, add --results {RESULTS}"
+    return None
 
 
 def _settings(results: Path) -> config.Evaluate | None:
-    """How the images of the pipeline's own results were drawn, where params.yaml was not edited since."""
+    """How the images of the pipeline's own results were generated, if params.yaml was not edited since."""
     path = Path("params.yaml")
     is_own = results.resolve() == RESULTS.resolve() and (results / "metrics.json").is_file() and path.is_file()
     if not is_own or _written(path) > _written(results / "metrics.json"):
@@ -150,7 +173,7 @@ def _settings(results: Path) -> config.Evaluate | None:
 
 
 def _written(path: Path) -> float:
-    """When a file was last written, in seconds since 1970."""
+    """Modification time in seconds since 1970."""
     return path.stat().st_mtime
 
 
@@ -159,5 +182,5 @@ def _note(text: str) -> None:
 
 
 def on_terminal() -> bool:
-    """Whether there is somebody to ask."""
+    """Whether the user can be asked."""
     return sys.stdin.isatty()

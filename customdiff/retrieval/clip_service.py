@@ -1,7 +1,7 @@
-"""Ask a clip-retrieval HTTP service (`clip-retrieval back`) for images of a class, and download what it names.
+"""Client of a clip-retrieval HTTP service (`clip-retrieval back`): query it and download the images that it names.
 
-The words of the protocol are those of clip-retrieval's ClipClient, which is one POST; importing it would pull torch,
-faiss and old pins in. What the service names comes from the open web: every address goes through `web.fetch`.
+The request is the one that clip-retrieval's ClipClient sends; importing that class would add torch, faiss and old
+pinned versions as requirements. The addresses in the response are untrusted: each is downloaded by `http.fetch`.
 """
 
 import base64
@@ -20,8 +20,8 @@ from customdiff.errors import UserError
 from customdiff.sources import http, image_folder
 from customdiff.sources.image_folder import SourceImage
 
-FACTOR = 1.5  # how many more images than wanted a service is asked for, as in the reference
-MAX_RESULTS = 10_000  # where the reference stops asking for more
+FACTOR = 1.5  # ratio of images requested to images wanted, as in the reference
+MAX_RESULTS = 10_000  # above this the reference does not request more
 MAX_IMAGE_BYTES = 32_000_000
 MAX_ANSWER_BYTES = 512_000_000
 
@@ -34,17 +34,17 @@ def service_images(
     transport: httpx.BaseTransport | None = None,
     pause: Callable[[float], None] = time.sleep,
 ) -> Iterator[tuple[SourceImage, float | None]]:
-    """Images that a service names for a class prompt, undecoded, in its order, each with its similarity.
+    """Images that a service finds for a class prompt, undecoded, in its order, each with its similarity.
 
-    As the reference does, 1.5 times `count` are asked for at first, and 1.5 times more whenever those are used up; stop
-    iterating when enough are good. Downloads run `service.parallel` at a time and not far ahead of what is used. A
-    server that answers `X-Robots-Tag: noai` is taken at its word.
+    As in the reference, the first query requests 1.5 times `count` images, and each further one 1.5 times more than the
+    one before; stop iterating when there are enough. `service.parallel` images are downloaded at a time, and at most
+    twice as many ahead of their use. Images whose server sends `X-Robots-Tag: noai` are not used.
 
     Args:
-        transport, pause: stand in for the network and for waiting in tests.
+        transport, pause: replace the network and the waiting in tests.
 
     Raises:
-        UserError: the service cannot be reached, or does not answer as one.
+        UserError: the service cannot be reached, or its response is not that of a clip-retrieval service.
     """
     asked = int(FACTOR * count)
     tried: set[str] = set()
@@ -69,13 +69,13 @@ def service_images(
 def ask_service(
     client: httpx.Client, service: Service, class_prompt: str, count: int, pause: Callable[[float], None] = time.sleep
 ) -> list[dict[str, Any]]:
-    """POST one query to a knn-service, in the words of clip-retrieval's ClipClient.
+    """POST one query to a knn-service, with the fields that clip-retrieval's ClipClient sends.
 
     Returns:
-        Entries with `id`, `similarity`, and as the index has them `url`, `caption`, `image` (base64) and `image_path`.
+        Entries with `id`, `similarity`, and if the index has them `url`, `caption`, `image` (base64) and `image_path`.
 
     Raises:
-        UserError: no answer after `retries` more tries, or one that is not a knn-service's.
+        UserError: the query failed, also after `service.retries` retries, or the response is not a knn-service's.
     """
     query = {
         "text": class_prompt,
@@ -88,7 +88,7 @@ def ask_service(
         "indice_name": service.index_name,
         "use_mclip": False,
         "aesthetic_score": 9,
-        "aesthetic_weight": 0.1,  # the reference's
+        "aesthetic_weight": 0.1,  # as in the reference
         "modality": "image",
         "num_images": count,
         "num_result_ids": count,
@@ -101,7 +101,7 @@ def ask_service(
             http.post_json(client, service.url, query, body, max_bytes=MAX_ANSWER_BYTES)
             break
         except http.FetchError as error:
-            if attempt == service.retries or not error.again:
+            if attempt == service.retries or not error.retry:
                 raise UserError(_problem(client, service, error)) from error
     try:
         answers = json.loads(body.getvalue())
@@ -109,23 +109,24 @@ def ask_service(
         answers = None
     if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
         raise UserError(
-            f"retrieve.service.url: {service.url} answers, but not as a knn-service does (a list of images)"
+            f"retrieve.service.url: {service.url} did not answer with a list of images; give a knn-service's address"
         )
     return answers
 
 
 def _problem(client: httpx.Client, service: Service, error: http.FetchError) -> str:
-    message = f"retrieve.service.url: {service.url}: {error}"
-    names = _index_names(client, service) if "500" in str(error) else []
+    """What to tell the user about a failed query."""
+    names = _index_names(client, service) if error.status == 500 else []  # its answer to an unknown index
     if names and service.index_name not in names:
         return f"retrieve.service.index_name: the service has no {service.index_name}; it has {', '.join(names)}"
+    message = f"retrieve.service.url: {service.url}: {error}"
     if (urlsplit(service.url).hostname or "").endswith("laion.ai"):
         message += "; LAION's public service has been off since 2024"
-    return f"{message}; use retrieve.backend: index or generate, or serve an index of your own by `clip-retrieval back`"
+    return f"{message}; use retrieve.backend: index or generate, or serve your own index with `clip-retrieval back`"
 
 
 def _index_names(client: httpx.Client, service: Service) -> list[str]:
-    """The indices that a service knows, from its indices-list; none where it does not say."""
+    """Names of a service's indices, from its indices-list; empty if that fails."""
     try:
         answer = client.get(str(httpx.URL(service.url).join("indices-list")))
         names = answer.json() if answer.status_code == 200 else []
@@ -135,15 +136,15 @@ def _index_names(client: httpx.Client, service: Service) -> list[str]:
 
 
 def _download(client: httpx.Client, service: Service, label: str, answer: dict[str, Any]) -> SourceImage:
-    """The bytes behind one entry of a service's answer; runs in a thread."""
+    """The image of one entry of a service's response; runs in a thread."""
     caption = image_folder.one_line(str(answer.get("caption") or ""))
     if encoded := answer.get("image"):
         try:
             return SourceImage(label, base64.b64decode(encoded, validate=True), caption)
         except (ValueError, TypeError):
-            return SourceImage(label, b"", caption, "its base64 is broken")
+            return SourceImage(label, b"", caption, "invalid base64")
     if not answer.get("url"):
-        return SourceImage(label, b"", caption, "comes with neither an address nor an image")
+        return SourceImage(label, b"", caption, "has neither an address nor an image")
     body = io.BytesIO()
     try:
         headers = http.fetch(
@@ -159,7 +160,7 @@ def _download(client: httpx.Client, service: Service, label: str, answer: dict[s
         return SourceImage(label, b"", caption, str(error))
     robots = headers.get("x-robots-tag", "").lower()
     if "noai" in robots or "noimageai" in robots:
-        return SourceImage(label, b"", caption, "its server asks not to be used for training (X-Robots-Tag)")
+        return SourceImage(label, b"", caption, "its server forbids use for training (X-Robots-Tag)")
     return SourceImage(label, body.getvalue(), caption)
 
 

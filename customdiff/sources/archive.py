@@ -1,4 +1,4 @@
-"""Unpack untrusted zip and tar archives: images and captions only, inside their folder, within counted limits."""
+"""Unpack untrusted zip and tar archives: images and captions only, inside one folder, within size limits."""
 
 import bz2
 import gzip
@@ -18,27 +18,26 @@ from customdiff.images import brief
 from customdiff.sources import image_folder
 from customdiff.sources.image_folder import Refused
 
-MAX_MEMBERS = 100_000  # of an archive, whatever they are
-CHUNK = 1 << 16
+MAX_MEMBERS = 100_000  # members of one archive, of any kind
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
 
 
 def unpack(archive: Path, into: Path, max_megabytes: float, *, key: str, subfolder: str | None = None) -> list[Refused]:
     """Unpack the images and `.txt` captions of a zip or tar archive, and nothing else, into a new folder.
 
-    Nothing is written outside `into`: a member whose name would lead there makes the whole archive refused.
-    Links and devices are never made. What is unpacked is counted as it comes, whatever sizes headers claim.
+    An archive with a member whose name leads outside `into` is refused as a whole. Links and devices are never
+    created. The number of bytes unpacked is limited, whatever sizes the headers claim.
 
     Args:
-        max_megabytes: limit of the archive and, apart, of what it holds.
-        key: the key of params.yaml that names the archive, for the messages of errors.
-        subfolder: only members below it.
+        max_megabytes: limit for the archive, and the same limit for its unpacked contents.
+        key: the key of params.yaml that names the archive, for error messages.
+        subfolder: unpack only members below this folder.
 
     Returns:
-        Images that are links or devices, which were set aside.
+        Members with an image's name that are links or devices, which were skipped.
 
     Raises:
-        UserError: not a zip or tar, damaged, encrypted, unsafe or too large, or no image lies below `subfolder`.
+        UserError: not a zip or tar, damaged, encrypted, unsafe or too large, or no image below `subfolder`.
     """
     size = archive.stat().st_size
     if size > max_megabytes * 1e6:
@@ -55,10 +54,10 @@ def unpack(archive: Path, into: Path, max_megabytes: float, *, key: str, subfold
             _unpack_tar(archive, kind, unpacking)
     except DAMAGED as error:
         raise UserError(f"{key}: the archive is damaged or cannot be unpacked ({brief(error)})") from error
-    except (NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{key}: packed in a way that cannot be read here ({brief(error)}); pack it anew") from error
+    except (NotImplementedError, RuntimeError) as error:  # zipfile's errors for methods that it does not support
+        raise UserError(f"{key}: unsupported compression ({brief(error)}); pack the archive again") from error
     if not unpacking.images:
-        raise UserError(f"{key}: no image lies in {subfolder or 'the archive'}{unpacking.elsewhere()}")
+        raise UserError(f"{key}: no images in {subfolder or 'the archive'}{unpacking.elsewhere()}")
     return unpacking.refused
 
 
@@ -78,10 +77,10 @@ def _not_an_archive(path: Path) -> str:
     if not head:
         return "the file is empty"
     if head.lstrip()[:1] == b"<":
-        return "it is a web page, not an archive"
+        return "the file is a web page, not an archive"
     if head.startswith(b"PK"):
-        return "the zip archive is damaged or cut short"
-    return "it is neither a zip nor a tar archive"
+        return "the zip archive is damaged or incomplete"
+    return "the file is neither a zip nor a tar archive"
 
 
 def _head(path: Path) -> bytes:
@@ -91,19 +90,24 @@ def _head(path: Path) -> bytes:
 
 @dataclass
 class _Unpacking:
-    """What is to be unpacked where, how many bytes and members more may come, and what was found."""
+    """What to unpack, the limits, and the results so far."""
 
     key: str
     into: Path
     prefix: tuple[str, ...]
     limit: int  # bytes
     members: int = 0
-    spent: int = 0
+    spent: int = 0  # bytes
     images: int = 0
     refused: list[Refused] = field(default_factory=list)
-    outside: set[str] = field(default_factory=set)  # folders with images that `prefix` leaves out
+    outside: set[str] = field(default_factory=set)  # folders with images that are not below `prefix`
 
     def spend(self, count: int) -> None:
+        """Add to the bytes unpacked.
+
+        Raises:
+            UserError: they are above the limit.
+        """
         self.spent += count
         if self.spent > self.limit:
             raise UserError(
@@ -111,62 +115,54 @@ class _Unpacking:
                 "raise it only if you trust the archive"
             )
 
-    def wanted(self, name: str) -> tuple[str, ...]:
-        """A member's name as the parts of a relative path; () where it is not to be unpacked.
+    def select(self, name: str) -> str | None:
+        """A member's name as a relative POSIX path; None if the member is not to be unpacked.
 
         Raises:
-            UserError: the name is absolute or climbs out with `..`, or there are too many members.
+            UserError: the name is absolute or contains `..`, or there are too many members.
         """
         self.members += 1
         if self.members > MAX_MEMBERS:
-            raise UserError(f"{self.key}: the archive has more than {MAX_MEMBERS} members; unpack it yourself")
-        parts = PurePosixPath(name.replace("\\", "/")).parts  # some Windows tools pack with backslashes
+            raise UserError(f"{self.key}: the archive has more than {MAX_MEMBERS} members; give an unpacked folder")
+        path = PurePosixPath(name.replace("\\", "/"))  # some Windows programs write backslashes
+        parts = path.parts
         if parts and (parts[0].startswith("/") or ".." in parts or re.match(r"^[A-Za-z]:", parts[0])):
-            raise UserError(f"{self.key}: unsafe archive: its member {name!r} would be written outside its folder")
+            raise UserError(f"{self.key}: unsafe archive: member {name!r} would be written outside its folder")
         if not parts or any(image_folder.is_hidden(part) for part in parts):
-            return ()
-        image = image_folder.is_image(parts[-1])
+            return None
+        image = image_folder.is_image(path.name)
         if parts[: len(self.prefix)] != self.prefix:
             if image:
-                self.outside.add("/".join(parts[:-1]) or "its top")
-            return ()
-        return parts if image or parts[-1].lower().endswith(".txt") else ()
+                self.outside.add("/".join(parts[:-1]) or "its top folder")
+            return None
+        return path.as_posix() if image or path.suffix.lower() == ".txt" else None
 
-    def refuse_special(self, parts: tuple[str, ...]) -> None:
-        if image_folder.is_image(parts[-1]):
-            self.refused.append(Refused("/".join(parts), "a link or a device, not a file"))
-
-    def write(self, packed: IO[bytes], parts: tuple[str, ...], *, count: bool) -> None:
-        path = self.into.joinpath(*parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            while chunk := packed.read(CHUNK):
-                if count:
-                    self.spend(len(chunk))
-                file.write(chunk)
-        self.images += image_folder.is_image(parts[-1])
+    def refuse_special(self, name: str) -> None:
+        if image_folder.is_image(name):
+            self.refused.append(Refused(name, "a link or a device, not a file"))
 
     def elsewhere(self) -> str:
         shown = sorted(self.outside, key=image_folder.natural)
         more = ", ..." if len(shown) > 8 else ""
-        return f"; images lie in: {', '.join(shown[:8])}{more}" if shown else ""
+        return f"; folders with images: {', '.join(shown[:8])}{more}" if shown else ""
 
 
 def _unpack_zip(archive: Path, unpacking: _Unpacking) -> None:
     with zipfile.ZipFile(archive) as opened:
         for member in opened.infolist():
-            parts = unpacking.wanted(member.filename)
-            if member.is_dir() or not parts:
+            name = unpacking.select(member.filename)
+            if member.is_dir() or name is None:
                 continue
             if member.flag_bits & 0x1:
-                raise UserError(
-                    f"{unpacking.key}: the zip is encrypted ({member.filename}); give one without a password"
-                )
+                raise UserError(f"{unpacking.key}: the zip is encrypted ({name}); give one without a password")
             if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
-                unpacking.refuse_special(parts)
+                unpacking.refuse_special(name)
                 continue
-            with opened.open(member) as packed:
-                unpacking.write(packed, parts, count=True)
+            # zipfile never writes more than this; it checks the CRC of a member that claims less than it holds.
+            unpacking.spend(member.file_size)
+            member.filename = name
+            opened.extract(member, unpacking.into)
+            unpacking.images += image_folder.is_image(name)
 
 
 def _unpack_tar(archive: Path, kind: str, unpacking: _Unpacking) -> None:
@@ -175,18 +171,20 @@ def _unpack_tar(archive: Path, kind: str, unpacking: _Unpacking) -> None:
         counted = _Counted(stream, unpacking)
         with tarfile.open(fileobj=counted, mode="r|") as opened:  # type: ignore[call-overload]
             for member in opened:
-                parts = unpacking.wanted(member.name)
-                if member.isdir() or not parts:
+                name = unpacking.select(member.name)
+                if member.isdir() or name is None:
                     continue
-                packed = opened.extractfile(member) if member.isreg() and not member.issparse() else None
-                if packed is None:
-                    unpacking.refuse_special(parts)
-                else:
-                    unpacking.write(packed, parts, count=False)  # counted where it is read
+                # A sparse member would be written at the size that its header claims.
+                if not member.isreg() or member.issparse():
+                    unpacking.refuse_special(name)
+                    continue
+                member.name = name
+                opened.extract(member, unpacking.into, filter="data")
+                unpacking.images += image_folder.is_image(name)
 
 
 class _Counted:
-    """The plain tar inside an archive, every byte of it counted: headers and skipped members too."""
+    """The uncompressed stream of a tar archive; counts every byte, including headers and skipped members."""
 
     def __init__(self, stream: IO[bytes], unpacking: _Unpacking) -> None:
         self.stream = stream

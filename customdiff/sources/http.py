@@ -1,4 +1,4 @@
-"""Fetch files over HTTP from addresses that are not trusted: sizes, redirects, hosts and time are limited."""
+"""HTTP downloads from untrusted addresses, with limits on size, redirects, hosts and time."""
 
 import ipaddress
 import socket
@@ -17,15 +17,25 @@ HEADERS = {"User-Agent": "customdiff", "Accept-Encoding": "identity"}
 
 
 class FetchError(Exception):
-    """A download that did not come; the message is a short reason."""
+    """A download that failed; the message is a short reason.
 
-    def __init__(self, reason: str, *, again: bool = False) -> None:
+    Attributes:
+        retry: whether a later attempt may succeed.
+        status: the HTTP status code, where the server answered with one other than 200.
+    """
+
+    def __init__(self, reason: str, *, retry: bool = False, status: int | None = None) -> None:
         super().__init__(reason)
-        self.again = again  # a later try may succeed
+        self.retry = retry
+        self.status = status
+
+
+class TooLargeError(FetchError):
+    """A download above its size limit."""
 
 
 def client(timeout: float, transport: httpx.BaseTransport | None = None, **options: Any) -> httpx.Client:
-    """An HTTP client that follows no redirect by itself; `fetch` does, with its checks."""
+    """An HTTP client that does not follow redirects; `fetch` follows them and checks each address."""
     return httpx.Client(timeout=timeout, transport=transport, headers=HEADERS, follow_redirects=False, **options)
 
 
@@ -40,18 +50,18 @@ def fetch(
     deadline: float | None = None,
     on_chunk: Callable[[int, int | None], None] | None = None,
 ) -> httpx.Headers:
-    """Stream what an address answers into an open file, and return the answer's headers.
+    """Stream a response body into an open file and return the response's headers.
 
     At most `MAX_REDIRECTS` redirects are followed, each only to one of `schemes` and to a public host. A
     host is public if neither its literal address nor any address that its name resolves to is private,
-    loopback, link-local or reserved. The name is resolved once more when the connection is made, so a name
-    server that lies from one look-up to the next is not guarded against.
+    loopback, link-local or reserved. The name is resolved again when the connection is made, so this does not
+    protect against a name server that changes its answer between the two look-ups (DNS rebinding).
 
     Args:
-        max_bytes: more than this is given up, whatever Content-Length claims.
-        trusted_hosts: may be private; for the host that the user named himself.
-        deadline: seconds for the whole answer; the client's timeout bounds each read only.
-        on_chunk: told of each chunk's size and of the total that the server claims.
+        max_bytes: limit of the body; the download stops there, whatever Content-Length claims.
+        trusted_hosts: hosts that may be private, such as the one that the user named.
+        deadline: seconds for the whole response; the client's timeout limits only each read.
+        on_chunk: called with the size of each chunk and the total that the server claims.
 
     Raises:
         FetchError: refused, not found, too large, too slow or unreachable.
@@ -69,7 +79,7 @@ def fetch(
 
 
 def post_json(http: httpx.Client, url: str, body: Any, file: IO[bytes], *, max_bytes: float) -> None:
-    """POST a value as JSON and stream the answer into an open file; redirects are not followed.
+    """POST a value as JSON and stream the response body into an open file; redirects are not followed.
 
     Raises:
         FetchError: as `fetch`.
@@ -80,15 +90,15 @@ def post_json(http: httpx.Client, url: str, body: Any, file: IO[bytes], *, max_b
 
 @contextmanager
 def _answer(http: httpx.Client, method: str, url: str, **options: Any) -> Iterator[httpx.Response]:
-    """One request, with httpx's errors told as a `FetchError`."""
+    """One request; converts httpx's errors to `FetchError`."""
     try:
         with http.stream(method, url, **options) as answer:
             yield answer
     except httpx.TimeoutException as error:
-        raise FetchError(f"no answer within {http.timeout.read:g} s", again=True) from error
+        raise FetchError(f"no answer within {http.timeout.read:g} s", retry=True) from error
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-        again = isinstance(error, httpx.TransportError)
-        raise FetchError(f"cannot be reached ({brief(error)})", again=again) from error
+        retry = isinstance(error, httpx.TransportError)
+        raise FetchError(f"cannot be reached ({brief(error)})", retry=retry) from error
 
 
 def _receive(
@@ -99,17 +109,18 @@ def _receive(
     on_chunk: Callable[[int, int | None], None] | None,
 ) -> None:
     if answer.status_code != 200:
-        again = answer.status_code == 429 or answer.status_code >= 500
-        raise FetchError(f"the server answers {answer.status_code} {answer.reason_phrase}", again=again)
+        status = answer.status_code
+        retry = status == 429 or status >= 500
+        raise FetchError(f"the server answered {status} {answer.reason_phrase}", retry=retry, status=status)
     claimed = answer.headers.get("content-length", "")
     total = int(claimed) if claimed.isdecimal() else None
     received = 0
     for chunk in answer.iter_bytes(CHUNK):
         received += len(chunk)
         if received > max_bytes or (total or 0) > max_bytes:
-            raise FetchError(f"larger than {max_bytes / 1e6:g} MB")
+            raise TooLargeError(f"larger than {max_bytes / 1e6:g} MB")
         if deadline and time.monotonic() > deadline:
-            raise FetchError("too slow")
+            raise FetchError("not complete before the deadline")
         file.write(chunk)
         if on_chunk:
             on_chunk(len(chunk), total)
@@ -121,9 +132,9 @@ def _check_address(url: str, schemes: tuple[str, ...], trusted_hosts: frozenset[
     except (httpx.InvalidURL, UnicodeError) as error:
         raise FetchError(f"not a web address: {url[:100]}") from error
     if parsed.scheme not in schemes:
-        raise FetchError(f"leads to {parsed.scheme or 'no scheme'}://, only {' and '.join(schemes)} is followed")
+        raise FetchError(f"scheme {parsed.scheme or '(none)'}:// is not allowed, only {' and '.join(schemes)}")
     if parsed.host not in trusted_hosts and not _is_public(parsed.host):
-        raise FetchError(f"leads to {parsed.host or 'no host'}, which is not a public address")
+        raise FetchError(f"{parsed.host or 'an address without a host'} is not a public address")
 
 
 def _is_public(host: str) -> bool:
@@ -136,5 +147,5 @@ def _is_public(host: str) -> bool:
     try:
         found = socket.getaddrinfo(host, None)
     except OSError:
-        return True  # behind a proxy, which resolves names itself, none may resolve here
+        return True  # a proxy may resolve names that cannot be resolved here
     return all(ipaddress.ip_address(entry[4][0].partition("%")[0]).is_global for entry in found)

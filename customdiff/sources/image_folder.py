@@ -1,4 +1,4 @@
-"""Images that lie in a folder, with the captions beside them: named in natural order, read one by one."""
+"""Images in a folder, with their caption files, in natural order."""
 
 import os
 import re
@@ -17,27 +17,27 @@ IMAGE_SUFFIXES = images.SUFFIXES + images.OTHER_SUFFIXES
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image as it came: its name in the source, its bytes, and the caption beside it."""
+    """One undecoded image: its name in the source, its bytes, and its caption."""
 
     name: str
     data: bytes
     caption: str | None = None
-    problem: str | None = None  # why its bytes were not read
+    problem: str | None = None  # why the bytes could not be read
 
 
 @dataclass(frozen=True)
 class Refused:
-    """An image that was not taken in, and why."""
+    """An image that was skipped, and why."""
 
     name: str
     reason: str
 
 
 def decode(item: SourceImage, max_megapixels: float) -> Image.Image:
-    """An image as RGB, as `images.open_rgb` gives it.
+    """Decode an image as upright RGB, 8 bits per channel; see `images.open_rgb`.
 
     Raises:
-        ImageError: it cannot be taken in.
+        ImageError: it could not be read, is too large, or is not an image of a supported format.
     """
     if item.problem:
         raise images.ImageError(item.name, item.problem)
@@ -45,18 +45,18 @@ def decode(item: SourceImage, max_megapixels: float) -> Image.Image:
 
 
 def natural(name: str) -> list[Any]:
-    """Sort key by which `img2` comes before `img10`; letters first without regard to case, then with it."""
+    """Sort key that puts `img2` before `img10`; ignores case, which only breaks ties."""
     parts = [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name.lower())]
     return [parts, name]
 
 
 def is_image(name: str) -> bool:
-    """Whether a name looks like a photo's, also of formats that will be refused by name."""
+    """Whether a name has an image suffix, including formats that `decode` refuses."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def walk(folder: Path) -> list[str]:
-    """The files below a folder as natural-sorted relative POSIX names, without hidden ones and `__MACOSX`."""
+    """Files below a folder as relative POSIX names in natural order, without hidden ones and `__MACOSX`."""
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not is_hidden(name)]
@@ -65,18 +65,18 @@ def walk(folder: Path) -> list[str]:
 
 
 def is_hidden(part: str) -> bool:
-    """Whether one part of a path is hidden, or is what macOS packs beside the files."""
+    """Whether one part of a path is hidden, or the folder that macOS adds to archives."""
     return part.startswith(".") or part == "__MACOSX"
 
 
 def folder_images(folder: Path, names: Iterable[str], max_megabytes: float) -> Iterator[SourceImage]:
-    """Read the named images of a folder one by one, each with the caption of a `.txt` of the same stem."""
+    """Read the named images of a folder one by one, each with the caption from the `.txt` file of the same stem."""
     for name in names:
         path = folder / name
         try:
             megabytes = path.stat().st_size / 1e6
             if megabytes > max_megabytes:
-                yield SourceImage(name, b"", problem=f"a file of {megabytes:.0f} MB, above {max_megabytes:g}")
+                yield SourceImage(name, b"", problem=f"file of {megabytes:.0f} MB, above {max_megabytes:g} MB")
             else:
                 yield SourceImage(name, path.read_bytes(), sidecar_caption(path))
         except OSError as error:
@@ -84,7 +84,7 @@ def folder_images(folder: Path, names: Iterable[str], max_megabytes: float) -> I
 
 
 def sidecar_caption(image: Path) -> str | None:
-    """The caption in the `.txt` file beside an image, on one line; None where there is none."""
+    """The caption in the `.txt` file beside an image, on one line; None if there is no such file."""
     for suffix in (".txt", ".TXT"):
         path = image.with_suffix(suffix)
         if path.is_file():
@@ -94,7 +94,7 @@ def sidecar_caption(image: Path) -> str | None:
 
 
 def one_line(text: str | bytes) -> str | None:
-    """A caption without line breaks and runs of spaces; None if nothing is left. Bytes are read as UTF-8."""
+    """A caption with each run of whitespace replaced by one space; None if it is empty. Bytes are read as UTF-8."""
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig", errors="replace")
     return " ".join(text.replace("\0", " ").split()) or None

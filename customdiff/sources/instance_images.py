@@ -1,14 +1,15 @@
-"""Instance images from a folder, an archive, an https address or a Hugging Face data set: checked, RGB, in order.
+"""Instance images: download-data gathers them from any source, later stages read them.
 
-What comes is untrusted: archives are unpacked under limits that count real bytes (archives.py), addresses are
-followed with care (web.py), and every image is decoded by `images.open_rgb`. What is not taken in is named,
-with the reason.
+Sources are a folder, an archive, an https address and a Hugging Face data set. All are untrusted: archives are unpacked
+under size limits (archive.py), downloads are restricted (http.py), and every image is decoded by `images.open_rgb`.
+Images that are skipped are reported with the reason.
 """
 
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,7 +29,7 @@ from customdiff.sources.image_folder import Refused, SourceImage
 
 @dataclass
 class Collected:
-    """What `collect` wrote and what it set aside."""
+    """What `collect` wrote: manifest entries of the images kept, images skipped, and warnings."""
 
     kept: list[dict[str, Any]] = field(default_factory=list)
     set_aside: list[Refused] = field(default_factory=list)
@@ -43,16 +44,17 @@ def collect(
     *,
     transport: httpx.BaseTransport | None = None,
 ) -> Collected:
-    """Gather a concept's instance images into a folder, whole or not at all.
+    """Gather a concept's instance images in a folder, which is replaced as a whole or left as it was.
 
     Writes `000.png`, `001.png`, ... (RGB, in natural order of their source names, no side above
-    `limits.max_side` px), `000.txt` where a caption lay beside an image, and `manifest.json`: file, source
-    name, SHA-256 of the source bytes and stored size [width, height] of each, and what was set aside with
-    the reason.
+    `limits.max_side` px), `000.txt` for an image with a caption, and `manifest.json`: file, source
+    name, SHA-256 of the source bytes and stored size [width, height] of each image, and the images set aside
+    with the reason.
 
     Args:
-        concept: its name in params.yaml, for the messages of errors.
-        transport: stands in for the network in tests.
+        concept: its name in params.yaml, for error messages.
+        out: folder to write.
+        transport: replaces the network in tests.
 
     Raises:
         UserError: the source cannot be reached or read, is unsafe, or has too few or too many good images.
@@ -83,6 +85,29 @@ def collect(
     return result
 
 
+def instance_paths(folder: Path | str) -> list[Path]:
+    """Paths of the instance images that `collect` wrote, in order.
+
+    Raises:
+        UserError: there are none.
+    """
+    folder = Path(folder)
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in images.SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder}: no instance images; run `dvc repro download-data@{folder.name}` first")
+    return paths
+
+
+def read_instance_images(folder: Path | str) -> list[Image.Image]:
+    """The instance images that `collect` wrote, RGB, in order.
+
+    Raises:
+        UserError: there are none, or one cannot be read.
+    """
+    # Their size was limited when they were downloaded.
+    return [images.open_rgb(path, max_megapixels=float("inf")) for path in instance_paths(folder)]
+
+
 def _keep(item: SourceImage, digest: str, image: Image.Image, folder: Path, result: Collected) -> None:
     stem = f"{len(result.kept):03}"
     image.save(folder / f"{stem}.png")
@@ -102,7 +127,7 @@ def _check_count(key: str, limits: Download, result: Collected) -> None:
     raise UserError(
         f"{key}: {good} good image{'' if good == 1 else 's'}, but download.minimum is {limits.minimum}; "
         + (f"set aside: {aside}{more}; " if aside else "")
-        + "add images, or lower download.minimum"
+        + "add images or lower download.minimum"
     )
 
 
@@ -114,7 +139,7 @@ def _open_source(
     result: Collected,
     transport: httpx.BaseTransport | None,
 ) -> Iterable[SourceImage]:
-    """The images of any kind of source, in natural order."""
+    """The images of a source of any kind, undecoded, in natural order."""
     if source.hub:
         _refuse_sha256(key, source)
         return hub_images(key, source, limits)
@@ -133,7 +158,7 @@ def _open_source(
 
 def _refuse_sha256(key: str, source: Source) -> None:
     if source.sha256:
-        raise UserError(f"{key}.sha256: only an archive has one checksum; leave it out for a folder or a data set")
+        raise UserError(f"{key}.sha256: only applies to an archive; remove it for a folder or a data set")
 
 
 def _from_archive(
@@ -143,8 +168,8 @@ def _from_archive(
         digest = files.sha256(archive_path)
         if digest != source.sha256.lower():
             raise UserError(
-                f"{key}.sha256: the archive has {digest}, params.yaml says {source.sha256.lower()}; "
-                "the file has changed: correct the key if you trust it"
+                f"{key}.sha256: params.yaml has {source.sha256.lower()}, the archive {digest}; "
+                "if you trust the changed archive, correct the key"
             )
     unpacked = work / "unpacked"
     result.set_aside += archive.unpack(
@@ -159,17 +184,17 @@ def _from_folder(
     folder = root / subfolder if subfolder else root
     names = [name for name in image_folder.walk(folder) if image_folder.is_image(name)]
     if not names:
-        raise UserError(f"{key}: no image lies in {subfolder or root}; {_folders_with_images(root)}")
+        raise UserError(f"{key}: no images in {subfolder or root}; {_folders_with_images(root)}")
     if len(names) > limits.maximum:
         raise UserError(
             f"{key}: {len(names)} images, but download.maximum is {limits.maximum}; "
-            f"name one folder by {key}.subfolder ({_folders_with_images(root)}), or raise download.maximum"
+            f"set {key}.subfolder to one folder ({_folders_with_images(root)}), or raise download.maximum"
         )
     parents = {str(PurePosixPath(name).parent) for name in names}
     if len(parents) > 1:
         result.notes.append(
             f"{key}: the images come from {len(parents)} folders; if they show several subjects, "
-            f"name one by {key}.subfolder ({_folders_with_images(folder)})"
+            f"set {key}.subfolder to one of them ({_folders_with_images(folder)})"
         )
     return image_folder.folder_images(folder, names, limits.max_megabytes)
 
@@ -177,18 +202,19 @@ def _from_folder(
 def _folders_with_images(root: Path) -> str:
     found = {str(PurePosixPath(name).parent) for name in image_folder.walk(root) if image_folder.is_image(name)}
     if not found:
-        return "there is none at all"
-    parents = ["its top" if parent == "." else parent for parent in sorted(found, key=image_folder.natural)]
-    return f"images lie in: {', '.join(parents[:8])}{', ...' if len(parents) > 8 else ''}"
+        return "it contains no images"
+    parents = ["its top folder" if parent == "." else parent for parent in sorted(found, key=image_folder.natural)]
+    return f"folders with images: {', '.join(parents[:8])}{', ...' if len(parents) > 8 else ''}"
 
 
 def download(url: str, path: Path, limits: Download, *, key: str, transport: httpx.BaseTransport | None = None) -> None:
     """Download an https address to a file, with a progress bar.
 
-    The address itself is the user's own and may be in a private network; what it redirects to may not.
+    The host of the address, which the user chose, may be in a private network; redirects to other private hosts are
+    refused.
 
     Raises:
-        UserError: it did not come; the message names `key` and what to do.
+        UserError: the download failed; names `key`.
     """
     host = urlsplit(url).hostname or ""
     bar = tqdm(unit="B", unit_scale=True, desc=f"download {host}", leave=False, disable=None)
@@ -208,15 +234,16 @@ def download(url: str, path: Path, limits: Download, *, key: str, transport: htt
                 on_chunk=show,
             )
     except http.FetchError as error:
-        mend = "raise download.max_megabytes" if "larger than" in str(error) else "check the address and the network"
-        raise UserError(f"{key}: {url}: {error}; {mend}, or download the archive and name it by path") from error
+        too_large = isinstance(error, http.TooLargeError)
+        fix = "raise download.max_megabytes" if too_large else "check the address and the network"
+        raise UserError(f"{key}: {url}: {error}; {fix}, or download the archive yourself and set path") from error
 
 
 def hub_images(key: str, source: Source, limits: Download) -> Iterator[SourceImage]:
     """Stream the first image column of a Hub data set, undecoded, with its `text` or `caption` column if any.
 
     `source.hub` may also be a local folder that `datasets` can read. Only image bytes inside the data set
-    itself are read: a row that points to another place is set aside.
+    itself are read: a row that refers to another place is skipped.
 
     Raises:
         UserError: the data set, split or an image column cannot be found, or there are too many images.
@@ -227,25 +254,40 @@ def hub_images(key: str, source: Source, limits: Download) -> Iterator[SourceIma
         raise UserError(f"{key}.hub: needs the package datasets; pip install 'customdiff[pipeline]'") from error
     datasets.utils.logging.set_verbosity_error()
     name = source.hub or ""
-    try:
+    with _data_set_errors(key, name):
         rows = datasets.load_dataset(
             name, data_dir=source.subfolder, split=source.split, revision=source.revision, streaming=True
         )
-        columns = rows.features or {}
-        pictures = [column for column, feature in columns.items() if isinstance(feature, datasets.Image)]
-        if not pictures:
-            raise UserError(f"{key}.hub: {name} has no image column; its columns: {', '.join(columns) or 'unknown'}")
-        caption = next((column for column in ("text", "caption") if column in columns), None)
-        for number, row in enumerate(rows.cast_column(pictures[0], datasets.Image(decode=False))):
-            if number >= limits.maximum:
-                raise UserError(
-                    f"{key}.hub: {name} has more than {limits.maximum} images (download.maximum) in split "
-                    f"{source.split}; name a smaller split or subfolder, or raise download.maximum"
-                )
-            yield _hub_image(row[pictures[0]] or {}, row.get(caption), name, limits, number)
-    except (UserError, GeneratorExit):
-        raise
-    except Exception as error:  # datasets and its file systems raise from a dozen families when something is not there
+    columns = rows.features or {}
+    pictures = [column for column, feature in columns.items() if isinstance(feature, datasets.Image)]
+    if not pictures:
+        raise UserError(f"{key}.hub: {name} has no image column; its columns: {', '.join(columns) or 'unknown'}")
+    caption = next((column for column in ("text", "caption") if column in columns), None)
+    undecoded = rows.cast_column(pictures[0], datasets.Image(decode=False))
+    for number, row in enumerate(_rows(key, name, undecoded)):
+        if number >= limits.maximum:
+            raise UserError(
+                f"{key}.hub: {name} has more than {limits.maximum} images (download.maximum) in split "
+                f"{source.split}; choose a smaller split or subfolder, or raise download.maximum"
+            )
+        yield _hub_image(row[pictures[0]] or {}, row.get(caption), name, limits, number)
+
+
+def _rows(key: str, name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    with _data_set_errors(key, name):  # of the iteration alone: what the consumer raises does not pass through here
+        yield from rows
+
+
+@contextmanager
+def _data_set_errors(key: str, name: str) -> Iterator[None]:
+    """Convert what `datasets` and its file systems raise for missing or unreadable data to a `UserError`."""
+    import pyarrow
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except (DatasetsError, OSError, ValueError, HTTPError, httpx.HTTPError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{key}.hub: {name} cannot be read ({type(error).__name__}: {brief(error)}); check the name, the "
             "split, the revision and the network, or log in with `hf auth login` if it is private"
@@ -253,7 +295,7 @@ def hub_images(key: str, source: Source, limits: Download) -> Iterator[SourceIma
 
 
 def _hub_image(cell: dict[str, Any], caption: Any, name: str, limits: Download, number: int) -> SourceImage:
-    """One undecoded cell of an image column; only bytes inside the data set `name` are read."""
+    """One undecoded cell of an image column; bytes outside the data set `name` are not read."""
     path = cell.get("path") or ""
     label = path.rpartition("/")[2] or f"row {number}"
     text = image_folder.one_line(caption) if isinstance(caption, str) else None
@@ -270,27 +312,6 @@ def _hub_image(cell: dict[str, Any], caption: Any, name: str, limits: Download, 
     else:
         opened = None
     if opened is None:
-        return SourceImage(label, b"", problem="lies outside the data set")
+        return SourceImage(label, b"", problem="is outside the data set")
     with opened as file:
         return SourceImage(label, file.read(int(limits.max_megabytes * 1e6)), text)
-
-
-def instance_paths(folder: Path) -> list[Path]:
-    """The files of the instance images that download-data wrote to `folder`, in order.
-
-    Raises:
-        UserError: there are none.
-    """
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in images.SUFFIXES)
-    if not paths:
-        raise UserError(f"{folder}: holds no instance images; run `dvc repro download-data@{folder.name}`")
-    return paths
-
-
-def read_instance_images(folder: Path) -> list[Image.Image]:
-    """The instance images that download-data wrote to `folder`, RGB, in order.
-
-    Raises:
-        UserError: there are none.
-    """
-    return [images.open_rgb(path, max_megapixels=float("inf")) for path in instance_paths(folder)]

@@ -1,5 +1,6 @@
-"""A model card tells what was learned and measured, as the Hub reads it, and nothing of the machine it was made on."""
+"""The model card has the concepts and figures in the Hub's form, and nothing of the machine it was made on."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -7,78 +8,74 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from adapters_on_disk import write_adapter
 from huggingface_hub import ModelCard
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 from customdiff import cli
-from customdiff.adapters import adapter
+from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Base, Evaluate, Params
 from customdiff.errors import UserError
-from customdiff.evaluation import scores
-from customdiff.models import attention, base
+from customdiff.evaluation.generation import ImagePair, write_images
+from customdiff.evaluation.metrics import PairedMetric
+from customdiff.evaluation.prompts import Prompt
+from customdiff.evaluation.scores import PromptScore, Summary, write_table
 from customdiff.publishing import model_card
 
 REPO = "anna/grey-cat"
 CAT = {"modifier_token": "<new1>", "initializer": "cat", "class_prompt": "cat", "instance_prompt": "photo of a {} cat"}
 DOG = {"modifier_token": "<new2>", "initializer": "dog", "class_prompt": "dog", "instance_prompt": "a {} dog"}
-CARD = {
-    "base": {"model": "owner/base", "revision": "v2", "variant": "fp16"},
-    "concepts": {"cat": CAT},
-    "method": "custom_diffusion",
-    "freeze_model": "crossattn_kv",
-    "lora_rank": 4,
-    "resolution": 512,
-    "steps": 250,
-    "seed": 7,
-    "versions": {"python": "3.11.7", "torch": "2.15.0"},
-    "family": "Stable Diffusion 1.x",
-    "processors": [],
-    "fingerprint": [],
-}
-FIGURES = {
-    "text_alignment": 1.25,
-    "image_alignment": 0.5625,
-    "base_text_alignment": 1.125,
-    "base_image_alignment": 0.0625,
-    "text_alignment_delta": 0.125,
-    "image_alignment_delta": 0.5,
-    "text_alignment_delta_ci95": [-0.0625, 0.25],
-    "image_alignment_delta_ci95": [0.375, 0.625],
+CONFIG = AdapterConfig.model_validate(
+    {
+        "base": {"model": "owner/base", "revision": "v2", "variant": "fp16"},
+        "concepts": {"cat": CAT},
+        "method": "custom_diffusion",
+        "freeze_model": "crossattn_kv",
+        "lora_rank": 4,
+        "resolution": 512,
+        "steps": 250,
+        "seed": 7,
+        "versions": {"python": "3.11.7", "torch": "2.15.0"},
+        "family": "Stable Diffusion 1.x",
+        "processors": [],
+        "fingerprint": [],
+    }
+)
+METRICS = {
+    "text_alignment": PairedMetric(1.125, 1.25, 0.125, -0.0625, 0.25),
+    "image_alignment": PairedMetric(0.0625, 0.5625, 0.5, 0.375, 0.625),
 }
 
 
-def page(card=CARD, **options):
+def page(config=CONFIG, **options):
     """The card as the Hub reads it: metadata and text."""
-    made = ModelCard(model_card.make(REPO, card, license="apache-2.0", **options).content)
+    made = ModelCard(model_card.make(REPO, config, license="apache-2.0", **options).content)
     return made.data.to_dict(), made.text
 
 
-def write_results(folder, concepts=("cat",), prompts=("a {} on red", "a {} on grass"), **changes):
-    """What `evaluate` leaves, written by the code of `evaluate` itself where it has any."""
-    metrics = FIGURES | {
-        "concepts": dict.fromkeys(concepts, FIGURES),
-        "seconds": 3.0,
-        "num_prompts": 2,
-        "num_images": 4,
-    }
+PROMPTS = (Prompt("a {} on red", ("cat",)), Prompt("a {} on grass", ("cat",)))
+
+
+def write_results(folder, prompts=PROMPTS):
+    """The output of `evaluate`, written by its own functions; two images per prompt, each of another color."""
+    labels = {prompt.concept_label: METRICS for prompt in prompts}
     folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics | changes))
-    pairs, rows = [], []
-    for concept in concepts:
-        for shade, prompt in enumerate(prompts):
-            rows.append(dict.fromkeys(scores.COLUMNS, 0.5) | {"concept": concept, "prompt": prompt, "kind": "scene"})
-            for number in range(2):
-                image = Image.new("RGB", (8, 8), (50 * shade, 100 * number, 0))
-                pairs.append(scores.Pair(concept, scores.Prompt(prompt), prompt, number, image, image))
-    scores.write_table(rows, folder / "per_prompt.csv")
-    scores.write_images(pairs, folder / "images")
+    (folder / "metrics.json").write_text(Summary(METRICS, labels, len(prompts), 2 * len(prompts)).to_json())
+    even = dict.fromkeys(METRICS, 0.5)
+    write_table([PromptScore(prompt, even, even) for prompt in prompts], folder / "per_prompt.csv")
+    pairs = []
+    for shade, prompt in enumerate(prompts):
+        for number in range(2):
+            image = Image.new("RGB", (8, 8), (50 * shade % 256, 100 * number, 0))
+            pairs.append(ImagePair(prompt, "", number, image, image))
+    write_images(pairs, folder / "images")
     Image.new("RGB", (30, 20), "red").save(folder / "contact_sheet.jpg")
     return folder
 
 
-def test_the_metadata_are_what_the_hub_looks_for():
+def test_the_metadata_are_those_of_the_hubs_specification():
     data, _ = page()
     assert data == {
         "license": "apache-2.0",
@@ -93,12 +90,12 @@ def test_the_metadata_are_what_the_hub_looks_for():
 
 
 def test_the_text_tells_what_was_learned_and_how():
-    _, text = page(CARD | {"concepts": {"cat": CAT, "dog": DOG}})
+    _, text = page(CONFIG.with_changes(concepts={"cat": CAT, "dog": DOG}))
     for words in (
-        "teaches a text-to-image model `<new1>` (cat), `<new2>` (dog) from a few pictures",
+        "`<new1>` (cat), `<new2>` (dog)",
         "[`owner/base`](https://huggingface.co/owner/base) (revision `v2`) (variant `fp16`)",
         "| `<new2>` | dog | `a <new2> dog` |",
-        "| trained | keys and values of cross-attention, and the new words |",
+        "| trained | keys and values of cross-attention, and the modifier tokens |",
         "| steps | 250 |",
         "| resolution | 512 px |",
         "| seed | 7 |",
@@ -108,44 +105,39 @@ def test_the_text_tells_what_was_learned_and_how():
         "customdiff sample 'photo of a <new1> cat' --adapter anna/grey-cat\n",
     ):
         assert words in text
-    for absent in ("Gallery", "How good", "contact_sheet", "None", "rank", "not on the Hub"):
+    for absent in ("Gallery", "## Evaluation", "contact_sheet", "None", "rank", "not on the Hub"):
         assert absent not in text
 
 
 @pytest.mark.parametrize(
     ("changes", "words", "absent", "tag"),
     [
-        (
-            {"freeze_model": "crossattn"},
-            "| trained | all of cross-attention, and the new words |",
-            "LoRA",
-            "custom-diffusion",
-        ),
-        ({"method": "textual_inversion"}, "the new words alone", "load_attn_procs", "textual_inversion"),
+        ({"freeze_model": "crossattn"}, "| trained | all of cross-attention", "LoRA", "custom-diffusion"),
+        ({"method": "textual_inversion"}, "Textual Inversion", "load_attn_procs", "textual_inversion"),
         ({"method": "lora"}, 'pipe.load_lora_weights("anna/grey-cat", weight_name="pytorch_lora', "load_attn", "lora"),
-        ({"compressed": True}, "Diffusers alone cannot read it", "load_attn_procs", "custom-diffusion"),
+        ({"compressed": {"ranks": [1]}}, "| compressed | yes |", "load_attn_procs", "custom-diffusion"),
         ({"seed": 0}, "| seed | 0 |", "None", "custom-diffusion"),
         ({"seed": None, "steps": None, "versions": {}}, "| resolution |", "None", "custom-diffusion"),
     ],
 )
 def test_each_method_is_called_what_it_is(changes, words, absent, tag):
-    data, text = page(CARD | changes)
+    data, text = page(CONFIG.with_changes(**changes))
     assert words in text
     assert absent not in text
     assert data["tags"][0] == tag
 
 
 def test_a_base_model_in_a_folder_is_no_base_model_of_the_hub():
-    data, text = page(CARD | {"base": {"model": "./data/base", "revision": None, "variant": None}})
+    data, text = page(CONFIG.with_changes(base={"model": "./data/base"}))
     assert not {"base_model", "base_model_relation"} & set(data)
-    assert "**The base model is not on the Hub.** `./data/base` is a folder" in text
+    assert "**The base model is not on the Hub.** `./data/base`" in text
     assert "huggingface.co/./" not in text
 
 
 def test_figures_stand_in_the_table_and_in_the_metadata(tmp_path):
-    found = model_card.read_evaluation(write_results(tmp_path / "evaluate"), CARD)
+    found = model_card.read_evaluation(write_results(tmp_path / "evaluate"), CONFIG)
     data, text = page(evaluation=found)
-    assert "change, 95 % interval over 2 prompts" in text
+    assert "95 % interval over 2 prompts" in text
     assert "| image alignment | 0.062 | 0.562 | +0.500, +0.375 to +0.625 |" in text
     assert "| text alignment | 1.125 | 1.250 | +0.125, -0.062 to +0.250 |" in text
     [index] = data["model-index"]
@@ -158,74 +150,78 @@ def test_figures_stand_in_the_table_and_in_the_metadata(tmp_path):
 
 
 def test_the_figures_of_several_concepts_are_told_apart(tmp_path):
-    card = CARD | {"concepts": {"cat": CAT, "dog": DOG}}
-    folder = write_results(tmp_path / "evaluate", ("cat", "dog"))
-    rows = (folder / "per_prompt.csv").read_text()
-    (folder / "per_prompt.csv").write_text(rows + "cat and dog,{1} and {2} on grass,companion,1,1,0,1,1,0\n")
-    (folder / "images/customized/cat-and-dog").mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "images/customized/cat-and-dog/05-1-and-2-on-grass-0.png")
-    data, text = page(card, evaluation=model_card.read_evaluation(folder, card))
+    config = CONFIG.with_changes(concepts={"cat": CAT, "dog": DOG})
+    prompts = [Prompt("a {} on red", ("cat",)), Prompt("a {}", ("dog",)), Prompt("{1} on {2}", ("cat", "dog"))]
+    folder = write_results(tmp_path / "evaluate", prompts)
+    data, text = page(config, evaluation=model_card.read_evaluation(folder, config))
     assert "| cat: image alignment |" in text
-    assert "| dog: text alignment |" in text
-    assert [each["text"] for each in data["widget"]] == [
-        "a <new1> cat on red",
-        "a <new1> cat on grass",
-        "a <new2> dog on red",
-        "a <new2> dog on grass",
-        "<new1> cat and <new2> dog on grass",
-    ]
+    assert "| cat+dog: text alignment |" in text
+    expected = ["a <new1> cat on red", "a <new2> dog", "<new1> cat on <new2> dog"]
+    assert [each["text"] for each in data["widget"]] == expected
 
 
 def test_the_gallery_shows_the_first_image_of_each_prompt(tmp_path):
-    found = model_card.read_evaluation(write_results(tmp_path / "evaluate"), CARD)
+    found = model_card.read_evaluation(write_results(tmp_path / "evaluate"), CONFIG)
     data, text = page(evaluation=found)
     assert data["widget"] == [
         {"text": "a <new1> cat on red", "output": {"url": "images/01-a-on-red-0.png"}},
         {"text": "a <new1> cat on grass", "output": {"url": "images/02-a-on-grass-0.png"}},
     ]
     assert "<Gallery />" in text
-    assert "first image of each of 2 evaluation prompts" in text
+    assert "2 evaluation prompts" in text
     second = found.samples["02-a-on-grass-0.png"].image
     assert second.getpixel((0, 0)) == (50, 0, 0)
 
 
 def test_of_many_prompts_some_are_shown_evenly(tmp_path):
-    folder = write_results(tmp_path / "evaluate", prompts=[f"a {{}} number {number}" for number in range(30)])
-    prompts = [each.prompt for each in model_card.read_evaluation(folder, CARD).samples.values()]
+    folder = write_results(tmp_path / "evaluate", [Prompt(f"a {{}} number {number}", ("cat",)) for number in range(30)])
+    prompts = [each.prompt for each in model_card.read_evaluation(folder, CONFIG).samples.values()]
     assert prompts == [f"a <new1> cat number {number}" for number in range(0, 30, 3)]
 
 
 def test_how_the_images_were_drawn_is_said_where_it_is_known(tmp_path):
     settings = Evaluate(steps=25, guidance_scale=3.5, scheduler="dpmsolver++")
-    found = model_card.read_evaluation(write_results(tmp_path / "evaluate"), CARD, settings)
+    found = model_card.read_evaluation(write_results(tmp_path / "evaluate"), CONFIG, settings)
     _, text = page(evaluation=found)
-    assert "25 steps of dpmsolver++, a guidance of 3.5." in text
+    assert "25 steps of dpmsolver++, guidance scale 3.5." in text
     assert "--adapter anna/grey-cat --steps 25 --guidance-scale 3.5 --scheduler dpmsolver++\n" in text
     assert 'pipe("a <new1> cat on red", num_inference_steps=25, guidance_scale=3.5).images[0]' in text
 
 
 def test_results_of_other_concepts_are_refused(tmp_path):
-    folder = write_results(tmp_path / "evaluate", ("teapot",))
-    with pytest.raises(UserError, match="evaluates teapot, which this adapter has not learned"):
-        model_card.read_evaluation(folder, CARD)
+    folder = write_results(tmp_path / "evaluate", [Prompt("{1} on {2}", ("cat", "teapot"))])
+    with pytest.raises(UserError, match="teapot"):
+        model_card.read_evaluation(folder, CONFIG)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"concepts": {"cat": 1}}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"concepts": {"cat": 1}}', '{"text_alignment": 1.2}'])
 def test_results_that_cannot_be_read_are_one_line(tmp_path, content):
     folder = write_results(tmp_path / "evaluate")
     (folder / "metrics.json").unlink()
     if content is not None:
         (folder / "metrics.json").write_text(content)
-    with pytest.raises(UserError, match="no figures can be read"):
-        model_card.read_evaluation(folder, CARD)
+    with pytest.raises(UserError, match=r"metrics\.json") as caught:
+        model_card.read_evaluation(folder, CONFIG)
+    assert "\n" not in str(caught.value)
 
 
-def test_only_numbers_are_kept_of_the_figures(tmp_path):
-    folder = write_results(tmp_path / "evaluate", judge="/home/anna/clip", more={"path": "/home/anna", "kid": 0.5})
-    metrics = model_card.read_evaluation(folder, CARD).metrics
-    assert metrics["more"] == {"kid": 0.5}
-    assert "/home" not in json.dumps(metrics)
-    assert metrics["image_alignment_delta_ci95"] == [0.375, 0.625]
+def test_only_the_figures_of_the_results_are_kept(tmp_path):
+    folder = write_results(tmp_path / "evaluate")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["text_alignment"]["judge"] = metrics["judge"] = "/home/anna/clip"
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    kept = model_card.read_evaluation(folder, CONFIG).metrics
+    assert "/home" not in kept.model_dump_json()
+    assert dataclasses.asdict(kept.image_alignment) == metrics["image_alignment"]
+
+
+def test_the_contact_sheet_is_read_only_on_request(tmp_path):
+    folder = write_results(tmp_path / "evaluate")
+    assert model_card.read_evaluation(folder, CONFIG).sheet is None
+    assert model_card.read_evaluation(folder, CONFIG, with_sheet=True).sheet.size == (30, 20)
+    (folder / "contact_sheet.jpg").unlink()
+    with pytest.raises(UserError, match=r"contact_sheet\.jpg"):
+        model_card.read_evaluation(folder, CONFIG, with_sheet=True)
 
 
 @pytest.mark.parametrize(
@@ -250,24 +246,25 @@ def test_a_base_model_is_a_repository_or_a_dotted_folder(tmp_path, monkeypatch, 
     near = tmp_path / "models" / "adapter"
     for folder in (tmp_path, tmp_path / "elsewhere"):  # the project's folder is found from the adapter's too
         monkeypatch.chdir(folder)
-        card = CARD | {"base": {"model": model, "revision": None, "variant": None}}
-        assert model_card.published(card, near)["base"]["model"] == expected
+        config = CONFIG.with_changes(base={"model": model})
+        assert model_card.published(config, near).base.model == expected
 
 
 def test_what_is_published_has_no_path_and_loses_nothing_else(tmp_path):
-    card = CARD | {"files": ["/mnt/x/photo.png", r"D:\x\y.png", "~/z", "../w", "a/b"], "also": {"at": "/srv/x"}}
-    card |= {"concepts": {"cat": CAT | {"instance_prompt": "a {} cat / dog, 50 % \\ more, a:b"}}}
-    published = model_card.published(card, tmp_path)
-    assert published["files"] == ["photo.png", "y.png", "z", "w", "a/b"]
-    assert published["also"] == {"at": "x"}
-    assert {key: published[key] for key in CARD} == {**CARD, "concepts": card["concepts"]}
+    prompt = "a {} cat / dog, 50 % \\ more, a:b"
+    changes = {"files": ["/mnt/x/photo.png", r"D:\x\y.png", "~/z", "../w", "a/b"], "also": {"at": "/srv/x"}}
+    config = CONFIG.with_changes(concepts={"cat": CAT | {"instance_prompt": prompt}}, **changes)
+    published = model_card.published(config, tmp_path).model_dump()
+    assert published.pop("files") == ["photo.png", "y.png", "z", "w", "a/b"]
+    assert published.pop("also") == {"at": "x"}
+    assert published == {key: value for key, value in config.model_dump().items() if key not in changes}
     assert Base.model_validate(published["base"]).revision == "v2"
 
 
 @pytest.mark.parametrize("word", ["<a|b>", "`<x>`", "--- # <y>", "{{ 7 * 7 }}", "{% raw %}", "'\"\\"])
 def test_no_word_breaks_the_card(word):
     concept = CAT | {"modifier_token": word, "instance_prompt": "photo of a {} cat\nlicense: mit"}
-    made = model_card.make(REPO, CARD | {"concepts": {"cat": concept}}, license="apache-2.0")
+    made = model_card.make(REPO, CONFIG.with_changes(concepts={"cat": concept}), license="apache-2.0")
     read = ModelCard(made.content)
     assert read.data.license == "apache-2.0"
     assert word in read.data.to_dict()["instance_prompt"]
@@ -285,11 +282,7 @@ def test_no_word_breaks_the_card(word):
 def project(tiny_base, tmp_path, monkeypatch):
     """A project's folder after `dvc repro`, with an adapter, results and params.yaml."""
     monkeypatch.chdir(tmp_path)
-    pipe = base.load_pipeline(Base(model=str(tiny_base)))
-    attention.inject_processors(pipe.unet, "crossattn_kv")
-    fields = {key: value for key, value in CARD.items() if key not in ("fingerprint", "processors", "family")}
-    learned = adapter.from_pipeline(_with_word(pipe), fields)
-    adapter.save(learned, "models/adapter")
+    write_adapter(tiny_base, Path("models/adapter"))
     write_results(Path("results/evaluate"))
     params = {"concepts": {"cat": {key: CAT[key] for key in ("modifier_token", "class_prompt", "instance_prompt")}}}
     params["concepts"]["cat"]["source"] = {"path": "cats"}
@@ -299,13 +292,6 @@ def project(tiny_base, tmp_path, monkeypatch):
     for age, path in enumerate(("results/evaluate/metrics.json", "models/adapter/adapter.json", "params.yaml")):
         os.utime(path, (1_000_000 - age, 1_000_000 - age))
     return tmp_path
-
-
-def _with_word(pipe):
-    from customdiff.models import modifier_tokens
-
-    modifier_tokens.add_tokens(pipe, {"<new1>": modifier_tokens.initial_embedding(pipe, "cat")})
-    return pipe
 
 
 def built(*arguments):
@@ -324,11 +310,11 @@ def test_the_pipelines_own_results_are_found(project):
     assert "--steps 25 --guidance-scale 3.5\n" in text
     assert {"metrics.json", "images/01-a-on-red-0.png", "images/02-a-on-grass-0.png"} <= names
     assert "contact_sheet.jpg" not in names
-    assert "note" not in output
+    assert "results" not in output  # the note about the local base model is the only one
     assert json.loads(Path("out/metrics.json").read_text())["num_prompts"] == 2
 
 
-def test_the_contact_sheet_goes_only_where_it_is_asked_for(project):
+def test_the_contact_sheet_is_published_on_request(project):
     text, names, _ = built("--contact-sheet")
     assert "contact_sheet.jpg" in names
     assert "](contact_sheet.jpg)" in text
@@ -350,24 +336,26 @@ def test_images_go_without_what_other_programs_wrote_into_them(project):
 def test_results_older_than_the_adapter_are_left_out_but_for_an_order(project):
     os.utime("models/adapter/adapter.json")
     text, names, output = built()
-    assert "How good" not in text
+    assert "## Evaluation" not in text
     assert "metrics.json" not in names
-    assert "note: results/evaluate is older than the adapter and left out" in output
+    assert "note: " in output
+    assert "results/evaluate is older" in output
     Path("out").rename("first")
     text, _, _ = built("--results", "results/evaluate")
-    assert "How good" in text
+    assert "## Evaluation" in text
 
 
 def test_settings_that_were_edited_since_are_not_told(project):
     os.utime("params.yaml")
     text, _, _ = built()
-    assert "How good" in text
+    assert "## Evaluation" in text
     assert "--steps" not in text
 
 
 def test_another_adapter_has_none_of_the_pipelines_figures(project):
     Path("models/adapter").rename("elsewhere")
     text, names, output = built("--adapter", "elsewhere")
-    assert "How good" not in text
+    assert "## Evaluation" not in text
     assert not any(name.startswith("images/") for name in names)
-    assert "note: the card has no figures and no images; --results names the folder" in output
+    assert "note: " in output
+    assert "--results" in output

@@ -1,4 +1,4 @@
-"""Instance images from folders, archives, addresses and data sets; hostile ones are refused and leave nothing."""
+"""Instance images from folders, archives, addresses and data sets; unsafe sources are refused and leave nothing."""
 
 import hashlib
 import io
@@ -115,15 +115,17 @@ def test_broken_and_repeated_images_are_named_and_set_aside(tmp_path):
 def test_too_few_good_images_is_an_error_that_says_what_was_set_aside(tmp_path):
     members = {"a.png": png("red"), "b.png": b"broken"}
     message = refusal(tmp_path, path=str(write(tmp_path / "in", members)))
-    assert "concepts.cat.source: 1 good image, but download.minimum is 2" in message
+    assert message.startswith("concepts.cat.source: 1 good image")
+    assert "download.minimum is 2" in message
     assert "b.png: not an image" in message
 
 
 def test_too_many_images_is_an_error_that_names_the_folders(tmp_path):
     write(tmp_path / "in", CATS | {f"pot/{n}.png": png((n, n, n)) for n in range(10)})
     message = refusal(tmp_path, path=str(tmp_path / "in"))
-    assert "12 images, but download.maximum is 10" in message
-    assert "images lie in: cat, pot" in message
+    assert "12 images" in message
+    assert "download.maximum is 10" in message
+    assert "cat, pot" in message
 
 
 def test_a_failure_leaves_the_earlier_output_as_it_was(tmp_path):
@@ -137,16 +139,16 @@ def test_a_failure_leaves_the_earlier_output_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("source", "line"),
     [
-        ({"path": "nowhere"}, "concepts.cat.source.path: nowhere does not exist"),
-        ({"path": "empty"}, "no image lies in"),
-        ({"path": "in", "subfolder": "dog"}, "no image lies in dog; images lie in: cat"),
-        ({"path": "in", "sha256": "0" * 64}, "concepts.cat.source.sha256: only an archive"),
-        ({"path": "in/cat/notes.md"}, "concepts.cat.source.path: it is neither a zip nor a tar"),
-        ({"path": "page.zip"}, "it is a web page, not an archive"),
-        ({"path": "cut.zip"}, "the zip archive is damaged or cut short"),
+        ({"path": "nowhere"}, "concepts.cat.source.path: nowhere"),
+        ({"path": "empty"}, "empty"),
+        ({"path": "in", "subfolder": "dog"}, "dog; folders with images: cat"),
+        ({"path": "in", "sha256": "0" * 64}, "concepts.cat.source.sha256:"),
+        ({"path": "in/cat/notes.md"}, "concepts.cat.source.path: the file is neither a zip nor a tar"),
+        ({"path": "page.zip"}, "web page"),
+        ({"path": "cut.zip"}, "the zip archive is damaged"),
         ({"path": "cut.tar.gz"}, "concepts.cat.source.path: the archive is damaged"),
-        ({"path": "cats.zip", "subfolder": "dog"}, "no image lies in dog; images lie in: cat"),
-        ({"path": "cats.zip", "sha256": "0" * 64}, "concepts.cat.source.sha256: the archive has"),
+        ({"path": "cats.zip", "subfolder": "dog"}, "dog; folders with images: cat"),
+        ({"path": "cats.zip", "sha256": "0" * 64}, "concepts.cat.source.sha256:"),
     ],
 )
 def test_wrong_sources_get_one_line(tmp_path, monkeypatch, source, line):
@@ -159,6 +161,15 @@ def test_wrong_sources_get_one_line(tmp_path, monkeypatch, source, line):
     (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "page.zip").write_bytes(b"\n<!DOCTYPE html><title>Sign in</title>")
     assert line in refusal(tmp_path, **source)
+
+
+def test_the_instance_images_are_read_in_order(tmp_path):
+    collect(tmp_path, path=str(write(tmp_path / "in", CATS)))
+    assert [path.name for path in instance_images.instance_paths(tmp_path / "out")] == ["000.png", "001.png"]
+    colors = [image.getpixel((0, 0)) for image in instance_images.read_instance_images(tmp_path / "out")]
+    assert colors == [(255, 0, 0), (0, 0, 255)]
+    with pytest.raises(UserError, match=r"`dvc repro download-data@cat`"):
+        instance_images.read_instance_images(tmp_path / "cat")
 
 
 # Archives
@@ -242,7 +253,7 @@ def test_a_bomb_is_stopped_while_it_unpacks(tmp_path, kind):
     archive = zipped(tmp_path / "a", members) if kind == "zip" else tarred(tmp_path / "a", members, kind)
     assert archive.stat().st_size < 20_000
     limits = Download(minimum=2, max_megabytes=2)
-    assert "unpacks to more than download.max_megabytes (2)" in refusal(tmp_path, limits, path=str(archive))
+    assert "download.max_megabytes (2)" in refusal(tmp_path, limits, path=str(archive))
 
 
 def test_a_tar_bomb_of_a_file_that_is_not_wanted_is_stopped_too(tmp_path):
@@ -272,15 +283,37 @@ def test_an_encrypted_zip_is_refused_in_one_line(tmp_path):
     assert "the zip is encrypted (cat/img10.png)" in refusal(tmp_path, path=str(archive))
 
 
+def test_a_sparse_member_is_not_unpacked(tmp_path):
+    """A header of 512 bytes may claim any size for a sparse file."""
+    sparse = tarfile.TarInfo("cat/sparse.png")
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 0
+    block = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    block[483:495] = b"00777777777\0"  # real size: 1 GiB - 1
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    packed = tarred(tmp_path / "a.tar", CATS).read_bytes()
+    (tmp_path / "b.tar").write_bytes(bytes(block) + packed)
+    result = collect(tmp_path, path=str(tmp_path / "b.tar"))
+    assert [refused.name for refused in result.set_aside] == ["cat/sparse.png"]
+    assert len(result.kept) == 2
+
+
+def test_a_bug_of_ours_keeps_its_traceback_while_a_data_set_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(instance_images, "_hub_image", lambda *_: 1 / 0)
+    source = Source.model_construct(hub=str(write(tmp_path / "set", {"a.png": png("red")})), path=None, url=None)
+    with pytest.raises(ZeroDivisionError):
+        instance_images.collect("cat", source, LIMITS, tmp_path / "out")
+
+
 def test_an_archive_above_the_limit_is_refused_unopened(tmp_path):
     archive = tarred(tmp_path / "a.tar", {"cat/big.png": zeros(3)})
     message = refusal(tmp_path, Download(minimum=2, max_megabytes=2), path=str(archive))
-    assert "the archive has 3 MB, above download.max_megabytes (2)" in message
+    assert "download.max_megabytes (2)" in message
 
 
 def test_too_many_members_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "MAX_MEMBERS", 3)
-    assert "more than 3 members" in refusal(tmp_path, path=str(zipped(tmp_path / "a.zip", CATS | POTS)))
+    assert "3 members" in refusal(tmp_path, path=str(zipped(tmp_path / "a.zip", CATS | POTS)))
 
 
 # Addresses
@@ -317,14 +350,14 @@ def test_an_https_archive_is_fetched_through_redirects(tmp_path):
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
-        ("http://93.184.216.34/a.zip", "leads to http://, only https is followed"),
-        ("file:///etc/passwd", "leads to file://"),
-        ("https://127.0.0.1/a.zip", "127.0.0.1, which is not a public address"),
-        ("https://localhost/a.zip", "not a public address"),
-        ("https://10.1.2.3/a.zip", "not a public address"),
-        ("https://169.254.169.254/latest/meta-data", "not a public address"),
-        ("https://[::1]/a.zip", "not a public address"),
-        ("https://[::ffff:127.0.0.1]/a.zip", "not a public address"),
+        ("http://93.184.216.34/a.zip", "http://"),
+        ("file:///etc/passwd", "file://"),
+        ("https://127.0.0.1/a.zip", "127.0.0.1"),
+        ("https://localhost/a.zip", "localhost"),
+        ("https://10.1.2.3/a.zip", "10.1.2.3"),
+        ("https://169.254.169.254/latest/meta-data", "169.254.169.254"),
+        ("https://[::1]/a.zip", "::1"),
+        ("https://[::ffff:127.0.0.1]/a.zip", "127.0.0.1"),
     ],
 )
 def test_redirects_to_other_schemes_and_private_hosts_are_not_followed(tmp_path, target, reason):
@@ -339,11 +372,11 @@ def test_redirects_to_other_schemes_and_private_hosts_are_not_followed(tmp_path,
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ((404, {}, b""), "the server answers 404 Not Found; check the address"),
-        ((503, {}, b""), "the server answers 503"),
-        ((200, {}, b"x" * 2_100_000), "larger than 2 MB; raise download.max_megabytes"),
-        ((200, {"content-length": "9999999999"}, b"x"), "larger than 2 MB"),
-        ((200, {}, b"<html>log in</html>"), "it is a web page, not an archive"),
+        ((404, {}, b""), "404"),
+        ((503, {}, b""), "503"),
+        ((200, {}, b"x" * 2_100_000), "download.max_megabytes"),
+        ((200, {"content-length": "9999999999"}, b"x"), "download.max_megabytes"),
+        ((200, {}, b"<html>log in</html>"), "web page"),
     ],
 )
 def test_a_download_that_fails_gets_one_line_that_names_the_key(tmp_path, answer, reason):
@@ -372,9 +405,9 @@ def test_an_endless_answer_is_cut_at_the_limit_and_at_the_deadline():
             yield b"x" * 1000
 
     client = http.client(5, httpx.MockTransport(lambda request: httpx.Response(200, content=endless())))
-    with pytest.raises(http.FetchError, match=r"larger than 0\.1 MB"):
+    with pytest.raises(http.TooLargeError, match=r"0\.1 MB"):
         http.fetch(client, HOME, io.BytesIO(), max_bytes=1e5)
-    with pytest.raises(http.FetchError, match="too slow"):
+    with pytest.raises(http.FetchError, match="deadline"):
         http.fetch(client, HOME, io.BytesIO(), max_bytes=1e12, deadline=0.05)
 
 
@@ -412,7 +445,7 @@ def test_a_row_of_a_data_set_cannot_point_at_a_file_of_this_machine(tmp_path):
             "http://127.0.0.1/a",
         ):
             item = instance_images._hub_image({"bytes": None, "path": path}, None, name, LIMITS, 0)
-            assert item.problem == "lies outside the data set"
+            assert "outside" in item.problem
             assert item.data == b""
 
 
