@@ -18,6 +18,8 @@ from customdiff.retrieval import clip_index
 from customdiff.tracking import Tracker
 from customdiff.training import trainer
 
+pytestmark = pytest.mark.benchmarks
+
 MACHINE = project.Machine("cpu", 1, "no")
 
 # What the benchmark asks of the reference: parse_args, main, and a tqdm of the module that is updated once a step.
