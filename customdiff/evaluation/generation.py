@@ -154,7 +154,9 @@ def check_learned(adapter_config: AdapterConfig, folder: Path, concepts: Mapping
     """
     learned = {name: concept for name, concept in adapter_config.concepts.items() if name in concepts}
     if not learned:
-        raise UserError(f"{folder}: has learned {', '.join(adapter_config.concepts)}, and none of {', '.join(concepts)}")
+        raise UserError(
+            f"{folder}: has learned {', '.join(adapter_config.concepts)}, and none of {', '.join(concepts)}"
+        )
     for name, concept in learned.items():
         if concept.modifier_token != concepts[name].modifier_token:
             raise UserError(

@@ -20,7 +20,7 @@ def pipe(tiny_base):
 
 @pytest.fixture
 def evaluate(tiny_base, tmp_path, pipe):
-    """A call asks for images, which show their seeds; returns their pixels. `evaluate.calls` lists what is generated."""
+    """A call asks for images, which show their seeds, and returns pixels; `evaluate.calls` lists what is generated."""
 
     def call(texts=("a cat", "a dog"), seeds=(1, 2), generate=None, **settings):
         def generate_seeds():

@@ -140,9 +140,7 @@ def generated(pipe):
 )
 def test_a_replaced_adapter_leaves_no_trace(request, tmp_path, model, method):
     folder = request.getfixturevalue(model)
-    one, two = (
-        adapter.read(random_adapter(folder, tmp_path / str(seed), method=method, seed=seed)) for seed in (1, 2)
-    )
+    one, two = (adapter.read(random_adapter(folder, tmp_path / str(seed), method=method, seed=seed)) for seed in (1, 2))
     assert adapter.is_replaceable(one, two)
     pipe, fresh = (base.load_pipeline(generation(folder).base) for _ in range(2))
     adapter.inject(pipe, one)

@@ -65,9 +65,7 @@ def test_joint_prompts_are_those_with_as_many_placeholders_as_there_are_concepts
     two = {name: concepts[name] for name in ("tom", "pot")}
     single = [Prompt("a {}", ("tom",)), Prompt("a {}", ("pot",))]
     assert prompts.read_all_prompts(tmp_path, two) == [*single, Prompt("a {2} on a {1}", ("tom", "pot"), "scene")]
-    assert prompts.read_all_prompts(tmp_path, concepts)[3:] == [
-        Prompt("a {1}, a {2} and a {3}", ("tom", "pot", "rex"))
-    ]
+    assert prompts.read_all_prompts(tmp_path, concepts)[3:] == [Prompt("a {1}, a {2} and a {3}", ("tom", "pot", "rex"))]
     assert prompts.read_all_prompts(tmp_path, {"tom": concepts["tom"]}) == single[:1]
     (tmp_path / "together.txt").unlink()
     assert prompts.read_all_prompts(tmp_path, two) == single
