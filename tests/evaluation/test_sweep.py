@@ -31,9 +31,7 @@ def pixels(images):
 
 def test_each_checkpoint_is_graded_as_evaluate_grades_it_and_the_base_model_comes_first(tiny_base, tmp_path):
     how = generation(tiny_base)
-    folders = {
-        step: random_adapter(tiny_base, tmp_path / str(step), concepts=BOTH, seed=step) for step in (50, 100)
-    }
+    folders = {step: random_adapter(tiny_base, tmp_path / str(step), concepts=BOTH, seed=step) for step in (50, 100)}
     points = sweep.sweep(how, folders, PROMPTS, INSTANCES, Judge(), HOLDOUT_PHOTOS)
     assert [(point.step, point.title) for point in points] == [(0, "base model"), (50, "50"), (100, "100")]
     for point in points[1:]:

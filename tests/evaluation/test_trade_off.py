@@ -17,9 +17,7 @@ X, Y = METRICS
 
 def points(*concepts):
     prompts = [Prompt("a {} there", (name,)) for name in concepts]
-    return [
-        Point(step, prompts, {}, [plain(color)] * len(prompts)) for step, color in zip(STEPS, COLORS, strict=True)
-    ]
+    return [Point(step, prompts, {}, [plain(color)] * len(prompts)) for step, color in zip(STEPS, COLORS, strict=True)]
 
 
 @pytest.fixture
