@@ -18,8 +18,11 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from customdiff.adapters import adapter
+from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Params
-from customdiff.models import base
+from customdiff.models import base, methods, modifier_tokens
+from customdiff.models.text import text_encoders
 from customdiff.preparation import prepare, prepared_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,3 +239,36 @@ def noisy_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
     for path, image in zip(paths, pixels, strict=True):
         Image.fromarray(image).save(path)
     return paths
+
+
+def random_adapter(
+    model_folder: Path,
+    out: Path,
+    *,
+    concepts: dict | None = None,
+    method: str = "custom_diffusion",
+    freeze_model: str = "crossattn_kv",
+    lora_rank: int = 2,
+    seed: int = 0,
+) -> Path:
+    """Save an adapter of random weights and embeddings, large enough to change every image; returns `out`.
+
+    Args:
+        model_folder: the base model.
+        concepts: by name, as in params.yaml; None: one cat under <new1>.
+    """
+    concepts = concepts or {"cat": concept_values()}
+    params = tiny_params(model_folder, concepts=concepts, method=method, freeze_model=freeze_model, lora_rank=lora_rank)
+    pipe = base.load_pipeline(params.base)
+    torch.manual_seed(seed)
+    widths = {name: encoder.config.hidden_size for name, (_, encoder) in text_encoders(pipe).items()}
+    tokens = [concept.modifier_token for concept in params.concepts.values()]
+    embeddings = {token: {name: torch.randn(width) for name, width in widths.items()} for token in tokens}
+    modifier_tokens.add_tokens(pipe, embeddings)
+    with torch.no_grad():
+        for weight in methods.inject(pipe.unet, params.train).values():
+            weight += 0.3 * torch.randn_like(weight)
+    trained = params.train.model_dump(include={"method", "freeze_model", "lora_rank"})
+    config = AdapterConfig.model_validate({"base": params.base.model_dump(), "concepts": concepts, **trained})
+    adapter.save(adapter.from_pipeline(pipe, config), out)
+    return out

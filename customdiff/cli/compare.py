@@ -1,7 +1,8 @@
 """`customdiff compare`: adapters beside one another, or Custom Diffusion beside its baselines."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,12 +10,15 @@ from customdiff import config
 from customdiff.errors import UserError
 from customdiff.files import atomic_directory, check_free
 
+if TYPE_CHECKING:
+    from customdiff.evaluation.comparison import GradedAdapter
+
 EXAMPLES = """Examples:
 
 \b
-  customdiff compare                                          train each method on data/prepared, then grade all
+  customdiff compare                                            train each method on data/prepared and grade it
   customdiff compare --methods custom_diffusion,lora --learning-rate lora=5e-4
-  customdiff compare joint=models/adapter merged=models/merged  grade adapters that are there already
+  customdiff compare joint=models/adapter merged=models/merged  grade existing adapters
 """
 RUNS, PREPARED = Path(".comparison"), Path("data/prepared")
 
@@ -22,30 +26,48 @@ RUNS, PREPARED = Path(".comparison"), Path("data/prepared")
 def compare(
     adapters: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME=FOLDER]", help="Adapters to grade; none: train each method first."),
+        typer.Argument(metavar="[NAME=FOLDER]", help="Adapters to grade (default: train each method first)."),
     ] = None,
-    methods: Annotated[str, typer.Option(help="What to train.")] = "custom_diffusion,textual_inversion,lora",
+    methods: Annotated[
+        str, typer.Option(help="Methods to train, separated by commas.")
+    ] = "custom_diffusion,textual_inversion,lora",
     learning_rate: Annotated[
         list[str] | None,
-        typer.Option(metavar="METHOD=RATE", help="In place of train.learning_rate, or its multiple for a baseline."),
+        typer.Option(
+            metavar="METHOD=RATE", help="Learning rate of a method (default: a multiple of train.learning_rate)."
+        ),
     ] = None,
-    num_images: Annotated[int | None, typer.Option(min=1, help="A prompt; by default evaluate.num_images.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for table and pictures.")] = Path("results/compare"),
+    num_images: Annotated[
+        int | None, typer.Option(min=1, help="Images per prompt (default: evaluate.num_images).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the tables and the contact sheet.")] = Path("results/compare"),
 ) -> None:
-    """Custom Diffusion, textual inversion and DreamBooth with LoRA on your own concept: the paper's comparison.
+    """Compare Custom Diffusion, textual inversion and DreamBooth with LoRA on your own concept, as in the paper.
 
-    Same photos, class images, steps, prompts and seeds, as params.yaml has them; run `dvc repro` first. A training that
-    was killed goes on, a finished one is not run again.
+    All methods get the photos, class images, steps, prompts and seeds of params.yaml; run `dvc repro` first. An
+    interrupted training continues, and a complete one is not run again.
     """
     check_free(out, "comparison.csv")
-    params = config.load()
-    params = config.with_num_images(params, num_images)
+    params = config.with_num_images(config.load(), num_images)
     rates = {name: _rate(name, text) for name, text in _pairs(learning_rate or [], "--learning-rate").items()}
     folders = {name: Path(folder) for name, folder in _pairs(adapters or [], "NAME=FOLDER").items()}
     wanted = [] if folders else [name.strip() for name in methods.split(",")]
 
-    from customdiff import provenance, tracking
     from customdiff.adapters.config import read_config
+
+    _check_methods(wanted, "--methods")
+    _check_methods(rates, "--learning-rate")
+    for folder in folders.values():
+        read_config(folder)
+    graded = _grade(params, folders, {name: rates.get(name) for name in wanted})
+    _write(graded, out)
+    typer.echo(f"images: {out / 'comparison.jpg'}")
+
+
+def _grade(
+    params: config.Params, folders: Mapping[str, Path], methods: Mapping[str, float | None]
+) -> "dict[str, GradedAdapter]":
+    """Grade the adapters in `folders`, and those of `methods` (learning rates by name) after training them."""
     from customdiff.evaluation import comparison
     from customdiff.evaluation.base_image_cache import cache_folder
     from customdiff.evaluation.generation import Generation
@@ -54,14 +76,24 @@ def compare(
     from customdiff.models.clip import Clip
     from customdiff.sources.instance_images import read_instance_images
 
-    for name in [*wanted, *rates]:
-        if name not in comparison.RATES:
-            raise UserError(f"--methods: unknown method {name}; use {', '.join(comparison.RATES)}")
-    for folder in folders.values():
-        read_config(folder)
+    # before hours of training, so that a missing file is reported at once
     prompts = read_all_prompts(params.evaluate.prompts, params.concepts)
     instances = {name: read_instance_images(Path("data/instances", name)) for name in params.concepts}
     judge = Clip.load(params.evaluate.clip, base.device(params.base.device))
+
+    trained = {name: _train(params, name, rate) for name, rate in methods.items()}
+    all_folders = {**folders, **{name: folder for name, (folder, _) in trained.items()}}
+    generation = Generation(params.base, params.evaluate, params.concepts, cache_folder())
+    graded = comparison.grade(generation, all_folders, prompts, instances, judge)
+    for name, (_, facts) in trained.items():
+        graded[name].facts.update(facts)
+    return graded
+
+
+def _train(params: config.Params, method: str, rate: float | None) -> tuple[Path, dict[str, float]]:
+    """Train by one method; returns the adapter's folder and the facts of the training."""
+    from customdiff import provenance, tracking
+    from customdiff.evaluation import comparison
 
     def tracker_for(run_id: str | None) -> tracking.Tracker:
         tags = provenance.run_tags()
@@ -69,32 +101,44 @@ def compare(
             return tracking.resume(params.tracking, run_id, tags=tags)
         return tracking.start(params.tracking, tags=tags)
 
-    facts = {}
-    for name in wanted:
-        chosen = comparison.params_of(params, name, rates.get(name))
-        typer.echo(f"{name}: {chosen.train.max_steps} steps at a learning rate of {chosen.train.learning_rate:g}")
-        run = comparison.train(chosen, PREPARED, RUNS / name, tracker_for)
-        folders[name], facts[name] = run.path / "adapter", comparison.facts_of(run, chosen)
+    chosen = comparison.params_of(params, method, rate)
+    typer.echo(f"{method}: {chosen.train.max_steps} steps at a learning rate of {chosen.train.learning_rate:g}")
+    run = comparison.train(chosen, PREPARED, RUNS / method, tracker_for)
+    return run.path / "adapter", comparison.facts_of(run, chosen)
 
-    generation = Generation(params.base, params.evaluate, params.concepts, cache_folder())
-    graded = comparison.grade(generation, folders, prompts, instances, judge)
-    for name, found in facts.items():
-        graded[name].facts.update(found)
+
+def _write(graded: "Mapping[str, GradedAdapter]", out: Path) -> None:
+    """Write comparison.csv, comparison.md and comparison.jpg, and print the table."""
+    from customdiff.evaluation import comparison
+
     rows = comparison.table(graded)
+    markdown = comparison.markdown(rows)
     with atomic_directory(out) as incoming:
         comparison.write_table(rows, incoming / "comparison.csv")
-        (incoming / "comparison.md").write_text(comparison.markdown(rows), encoding="utf-8")
+        (incoming / "comparison.md").write_text(markdown, encoding="utf-8")
         comparison.sheet(graded).save(incoming / "comparison.jpg", quality=90)
-    typer.echo(comparison.markdown(rows))
-    typer.echo(f"images: {out / 'comparison.jpg'}")
+    typer.echo(markdown)
+
+
+def _check_methods(names: Iterable[str], option: str) -> None:
+    from customdiff.evaluation.comparison import RATES
+
+    for name in names:
+        if name not in RATES:
+            raise UserError(f"{option}: unknown method {name!r}; use {', '.join(RATES)}")
 
 
 def _pairs(texts: list[str], what: str) -> dict[str, str]:
     """`a=b` texts as a mapping."""
+    found: dict[str, str] = {}
     for text in texts:
-        if not all(text.partition("=")):
-            raise UserError(f"{what}: must be such as lora=1e-4 or merged=models/merged (here: {text!r})")
-    return {name: value for name, _, value in (text.partition("=") for text in texts)}
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"{what}: must be like lora=1e-4 or merged=models/merged (here: {text!r})")
+        if name in found:
+            raise UserError(f"{what}: {name!r} is given twice; each needs a name of its own")
+        found[name] = value
+    return found
 
 
 def _rate(name: str, text: str) -> float:
@@ -103,5 +147,5 @@ def _rate(name: str, text: str) -> float:
     except ValueError:
         rate = 0.0
     if not 0 < rate < float("inf"):
-        raise UserError(f"--learning-rate: of {name} must be a number above 0 (here: {text!r})")
+        raise UserError(f"--learning-rate: the rate of {name} must be a number above 0 (here: {text!r})")
     return rate

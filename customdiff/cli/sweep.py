@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,40 +11,58 @@ from customdiff import config
 from customdiff.errors import UserError
 from customdiff.files import atomic_directory, check_free
 
+if TYPE_CHECKING:
+    from customdiff.evaluation import sweep as sweeps
+    from customdiff.training.checkpoints import RunFolder
+
 EXAMPLES = """Examples:
 
 \b
-  customdiff sweep                                  every checkpoint of the last training
+  customdiff sweep                                  all checkpoints of the latest training
   customdiff sweep --steps 50,150,250 --num-images 2
   customdiff sweep --run kept/first-try --out results/first-try
 
-A training keeps what can be swept only where params.yaml says so: docs/checkpoints.md.
+params.yaml sets which checkpoints a training keeps; see docs/checkpoints.md.
 """
 
 
 def sweep(
     run: Annotated[
-        Path | None, typer.Option(help="Folder of a training; by default the last one below .checkpoints.")
+        Path | None, typer.Option(help="Folder of a training run (default: the latest run in .checkpoints).")
     ] = None,
-    steps: Annotated[str | None, typer.Option(help="Such as 50,100,150; by default all that it has.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Steps to grade, such as 50,100,150 (default: all checkpoints of the run).")
+    ] = None,
     num_images: Annotated[
-        int | None, typer.Option(min=1, help="A prompt and model; by default evaluate.num_images.")
+        int | None, typer.Option(min=1, help="Images per prompt and model (default: evaluate.num_images).")
     ] = None,
     holdout: Annotated[
-        Path, typer.Option(help="Photos that were not trained on, in <concept>/; left out where there are none.")
+        Path, typer.Option(help="Folder of photos that were not trained on, in <concept>/; may be missing.")
     ] = Path("data/holdout"),
-    out: Annotated[Path, typer.Option(help="Folder for tables and pictures.")] = Path("results/sweep"),
+    out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")] = Path("results/sweep"),
 ) -> None:
-    """Grade checkpoints of a training beside the base model: how far to train, and where overfitting begins.
+    """Grade checkpoints of a training beside the base model: how long to train, and where overfitting begins.
 
-    The same prompts, seeds and settings as `evaluate` in params.yaml.
+    Prompts, seeds and settings are those of section `evaluate` in params.yaml.
     """
     wanted = _steps(steps)
     check_free(out, "sweep.csv")
-    params = config.load()
-    params = config.with_num_images(params, num_images)
+    params = config.with_num_images(config.load(), num_images)
 
-    from customdiff import provenance, tracking
+    from customdiff.training import checkpoints
+
+    folder = checkpoints.find_run(run)
+    paths = [folder.checkpoint(step) for step in wanted] if wanted else folder.checkpoints()
+    typer.echo(f"{folder.path}: steps {', '.join(str(checkpoints.step_of(path)) for path in paths)}")
+    summaries = _grade(params, folder, paths, holdout, out)
+    typer.echo(f"picture: {out / 'trade_off.png'}")
+    _track(params, folder, summaries, out)
+
+
+def _grade(
+    params: config.Params, run: "RunFolder", paths: list[Path], holdout: Path, out: Path
+) -> "list[sweeps.Summary]":
+    """Grade the checkpoints at `paths` and write the results; returns the base model's summary, then theirs."""
     from customdiff.adapters.config import read_config
     from customdiff.evaluation import scores, trade_off
     from customdiff.evaluation import sweep as sweeps
@@ -54,11 +72,8 @@ def sweep(
     from customdiff.models import base
     from customdiff.models.clip import Clip
     from customdiff.sources.instance_images import read_instance_images
-    from customdiff.training import checkpoints
+    from customdiff.training.checkpoints import step_of
 
-    folder = checkpoints.find_run(run)
-    paths = [folder.checkpoint(step) for step in wanted] if wanted else folder.checkpoints()
-    chosen = {checkpoints.step_of(path): path for path in paths}
     settings, concepts = params.evaluate, params.concepts
     scores.check_concepts(read_config(paths[0]), concepts)
     prompts = read_all_prompts(settings.prompts, concepts)
@@ -66,16 +81,15 @@ def sweep(
     photos = None
     if all((holdout / name).is_dir() for name in concepts):
         photos = {name: read_instance_images(holdout / name) for name in concepts}
-    typer.echo(f"{folder.path}: steps {', '.join(map(str, chosen))}")
     judge = Clip.load(settings.clip, base.device(params.base.device))
 
     started = time.perf_counter()
     generation = Generation(params.base, settings, concepts, cache_folder())
-    points = sweeps.sweep(generation, chosen, prompts, instances, judge, photos)
+    points = sweeps.sweep(generation, {step_of(path): path for path in paths}, prompts, instances, judge, photos)
     summaries = [sweeps.summarize(point, resamples=settings.bootstrap, seed=params.base.seed) for point in points]
     ceiling = sweeps.photo_alignment(photos, instances, judge) if photos else None
     metrics = {
-        "run": str(folder.path),
+        "run": str(run.path),
         "base": summaries[0].flat(),
         "steps": {str(summary.step): summary.flat() for summary in summaries[1:]},
         "holdout_photos": ceiling,
@@ -88,9 +102,14 @@ def sweep(
         sweeps.write_tables(points, summaries, incoming)
         trade_off.picture(points, summaries, ceiling).savefig(incoming / "trade_off.png")
         sweeps.sheet(points).save(incoming / "prompts.jpg", quality=90)
-    typer.echo(f"picture: {out / 'trade_off.png'}")
+    return summaries
 
-    run_id, tags = folder.run_id(), provenance.run_tags()
+
+def _track(params: config.Params, run: "RunFolder", summaries: "list[sweeps.Summary]", out: Path) -> None:
+    """Log the sweep in the MLflow run of its training, or in a new one where the training was not tracked."""
+    from customdiff import provenance, tracking
+
+    run_id, tags = run.run_id(), provenance.run_tags()
     opened = (
         tracking.resume(params.tracking, run_id, tags=tags) if run_id else tracking.start(params.tracking, tags=tags)
     )
@@ -103,7 +122,7 @@ def sweep(
 
 
 def checkpoints() -> None:
-    """List the trainings that have checkpoints, the last one first, and the steps of each."""
+    """List the trainings that have checkpoints, latest first, and the steps of each."""
     from customdiff.adapters import adapter
     from customdiff.training import checkpoints as folders
 
@@ -123,5 +142,5 @@ def _steps(text: str | None) -> list[int]:
     """The numbers in "50,100", in order and once each."""
     parts = text.replace(" ", "").split(",") if text else []
     if not all(part.isdecimal() for part in parts):
-        raise UserError(f"--steps: must be numbers with commas between, such as 50,100 (here: {text!r})")
+        raise UserError(f"--steps: must be numbers separated by commas, such as 50,100 (here: {text!r})")
     return sorted({int(part) for part in parts})

@@ -10,7 +10,9 @@ from PIL import Image
 
 from customdiff.adapters import adapter
 from customdiff.adapters.adapter import Adapter
+from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Base, Concept, Evaluate
+from customdiff.errors import UserError
 from customdiff.evaluation.base_image_cache import base_images
 from customdiff.evaluation.metrics import without_tokens
 from customdiff.evaluation.prompts import Prompt
@@ -118,11 +120,14 @@ def generate_pairs(
         The name of each adapter, and its images beside the base model's.
 
     Raises:
-        UserError: an adapter is damaged, or was trained on another base model; before anything is generated.
+        UserError: an adapter is damaged, was trained on another base model, or has learned none of the concepts, or
+            one under another token; before anything is generated.
     """
     pipe = generation.load_base()
     for folder in adapters.values():
-        adapter.check_base(pipe, adapter.read(folder))
+        learned = adapter.read(folder)
+        adapter.check_base(pipe, learned)
+        check_learned(learned.config, folder, generation.concepts)
     requests = generation.requests(prompts)
     before = cached_base_images(generation, pipe, requests)
     placed: Adapter | None = None
@@ -137,6 +142,27 @@ def generate_pairs(
         chosen = [requests[place] for place in known]
         images = generate_images(generation, pipe, chosen, customized_subject, name)
         yield name, pair_images(generation, chosen, [before[place] for place in known], images)
+
+
+def check_learned(adapter_config: AdapterConfig, folder: Path, concepts: Mapping[str, Concept]) -> None:
+    """Refuse an adapter that has learned none of the concepts, or one of them under another token.
+
+    The tokenizer would split an unknown token silently, and the images would be of another prompt.
+
+    Raises:
+        UserError: names the adapter's folder or the concept.
+    """
+    learned = {name: concept for name, concept in adapter_config.concepts.items() if name in concepts}
+    if not learned:
+        raise UserError(
+            f"{folder}: has learned {', '.join(adapter_config.concepts)}, and none of {', '.join(concepts)}"
+        )
+    for name, concept in learned.items():
+        if concept.modifier_token != concepts[name].modifier_token:
+            raise UserError(
+                f"concepts.{name}: {folder} has learned it as {concept.modifier_token}, "
+                f"not as {concepts[name].modifier_token}"
+            )
 
 
 def cached_base_images(

@@ -1,139 +1,147 @@
-"""Methods and adapters side by side: the same shots for all, nothing trained twice, figures in their own rows."""
+"""Methods and adapters beside one another: only the method differs, nothing is trained twice, each row has its own."""
 
 import csv
 
 import numpy as np
 import pytest
 import yaml
-from conftest import concept_values, noisy_images, tiny_params, write_prepared
-from PIL import Image
+from conftest import noisy_images, random_adapter, tiny_params, write_prepared
+from stand_ins import BOTH, PROMPTS, Judge, generation, plain, score
 from typer.testing import CliRunner
 
 from customdiff import cli
 from customdiff.adapters import adapter
 from customdiff.errors import UserError
 from customdiff.evaluation import comparison, scores
-from customdiff.evaluation.scores import Pair, Prompt
+from customdiff.evaluation.generation import ImagePair, generate_pairs
+from customdiff.evaluation.prompts import Prompt
+from customdiff.models import clip
 from customdiff.tracking import Tracker
-from customdiff.training import trainer
-from customdiff.training.checkpoints import RunFolder
+
+INSTANCES = {"cat": [plain(20)], "dog": [plain(70)]}
+CAT, DOG, JOINT = Prompt("a {}", ("cat",)), Prompt("a {}", ("dog",)), Prompt("a {1} and a {2}", ("cat", "dog"))
 
 
 def untracked(run_id):
     return Tracker()
 
 
-def test_a_method_changes_nothing_but_what_trains_and_its_rate(tiny_base):
+def test_a_method_differs_only_in_what_trains_and_its_learning_rate(tiny_base):
     params = tiny_params(tiny_base, validation={"prompts": ["a cat"]}, learning_rate=2e-5)
     chosen = comparison.params_of(params, "lora")
-    assert chosen.train.learning_rate == pytest.approx(2e-4), "ten times: 1e-4 of the LoRA script to 1e-5"
-    assert comparison.params_of(params, "textual_inversion").train.learning_rate == pytest.approx(1e-3)
+    # diffusers' scripts: 1e-5 for Custom Diffusion, 1e-4 for LoRA, 5e-4 for textual inversion
+    assert chosen.train.learning_rate == pytest.approx(2e-5 * 1e-4 / 1e-5)
+    assert comparison.params_of(params, "textual_inversion").train.learning_rate == pytest.approx(2e-5 * 5e-4 / 1e-5)
+    assert comparison.params_of(params, "custom_diffusion").train.learning_rate == 2e-5
     assert comparison.params_of(params, "lora", 0.5).train.learning_rate == 0.5
+    assert not chosen.train.validation.prompts
     same = {"method": "custom_diffusion", "learning_rate": 2e-5, "validation": params.train.validation}
     assert chosen.train.model_copy(update=same) == params.train
     assert chosen.model_copy(update={"train": params.train}) == params
 
 
-def test_a_finished_training_is_not_run_again_and_an_edited_one_is(tiny_base, tmp_path):
+def test_a_complete_training_is_not_run_again_and_one_of_other_parameters_is(tiny_base, tmp_path):
     params = tiny_params(tiny_base, max_steps=2)
     prepared = write_prepared(tmp_path / "prepared", params)
-    run = comparison.train(params, prepared, tmp_path / "runs", untracked)
-    written = (run.path / "metrics.json").stat().st_mtime_ns
+    first = comparison.train(params, prepared, tmp_path / "runs", untracked)
+    written = (first.path / "metrics.json").stat().st_mtime_ns
     again = comparison.train(params, prepared, tmp_path / "runs", untracked)
     assert (again.path / "metrics.json").stat().st_mtime_ns == written
     facts = comparison.facts_of(again, params)
     learned = adapter.read(again.path / "adapter")
     assert facts["trained_parameters"] == sum(weight.numel() for weight in learned.weights.values()) + 32
-    assert facts["learning_rate"] == pytest.approx(1e-3 * 2 * 2)
+    assert facts["learning_rate"] == pytest.approx(1e-3 * 2 * 2), "times the batch, and twice with class images"
+    assert facts["seconds"] > 0
     edited = tiny_params(tiny_base, max_steps=3)
-    assert RunFolder.finished(tmp_path / "runs", trainer.run_identity(edited, prepared, 1)) is None
-    assert comparison.train(edited, prepared, tmp_path / "runs", untracked).path != run.path
+    assert comparison.train(edited, prepared, tmp_path / "runs", untracked).path != first.path
 
 
-class Judge:
-    """Embeds an image by its mean colour, a text by its length."""
+def test_each_adapter_is_graded_as_evaluate_grades_it(tiny_base, tmp_path):
+    adapters = {
+        "joint": random_adapter(tiny_base, tmp_path / "joint", concepts=BOTH, seed=1),
+        "alone": random_adapter(tiny_base, tmp_path / "alone", seed=2),
+    }
+    how = generation(tiny_base)
+    graded = comparison.grade(how, adapters, PROMPTS, INSTANCES, Judge())
+    assert [list(graded[name].summary.concepts) for name in adapters] == [["cat", "dog", "cat+dog"], ["cat"]]
+    for name, folder in adapters.items():
+        known = [prompt for prompt in PROMPTS if name == "joint" or prompt.concepts == ("cat",)]
+        ((_, pairs),) = generate_pairs(how, {name: folder}, known)
+        scored = scores.score_prompts(pairs, INSTANCES, Judge())
+        expected = scores.summarize(scored, len(pairs), resamples=100, seed=42)
+        for label, metrics in expected.concepts.items():
+            for metric, wanted in metrics.items():
+                found = graded[name].summary.concepts[label][metric]
+                assert found.to_dict() == pytest.approx(wanted.to_dict(), abs=1e-3)  # base batches differ
+        assert graded[name].summary.num_images == len(pairs)
+        assert graded[name].facts["bytes"] == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
-    def images(self, images):
-        rows = np.stack([np.asarray(image, np.float32).mean((0, 1)) for image in images])
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
-    def text(self, texts):
-        rows = np.stack([np.array([len(text), 1, 1], np.float32) for text in texts])
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def learn(base, folder, concepts, weight=0.5):
-    """An adapter of `concepts`, saved."""
-    params = tiny_params(base, concepts=concepts, max_steps=1, learning_rate=weight)
-    prepared = write_prepared(folder / "prepared", params)
-    return trainer.run(params, prepared, folder / "runs", untracked).path / "adapter"
+def graded(alignments, colors=None, facts=None):
+    """An adapter with the scores (base, adapter) of each prompt, and images of its color."""
+    given = [score(prompt, *pair) for prompt, pair in alignments.items()]
+    pairs = [
+        ImagePair(prompt, prompt.fill(*prompt.concepts), number, plain("red"), plain(colors or "blue"))
+        for prompt in alignments
+        for number in (0, 1)
+    ]
+    summary = scores.summarize(given, len(pairs), resamples=100, seed=0)
+    return comparison.GradedAdapter(pairs, summary, facts or {"bytes": 2_000_000})
 
 
 @pytest.fixture
-def two(tiny_base, tmp_path):
-    """Parameters of two concepts, an adapter of both, and one of the cat alone."""
-    both = {"cat": concept_values(), "dog": concept_values("<new2>", "dog")}
-    joint = learn(tiny_base, tmp_path / "joint", both)
-    alone = learn(tiny_base, tmp_path / "alone", {"cat": both["cat"]})
-    settings = tiny_params(tiny_base, concepts=both)
-    evaluate = settings.evaluate.model_copy(update={"num_images": 2, "steps": 2, "bootstrap": 100})
-    return settings.model_copy(update={"evaluate": evaluate}), {"joint": joint, "alone": alone}
+def two():
+    """An adapter of cat and dog that was trained here, and one of the cat alone that was not."""
+    values = {CAT: ((0.5, 0.25), (0.75, 0.5)), DOG: ((0.5, 0.5), (0.25, 0.75)), JOINT: ((0, 0.25), (0.5, 0.25))}
+    facts = {"bytes": 1_500_000, "seconds": 61.4, "trained_parameters": 32, "learning_rate": 1e-4}
+    return {
+        "joint": graded(values, "blue", facts),
+        "alone": graded({CAT: ((0.5, 0.25), (1, 1))}, "lime"),
+    }
 
 
-PROMPTS = {
-    "cat": [Prompt("a {} on red"), Prompt("a {} on the grass")],
-    "dog": [Prompt("a {}")],
-    "cat and dog": [Prompt("a {1} and a {2}")],
-}
-
-
-def test_an_adapter_draws_the_prompts_of_what_it_has_learned_as_evaluate_would(two):
-    params, adapters = two
-    instances = {name: [Image.new("RGB", (32, 32), color)] for name, color in (("cat", "red"), ("dog", "blue"))}
-    graded = comparison.grade(adapters, params, PROMPTS, instances, Judge(), "cpu")
-    assert list(graded["joint"].metrics["concepts"]) == ["cat", "dog", "cat and dog"]
-    assert list(graded["alone"].metrics["concepts"]) == ["cat"]
-    for name in adapters:  # the oracle: `evaluation.draw`, which knows one adapter at a time
-        pipe = comparison.base.load_pipeline(params.base)
-        comparison.sampling.set_scheduler(pipe, params.evaluate.scheduler)
-        known = {concept: PROMPTS[concept] for concept in graded[name].metrics["concepts"]}
-        expected = scores.draw(pipe, lambda pipe, name=name: adapter.load(pipe, adapters[name]), params, known)
-        for found, wanted in zip(graded[name].pairs, expected, strict=True):
-            assert (found.concept, found.text, found.number) == (wanted.concept, wanted.text, wanted.number)
-            for kind in ("base", "customized"):
-                difference = np.asarray(getattr(found, kind), int) - np.asarray(getattr(wanted, kind), int)
-                assert np.abs(difference).max() <= 1  # of 255: the batches are cut elsewhere
-    rows = comparison.table(graded)
+def test_the_table_has_the_base_model_then_each_adapter_with_its_change(two, tmp_path):
+    comparison.write_table(comparison.table(two), tmp_path / "comparison.csv")
+    with open(tmp_path / "comparison.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
     assert [(row["adapter"], row["concept"]) for row in rows] == [
-        *(("base model", concept) for concept in ("cat", "dog", "cat and dog")),
-        *(("joint", concept) for concept in ("cat", "dog", "cat and dog")),
+        *(("base model", concept) for concept in ("cat", "dog", "cat+dog")),
+        *(("joint", concept) for concept in ("cat", "dog", "cat+dog")),
         ("alone", "cat"),
     ]
-    assert rows[3]["image_alignment_delta"] == pytest.approx(
-        rows[3]["image_alignment"] - rows[0]["image_alignment"], abs=2e-6
-    )
-    sheet = comparison.sheet(graded)
-    assert sheet.height > 4 * 96
+    base, dog, alone = rows[1], rows[4], rows[6]
+    assert (float(base["text_alignment"]), float(base["image_alignment"])) == (0.5, 0.5)
+    assert {base[key] for key in ("text_alignment_delta", "image_alignment_delta_low", "seconds", "bytes")} == {""}
+    ends = ("", "_delta", "_delta_low", "_delta_high")
+    assert [float(dog[f"text_alignment{end}"]) for end in ends] == [0.25, -0.25, -0.25, -0.25]
+    assert [float(dog[name]) for name in comparison.FACTS] == [61.4, 1_500_000, 32, 1e-4]
+    assert [alone[name] for name in comparison.FACTS] == ["", "2000000", "", ""]
 
 
-def test_the_sheet_leaves_white_what_an_adapter_has_not_learned():
-    def pair(concept, color):
-        pictures = [Image.new("RGB", (8, 8), each) for each in ("red", color)]
-        return Pair(concept, Prompt("a {}"), f"a {concept}", 0, *pictures)
+def test_the_markdown_table_shows_changes_seconds_and_megabytes(two):
+    head, rule, *lines = comparison.markdown(comparison.table(two)).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(head.split("|")) == len(rule.split("|")) == len(rows[0]) + 2
+    assert rows[0] == ["base model", "cat", "0.500", "0.250", "", ""]
+    assert rows[4] == [
+        *("joint", "dog", "0.250 (-0.250, -0.250 to -0.250)", "0.750 (+0.250, +0.250 to +0.250)"),
+        *("61", "1.500"),
+    ]
+    assert rows[6][-2:] == ["", "2.000"]
 
-    graded = {
-        "joint": comparison.Graded([pair("cat", "blue"), pair("dog", "blue")], {}, {}),
-        "alone": comparison.Graded([pair("cat", "lime")], {}, {}),
-    }
-    pixels = np.asarray(comparison.sheet(graded))
-    area = {
+
+def test_the_sheet_leaves_white_what_an_adapter_has_not_learned(two):
+    pixels = np.asarray(comparison.sheet(two))
+    cells = {
         name: (pixels == np.array(color)).all(-1).sum() / 96**2
         for name, color in (("base", (255, 0, 0)), ("joint", (0, 0, 255)), ("alone", (0, 255, 0)))
     }
-    assert area == {"base": 2, "joint": 2, "alone": 1}
+    assert cells == {"base": 3, "joint": 3, "alone": 1}
 
 
-def test_the_command_trains_grades_and_writes(tiny_base, tmp_path, monkeypatch):
+@pytest.fixture
+def project(tiny_base, tmp_path, monkeypatch):
+    """A folder with all that `customdiff compare` reads."""
     monkeypatch.chdir(tmp_path)
     params = tiny_params(tiny_base, max_steps=2)
     write_prepared(tmp_path / "data/prepared", params)
@@ -144,35 +152,57 @@ def test_the_command_trains_grades_and_writes(tiny_base, tmp_path, monkeypatch):
     values["evaluate"] |= {"prompts": "prompts", "num_images": 1, "steps": 1, "bootstrap": 100}
     values["tracking"]["enabled"] = False
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
-    monkeypatch.setattr("customdiff.models.clip.Clip.load", lambda *_: Judge())
-    arguments = ["compare", "--methods", "textual_inversion,lora", "--learning-rate", "lora=0.25"]
-    done = CliRunner().invoke(cli.commands, arguments, catch_exceptions=False)
+    monkeypatch.setattr(clip.Clip, "load", lambda *_: Judge())
+    return tmp_path
+
+
+def compare(*arguments):
+    return CliRunner().invoke(cli.commands, ["compare", *arguments], catch_exceptions=False)
+
+
+def rows_of(folder):
+    with open(folder / "comparison.csv", newline="") as file:
+        return {row["adapter"]: row for row in csv.DictReader(file)}
+
+
+def test_the_command_trains_each_method_grades_and_writes(project):
+    done = compare("--methods", "textual_inversion,lora", "--learning-rate", "lora=0.25")
     assert done.exit_code == 0
-    with open("results/compare/comparison.csv", newline="") as file:
-        rows = {row["adapter"]: row for row in csv.DictReader(file)}
+    rows = rows_of(project / "results/compare")
     assert list(rows) == ["base model", "textual_inversion", "lora"]
     assert float(rows["lora"]["learning_rate"]) == 0.25 * 4
-    assert float(rows["textual_inversion"]["learning_rate"]) == pytest.approx(1e-3 * 50 * 2), "no class images beside"
+    assert float(rows["textual_inversion"]["learning_rate"]) == pytest.approx(1e-3 * 50 * 2), "without class images"
     assert int(rows["textual_inversion"]["trained_parameters"]) == 32
-    assert "| lora | cat |" in done.output
-    assert (tmp_path / "results/compare/comparison.jpg").exists()
-    with pytest.raises(UserError, match="--out: prompts is there already"):
-        CliRunner().invoke(cli.commands, ["compare", "--out", "prompts"], catch_exceptions=False)
-    assert (tmp_path / "prompts/default.txt").exists()
+    assert (project / "results/compare/comparison.jpg").exists()
+    assert (project / "results/compare/comparison.md").read_text() in done.output
+
+
+def test_the_command_grades_adapters_that_exist_and_trains_none(project, tiny_base):
+    random_adapter(tiny_base, project / "mine")
+    assert compare("mine=mine", "--num-images", "2", "--out", "out").exit_code == 0
+    rows = rows_of(project / "out")
+    assert list(rows) == ["base model", "mine"]
+    assert rows["mine"]["seconds"] == ""
+    assert not (project / ".comparison").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (["--methods", "dreambooth"], "--methods: there is no dreambooth; use custom_diffusion"),
-        (["--learning-rate", "lora=fast"], "--learning-rate: of lora must be a number above 0"),
-        (["--learning-rate", "1e-4"], "--learning-rate: must be such as lora=1e-4"),
-        (["models/a"], "NAME=FOLDER: must be such as"),
-        (["a=nowhere"], "nowhere/adapter.json: no adapter found"),
+        (["--methods", "dreambooth"], "--methods: .*dreambooth.*custom_diffusion"),
+        (["--learning-rate", "dreambooth=1e-4"], "--learning-rate: .*dreambooth.*custom_diffusion"),
+        (["--learning-rate", "lora=fast"], "--learning-rate: .*lora.*'fast'"),
+        (["--learning-rate", "lora=-1"], "--learning-rate: .*lora.*'-1'"),
+        (["--learning-rate", "1e-4"], "--learning-rate: .*'1e-4'"),
+        (["models/a"], "NAME=FOLDER: .*'models/a'"),
+        (["a=nowhere"], "nowhere/adapter.json"),
+        (["--out", "prompts"], "--out: prompts"),
     ],
 )
-def test_mistakes_are_one_line(tiny_base, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(tiny_base).model_dump(mode="json")))
-    with pytest.raises(UserError, match=message):
-        CliRunner().invoke(cli.commands, ["compare", *arguments], catch_exceptions=False)
+def test_a_mistake_is_named_and_nothing_is_written(project, arguments, named):
+    with pytest.raises(UserError, match=named) as error:
+        compare(*arguments)
+    assert "\n" not in str(error.value)
+    assert (project / "prompts/default.txt").exists()
+    assert not (project / "results").exists()
+    assert not (project / ".comparison").exists()

@@ -1,4 +1,4 @@
-"""Figures against hand-worked cases and plain loops in float64."""
+"""Metrics against hand-worked cases, plain loops in float64, and scipy's bootstrap."""
 
 import itertools
 import math
@@ -10,9 +10,10 @@ from scipy import stats
 from customdiff.evaluation.metrics import (
     bootstrap_interval,
     image_alignment,
-    kernel_distance,
+    interval_metric,
+    paired_metric,
     text_alignment,
-    without_token,
+    without_tokens,
 )
 
 
@@ -32,8 +33,8 @@ def unit(*angles):
         ("a cat", [], "a cat"),
     ],
 )
-def test_the_token_goes_and_the_class_word_stays(prompt, tokens, expected):
-    assert without_token(prompt, *tokens) == expected
+def test_tokens_are_removed_and_the_class_stays(prompt, tokens, expected):
+    assert without_tokens(prompt, *tokens) == expected
 
 
 def test_text_alignment_is_clipscore_worked_by_hand():
@@ -58,49 +59,40 @@ def test_a_bootstrap_interval_agrees_with_scipys():
     np.testing.assert_allclose(ours, theirs, atol=6e-4)  # Monte Carlo; the interval is 0.04 wide
 
 
-def test_every_possible_resample_of_two_values_is_found():
+def test_every_possible_resample_of_two_values_occurs():
     # means 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4: 95 % reach both ends, 40 % neither
     assert bootstrap_interval([np.array([0, 1])], resamples=4000, seed=0) == (0, 1)
     assert bootstrap_interval([np.array([0, 1])], resamples=4000, seed=0, level=0.4) == (0.5, 0.5)
 
 
-def test_concepts_weigh_the_same_however_many_prompts_they_have():
-    # the figure is (0 + 1) / 2; pooling the prompts would put it at 9/10
+def test_concepts_have_equal_weight_however_many_prompts_they_have():
+    # the mean is (0 + 1) / 2; pooling the prompts would give 9/10
     assert bootstrap_interval([np.zeros(2), np.ones(18)], resamples=500, seed=0) == (0.5, 0.5)
 
 
-def test_the_seed_fixes_the_interval():
+def test_the_seed_determines_the_interval():
     values = [np.random.default_rng(0).normal(size=12)]
     assert bootstrap_interval(values, resamples=300, seed=4) == bootstrap_interval(values, resamples=300, seed=4)
     assert bootstrap_interval(values, resamples=300, seed=4) != bootstrap_interval(values, resamples=300, seed=5)
 
 
 @pytest.mark.parametrize("groups", [[], [np.ones(3), np.array([])]])
-def test_no_values_no_interval(groups):
-    with pytest.raises(ValueError, match="at least one value"):
+def test_without_values_there_is_no_interval(groups):
+    with pytest.raises(ValueError):  # noqa: PT011
         bootstrap_interval(groups, resamples=100, seed=0)
 
 
-def test_kernel_distance_is_the_double_sum_of_its_definition():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(5, 3)), rng.normal(0.5, 1, size=(4, 3))
-
-    def kernel(a, b):
-        return (sum(float(p) * float(q) for p, q in zip(a, b, strict=True)) / 3 + 1) ** 3
-
-    within_x = sum(kernel(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / (5 * 4)
-    within_y = sum(kernel(y[i], y[j]) for i in range(4) for j in range(4) if i != j) / (4 * 3)
-    between = sum(kernel(a, b) for a in x for b in y) / (5 * 4)
-    assert kernel_distance(x, y) == pytest.approx(within_x + within_y - 2 * between, rel=1e-12)
+def test_a_paired_metric_has_the_interval_of_the_differences():
+    # base and adapter vary alike over prompts, so their paired difference does not
+    base = [np.array([0.1, 0.9]), np.array([0.4])]
+    adapter = [np.array([0.3, 1.1]), np.array([0.8])]
+    found = paired_metric(base, adapter, resamples=500, seed=0)
+    assert found.to_dict() == pytest.approx(
+        {"base": 0.45, "adapter": 0.75, "delta": 0.3, "delta_low": 0.3, "delta_high": 0.3}, abs=1e-6
+    )
 
 
-def test_kernel_distance_is_unbiased():
-    rng = np.random.default_rng(1)
-    same = [kernel_distance(rng.normal(size=(8, 4)), rng.normal(size=(8, 4))) for _ in range(2000)]
-    assert abs(np.mean(same)) < 3 * np.std(same) / math.sqrt(len(same))
-    assert kernel_distance(rng.normal(size=(50, 4)), rng.normal(1, 1, size=(50, 4))) > 1
-
-
-def test_kernel_distance_needs_two_rows():
-    with pytest.raises(ValueError, match="1 and 3"):
-        kernel_distance(np.ones((1, 2)), np.ones((3, 2)))
+def test_an_interval_metric_holds_the_mean_over_concepts():
+    # the two prompts' mean is 1, 1.5 or 2; the other concept's only prompt stays
+    found = interval_metric([np.array([1.0, 2.0]), np.array([3.0])], resamples=4000, seed=0)
+    assert (found.value, found.low, found.high) == pytest.approx((2.25, 2, 2.5), abs=1e-6)

@@ -1,0 +1,94 @@
+"""The stage `evaluate` writes all of its results, twice the same, and leaves earlier ones where it fails."""
+
+import csv
+import json
+import runpy
+
+import pytest
+import yaml
+from conftest import concept_values, random_adapter
+from PIL import Image
+from stand_ins import Judge, plain
+
+from customdiff.evaluation.scores import METRICS
+from customdiff.models import clip
+
+
+@pytest.fixture
+def project(tiny_base, tmp_path, monkeypatch, pytestconfig):
+    """A project folder with all that the stage reads; a call runs the stage."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    concepts = {"tom": concept_values()}
+    random_adapter(tiny_base, tmp_path / "models/adapter", concepts=concepts)
+    (tmp_path / "data/instances/tom").mkdir(parents=True)
+    plain(30).save(tmp_path / "data/instances/tom/1.png")
+    (tmp_path / "data/prompts").mkdir()
+    (tmp_path / "data/prompts/cat.txt").write_text("scene: a {} on the grass\nstyle: a red {}\n")
+    settings = {
+        "base": {"model": str(tiny_base), "device": "cpu"},
+        "concepts": concepts,
+        "evaluate": {"steps": 2, "num_images": 2, "bootstrap": 100},
+        "tracking": {"enabled": False},
+    }
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(clip.Clip, "load", lambda *arguments, **options: Judge())
+    return lambda: runpy.run_path(str(pytestconfig.rootpath / "stages/evaluate.py"), run_name="__main__")
+
+
+def contents(folder):
+    # the report's charts and the sheet are as much results as the metrics are
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_stage_writes_all_of_its_results_twice_the_same(project, tmp_path):
+    project()
+    results = tmp_path / "results/evaluate"
+    files = {path.name for path in results.iterdir()}
+    assert files == {"metrics.json", "per_prompt.csv", "contact_sheet.jpg", "report.html", "images"}
+    first = contents(results)
+    project()
+    assert contents(results) == first
+
+
+def test_the_metrics_are_those_of_the_images(project, tmp_path, capsys):
+    project()
+    results = tmp_path / "results/evaluate"
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert (metrics["num_prompts"], metrics["num_images"], set(metrics["concepts"])) == (2, 4, {"tom"})
+    (instance,) = Judge().images([plain(30)])
+    for kind, key in (("base", "base"), ("customized", "adapter")):
+        paths = sorted((results / "images" / kind / "tom").iterdir())
+        assert len(paths) == 4
+        cosines = Judge().images([Image.open(path) for path in paths]) @ instance
+        assert metrics["image_alignment"][key] == pytest.approx(cosines.mean(), abs=1e-5)
+    for name in {path.name for path in paths}:
+        base, customized = (results / "images" / kind / "tom" / name for kind in ("base", "customized"))
+        assert base.read_bytes() != customized.read_bytes(), "the adapter must change the image"
+    with open(results / "per_prompt.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in METRICS:
+        mean = sum(float(row[f"{name}_delta"]) for row in rows) / len(rows)
+        assert metrics[name]["delta"] == pytest.approx(mean, abs=2e-6)
+    assert "results/evaluate/report.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "named"),
+    [
+        ("data/prompts/cat.txt", "a cat\n", "data/prompts/cat.txt: line 1"),
+        ("models/adapter/adapter.json", "{}", "models/adapter/adapter.json"),
+    ],
+)
+def test_a_stage_that_fails_names_the_mistake_and_leaves_earlier_results(project, tmp_path, capsys, path, text, named):
+    kept = tmp_path / "results/evaluate/metrics.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("old")
+    (tmp_path / path).write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        project()
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {named}")
+    assert error.count("\n") == 1
+    assert kept.read_text() == "old"
