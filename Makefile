@@ -1,18 +1,21 @@
-# Everything from a fresh clone: `make repro` learns and grades the example concept, `make test` proves the code.
+# `make repro` learns and evaluates the example concept; `make test` runs the tests. Both install what they need.
 PYTHON ?= python3
 VENV := .venv
 UV := $(VENV)/bin/uv pip install --quiet --compile-bytecode --python
 unexport PYTHONDONTWRITEBYTECODE  # compiled files halve the start of every stage
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install repro ui test test-all lint format lock clean
+# one thread each
+TEST_PROCESSES ?= 2
 
-help: ## show this list
+.PHONY: help install repro ui test test-all coverage lint format lock clean
+
+help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-install: $(VENV)/installed .venv-clip-retrieval/installed ## make both environments from the locks
+install: $(VENV)/installed .venv-clip-retrieval/installed ## create both environments from the lock files
 
-repro: install ## run the pipeline: what params.yaml says, and only what has changed
+repro: install ## run the stages of the pipeline that have changed
 	dvc repro
 	@echo "report: results/evaluate/report.html    run: make ui    adapter: models/adapter"
 
@@ -21,25 +24,30 @@ ui: install ## browse the runs in MLflow
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --port 5000
 
 test: install ## run the tests
-	pytest
+	pytest -n $(TEST_PROCESSES)
 
-test-all: install ## run the tests, those of minutes included
-	pytest -m "slow or not slow"
+test-all: install ## run all tests, including those that take minutes
+	pytest -n $(TEST_PROCESSES) -m "slow or not slow"
 
-lint: install ## check style
+coverage: install ## run the tests and report which lines they cover
+	pytest -n $(TEST_PROCESSES) --cov --cov-report=term --cov-report=html
+	@echo "report: htmlcov/index.html"
+
+lint: install ## check style and types
 	ruff check .
 	ruff format --check .
+	mypy
 
-format: install ## mend style
+format: install ## fix style
 	ruff check --fix .
 	ruff format .
 
-lock: $(VENV)/installed ## resolve the locks anew
+lock: $(VENV)/installed ## update the lock files
 	uv pip compile $(LOCK) --extra pipeline --extra dev pyproject.toml -o requirements/lock.txt
 	uv pip compile $(LOCK) requirements/clip-retrieval.in -o requirements/clip-retrieval.txt
 LOCK := --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
-clean: ## remove what runs have made; environments, DVC's cache and MLflow's store stay
+clean: ## remove outputs; environments, DVC's cache and MLflow's store stay
 	rm -rf .checkpoints .base-images .input-hashes.json build data/inputs data/instances data/classes data/prepared data/index models results/train results/evaluate
 
 $(VENV)/installed: requirements/lock.txt requirements/uv.txt pyproject.toml
@@ -51,7 +59,7 @@ $(VENV)/installed: requirements/lock.txt requirements/uv.txt pyproject.toml
 	$(UV) $(VENV) --no-deps --editable .
 	@touch $@
 
-# clip-retrieval holds numpy, pandas and transformers back, so it has an environment of its own
+# clip-retrieval needs older releases of numpy, pandas and transformers, so it has an environment of its own
 .venv-clip-retrieval/installed: requirements/clip-retrieval.txt $(VENV)/installed
 	$(VENV)/bin/uv venv --quiet --clear --python $(VENV)/bin/python .venv-clip-retrieval
 	$(UV) .venv-clip-retrieval --requirement requirements/clip-retrieval.txt

@@ -1,22 +1,27 @@
-"""retrieve-class-images: gather one concept's class images and captions in data/classes/<concept>/."""
+"""retrieve-class-images@<concept>: class images and captions for prior preservation, in data/classes/<concept>."""
 
 import sys
+from pathlib import Path
 
 from customdiff import config
-from customdiff.errors import UserError, one_line_errors
+from customdiff.errors import one_line_errors
 from customdiff.retrieval import class_images
 
-with one_line_errors():
-    settings = config.load()
-    name = sys.argv[1] if len(sys.argv) == 2 else ""
-    if name not in settings.concepts:
-        raise UserError(
-            f"usage: python stages/retrieve_class_images.py CONCEPT, one of: {', '.join(settings.concepts)}"
-        )
-    folder = f"data/classes/{name}"
-    result = class_images.retrieve(settings, name, instances=f"data/instances/{name}", index="data/index", out=folder)
-    prompt = settings.concepts[name].class_prompt
-    print(f"{name}: {len(result.kept)} class images of {prompt!r} in {folder}, {len(result.set_aside)} set aside")
+
+def main(name: str) -> None:
+    """Retrieve one concept's class images, if the training uses them."""
+    params = config.load()
+    concept = config.concept(params, name)
+    folder = Path("data/classes", name)
+    if not params.train.preserves_prior:
+        print(f"{name}: no class images are retrieved: {class_images.write_unused(params.train, folder)}")
+        return
+    instances = Path("data/instances", name)
+    result = class_images.retrieve(params, name, instances=instances, index="data/index", out=folder)
+    print(
+        f"{name}: {len(result.kept)} class images of {concept.class_prompt!r} in {folder}, "
+        f"{len(result.set_aside)} set aside"
+    )
     similarities = [entry["similarity"] for entry in result.kept if entry["similarity"] is not None]
     if similarities:
         print(f"  similarity to the class prompt: {max(similarities):.3f} to {min(similarities):.3f}")
@@ -24,3 +29,8 @@ with one_line_errors():
         print(f"  set aside: {refused.name}: {refused.reason}")
     for note in result.notes:
         print(f"  warning: {note}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The stages under DVC, in a clone of its own: one whole run, then which stages each edit of params.yaml reruns."""
+"""The stages under DVC, in a clone of its own: whole runs, and which stages each edit reruns."""
 
 import json
 import os
@@ -11,37 +11,34 @@ import pytest
 import yaml
 from conftest import ROOT
 
-DVC = [sys.executable, "-m", "dvc"]
+from customdiff import config, stage_inputs
 
-# The embedded default made as small as it goes; class images come from a folder, so that no index is built.
+DVC = [sys.executable, "-m", "dvc"]
+GIT = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+
+# The embedded default with as little work as possible; class images come from a folder, so that no index is built.
 SMALL = {
     "retrieve": {"backend": "folder", "num_class_images": 5, "minimum": 4, "folder": "class-images"},
     "prepare": {"views": 4},
     "train": {"max_steps": 4, "checkpointing_steps": 2, "validation": {"every": 2, "steps": 2}},
     "evaluate": {"num_images": 1, "steps": 2, "prompts": "prompts", "bootstrap": 100},
 }
+TEAPOT = {
+    "source": {"path": "data/concepts/teapot"},
+    "modifier_token": "<new2>",
+    "class_prompt": "teapot",
+    "instance_prompt": "photo of a {} teapot",
+}
 
 
 def run(clone: Path, *command: str, check: bool = True, **environment: str) -> str:
-    """Output of a command in the clone, with the tests' own Python first on the path."""
+    """Output of a command in the clone, with this Python first on the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     settings = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-    settings |= {"PATH": path, "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"} | environment
+    settings |= {"PATH": path, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"} | environment
     done = subprocess.run(command, cwd=clone, env=settings, capture_output=True, text=True, timeout=900)
     assert not check or done.returncode == 0, f"{command}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout + done.stderr
-
-
-def edit(clone: Path, change) -> None:
-    path = clone / "params.yaml"
-    values = yaml.safe_load(path.read_text())
-    change(values)
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-
-
-def changed(clone: Path) -> set[str]:
-    """Stages that `dvc status` calls changed."""
-    return set(json.loads(run(clone, *DVC, "status", "--json").splitlines()[-1]))
 
 
 def merge(values: dict, changes: dict) -> None:
@@ -52,38 +49,67 @@ def merge(values: dict, changes: dict) -> None:
             values[key] = value
 
 
+def edit(clone: Path, changes: dict) -> None:
+    path = clone / "params.yaml"
+    values = yaml.safe_load(path.read_text())
+    merge(values, changes)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def nested(key: str, value) -> dict:
+    """{"a.b": 1} as {"a": {"b": 1}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A copy of this work tree as a project of its own, with a small params.yaml, run once from end to end."""
+    """A copy of this work tree as a project of its own, with a small params.yaml, run once and committed."""
     folder = tmp_path_factory.mktemp("clone")
-    names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    ).stdout.decode()
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True).stdout.decode()
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    pictures = shutil.ignore_patterns("*.txt", "*.md")
-    shutil.copytree(ROOT / "data/concepts/teapot", folder / "class-images", ignore=pictures)  # any pictures will do
+    no_captions = shutil.ignore_patterns("*.txt", "*.md")
+    shutil.copytree(ROOT / "data/concepts/teapot", folder / "class-images", ignore=no_captions)  # any images will do
     (folder / "prompts").mkdir()
     (folder / "prompts/default.txt").write_text("a {} on the grass\na {} on a red background\n")
-    edit(folder, lambda values: merge(values, SMALL))
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    edit(folder, SMALL)
     run(folder, "git", "init", "--quiet")
-    run(folder, "git", "add", "--all")
-    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "-m", "start")
     (folder / "output.txt").write_text(run(folder, *DVC, "repro"))
+    run(folder, "git", "add", "--all")
+    run(folder, *GIT, "commit", "--quiet", "-m", "start")
     return folder
 
 
-def test_one_command_learns_and_grades(clone):
+@pytest.fixture
+def changed(clone, monkeypatch):
+    """Which stages would rerun now, but `inputs`, which always runs; what was edited is restored afterwards."""
+    from dvc.repo import Repo
+
+    monkeypatch.chdir(clone)
+
+    def names() -> set[str]:
+        stage_inputs.write_inputs(config.load())
+        with Repo(str(clone)) as repo:
+            return set(repo.status()) - {"inputs"}
+
+    yield names
+    subprocess.run(["git", "checkout", "--quiet", "--", "."], cwd=clone, check=True)
+    stage_inputs.write_inputs(config.load())
+
+
+def test_one_command_learns_and_evaluates(clone):
     metrics = json.loads((clone / "results/evaluate/metrics.json").read_text())
     for key in ("text_alignment", "image_alignment"):
-        assert metrics[f"{key}_delta"] == pytest.approx(metrics[key] - metrics[f"base_{key}"], abs=1e-6)
-        low, high = metrics[f"{key}_delta_ci95"]
-        assert low <= metrics[f"{key}_delta"] <= high
+        metric = metrics[key]
+        assert metric["delta"] == pytest.approx(metric["adapter"] - metric["base"], abs=1e-9)
+        assert metric["delta_low"] <= metric["delta"] <= metric["delta_high"]
+        assert metrics["concepts"]["cat"][key] == metric
     assert len((clone / "results/train/steps.csv").read_text().splitlines()) == 5
     assert (clone / "models/adapter/pytorch_custom_diffusion_weights.safetensors").stat().st_size > 1000
     for name in ("report.html", "contact_sheet.jpg", "per_prompt.csv"):
@@ -96,88 +122,120 @@ def test_mlflow_shows_the_run(clone):
 
     client = mlflow.MlflowClient(f"sqlite:///{clone / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'customdiff'")
-    (found,) = client.search_runs([experiment.experiment_id])
+    found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])[0]
     assert found.info.status == "FINISHED"
     assert found.data.params["train.max_steps"] == "4"
     metrics = json.loads((clone / "results/evaluate/metrics.json").read_text())
-    assert found.data.metrics["image_alignment"] == pytest.approx(metrics["image_alignment"])
+    assert found.data.metrics["image_alignment"] == pytest.approx(metrics["image_alignment"]["adapter"])
+    assert found.data.metrics["train/seconds"] > 0
     assert [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")] == [1, 2, 3, 4]
 
 
-def test_nothing_reruns_when_nothing_changed(clone):
-    assert changed(clone) == set()
+def test_a_second_run_gives_the_same_bytes_and_leaves_git_clean(clone):
+    lock = (clone / "dvc.lock").read_bytes()
+    shutil.rmtree(clone / ".checkpoints")
+    run(clone, *DVC, "repro", "--force")
+    assert (clone / "dvc.lock").read_bytes() == lock
+    assert run(clone, "git", "status", "--porcelain") == ""
+
+
+def test_nothing_reruns_when_nothing_changed(changed):
+    assert changed() == set()
 
 
 @pytest.mark.parametrize(
     ("key", "value", "stages"),
     [
+        ("base.device", "cpu", set()),
+        ("base.seed", 1, {"prepare@cat", "train", "evaluate"}),
         ("train.learning_rate", 1e-3, {"train"}),
         ("train.max_steps", 5, {"train"}),
+        ("train.with_prior_preservation", False, {"index-pool", "retrieve-class-images@cat", "prepare@cat", "train"}),
         ("evaluate.num_images", 2, {"evaluate"}),
-        ("evaluate.guidance_scale", 3.0, {"evaluate"}),
+        ("evaluate.bootstrap", 2000, {"evaluate"}),
         ("prepare.hflip", True, {"prepare@cat"}),
+        ("prepare.resolution", 128, {"prepare@cat", "train"}),
         ("retrieve.num_class_images", 4, {"retrieve-class-images@cat"}),
+        ("retrieve.index.pool", "elsewhere", set()),
+        ("retrieve.generate.steps", 3, set()),
         ("download.minimum", 3, {"download-data@cat", "retrieve-class-images@cat"}),
-        ("concepts.cat.source.path", "data/holdout/cat", {"download-data@cat", "train"}),
-        ("concepts.cat.class_prompt", "animal", {"retrieve-class-images@cat", "prepare@cat", "train"}),
+        ("concepts.cat.source.path", "data/holdout/cat", {"download-data@cat"}),
+        ("concepts.cat.class_prompt", "animal", {"retrieve-class-images@cat", "prepare@cat", "train", "evaluate"}),
         ("concepts.cat.initializer_token", "dog", {"train"}),
         ("tracking.log_every", 1, set()),
     ],
 )
-def test_an_edit_changes_the_stages_that_depend_on_it(clone, key, value, stages):
-    """Stages that read the key itself; those behind them follow where an output really changed."""
-    before = (clone / "params.yaml").read_text()
-
-    def change(values):
-        *parents, last = key.split(".")
-        for parent in parents:
-            values = values[parent]
-        values[last] = value
-
-    try:
-        edit(clone, change)
-        assert changed(clone) == stages
-    finally:
-        (clone / "params.yaml").write_text(before)
+def test_an_edit_reruns_exactly_the_stages_that_read_it(clone, changed, key, value, stages):
+    """Stages that read the key itself; those behind them follow if an output changes."""
+    edit(clone, nested(key, value))
+    assert changed() == stages
 
 
-def test_a_second_concept_leaves_the_first_ones_images_alone(clone):
-    before = (clone / "params.yaml").read_text()
-    second = {
-        "source": {"path": "data/concepts/teapot"},
-        "modifier_token": "<new2>",
-        "class_prompt": "teapot",
-        "instance_prompt": "photo of a {} teapot",
-    }
-    try:
-        edit(clone, lambda values: values["concepts"].update(teapot=second))
-        new = {"download-data@teapot", "retrieve-class-images@teapot", "prepare@teapot"}
-        assert changed(clone) == new | {"train"}
-    finally:
-        (clone / "params.yaml").write_text(before)
+@pytest.mark.parametrize(
+    ("path", "stages"),
+    [
+        ("data/concepts/cat/01.txt", {"download-data@cat"}),
+        ("class-images/01.png", {"retrieve-class-images@cat"}),
+        ("prompts/default.txt", {"evaluate"}),
+        ("data/judge/config.json", {"evaluate"}),
+        ("data/clip/config.json", set()),
+        ("data/base/vae/config.json", {"prepare@cat", "train", "evaluate"}),
+        ("customdiff/models/methods.py", {"retrieve-class-images@cat", "prepare@cat", "train", "evaluate"}),
+        ("customdiff/training/objective.py", {"train"}),
+        ("customdiff/publishing/hub.py", set()),
+    ],
+)
+def test_an_edited_file_reruns_the_stages_that_use_it(clone, changed, path, stages):
+    with (clone / path).open("ab") as file:
+        file.write(b"\n")
+    assert changed() == stages
 
 
-def test_a_learning_rate_encodes_no_image_again(clone):
-    edit(clone, lambda values: values["train"].update(learning_rate=3e-4))
-    output = run(clone, *DVC, "repro")
-    ran = {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
-    assert ran == {"train", "evaluate"}
+def test_a_folder_outside_the_project_is_tracked(clone, changed, tmp_path):
+    photos = shutil.copytree(clone / "data/concepts/cat", tmp_path / "photos")
+    edit(clone, nested("concepts.cat.source.path", str(photos)))
+    assert changed() == {"download-data@cat"}
+    before = Path("data/inputs/download-data/cat.json").read_bytes()
+    (photos / "01.png").unlink()
+    changed()
+    assert Path("data/inputs/download-data/cat.json").read_bytes() != before
 
 
-def test_a_mistake_stops_before_any_work(clone):
-    before = (clone / "params.yaml").read_text()
+def test_a_second_concept_leaves_the_images_of_the_first_alone(clone, changed):
+    edit(clone, {"concepts": {"teapot": TEAPOT}})
+    new = {"download-data@teapot", "retrieve-class-images@teapot", "prepare@teapot"}
+    assert changed() == new | {"train", "evaluate"}
+
+
+def test_without_a_prior_no_class_images_are_retrieved(clone, changed):
+    edit(clone, nested("train.with_prior_preservation", False))
+    output = run(clone, *DVC, "repro", "prepare@cat")
+    assert "no class images" in output
+    assert not list((clone / "data/classes/cat").glob("images/*"))
+    assert not (clone / "data/prepared/cat/class.safetensors").exists()
+    run(clone, "git", "checkout", "--quiet", "--", ".")
+    run(clone, *DVC, "checkout")
+
+
+def test_a_mistake_stops_before_any_work(clone, changed):
+    """Also a section that no stage reads, and also if no stage would run."""
     images = sorted((clone / "data/instances/cat").iterdir())
-    try:
-        edit(clone, lambda values: values["download"].update(minimun=3))
-        output = run(clone, sys.executable, "stages/download_data.py", "cat", check=False)
-        assert output.strip().endswith("params.yaml: download.minimun: unknown key; did you mean minimum?")
-        assert "Traceback" not in output
-        assert sorted((clone / "data/instances/cat").iterdir()) == images
-    finally:
-        (clone / "params.yaml").write_text(before)
+    edit(clone, {"trian": {"max_steps": 1}})
+    output = run(clone, *DVC, "repro", check=False)
+    assert "params.yaml: trian: unknown key; did you mean train?" in output
+    assert "Traceback" not in output
+    assert sorted((clone / "data/instances/cat").iterdir()) == images
 
 
-def test_a_dead_tracking_server_is_a_warning(clone):
+@pytest.mark.parametrize("name", ["cat; touch PWNED", "$(touch PWNED)", "`touch PWNED`", "cat && touch PWNED #"])
+def test_a_hostile_concept_name_never_reaches_the_shell(clone, changed, name):
+    edit(clone, {"concepts": {name: TEAPOT}})
+    output = run(clone, *DVC, "repro", check=False)
+    assert "params.yaml: concepts" in output
+    assert not (clone / "PWNED").exists()
+
+
+def test_an_unreachable_tracking_server_is_a_warning(clone):
     output = run(clone, sys.executable, "stages/train.py", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert "warning" in output.lower()
     assert "Traceback" not in output

@@ -1,0 +1,1 @@
+"""Adapters: what a training learned, merging, compression, and the formats of other programs."""

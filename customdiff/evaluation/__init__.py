@@ -1,0 +1,1 @@
+"""Stage evaluate, comparisons and sweeps: prompts, generation, metrics and reports."""

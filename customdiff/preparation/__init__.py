@@ -1,0 +1,1 @@
+"""Stage prepare: captions, augmentation and prepared sets."""

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: adapters with a model card."""

@@ -1,0 +1,1 @@
+"""Stages index-pool and retrieve-class-images: class images for prior preservation."""

@@ -1,0 +1,1 @@
+"""Stage train: batches, objective, trainer and checkpoints."""

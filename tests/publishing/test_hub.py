@@ -20,7 +20,7 @@ from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from hub_stand_in import READER, WRITER, Hub
 from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import customdiff
@@ -77,7 +77,7 @@ def learned(learned_once, tmp_path):
 
 
 def run(*arguments):
-    """One call of the command line inside this process; a UserError stays an exception."""
+    """Run the command line in this process; a UserError stays an exception."""
     return CliRunner().invoke(cli.commands, [str(each) for each in arguments])
 
 
@@ -86,14 +86,14 @@ def push(folder, *arguments, repo=REPO):
 
 
 def pushed(folder, *arguments, **options):
-    """A push that must succeed; its output."""
+    """Output of a push that must succeed."""
     result = push(folder, *arguments, **options)
     assert result.exit_code == 0, result.exception
     return result.output
 
 
 def sample(out, *arguments):
-    """Pixels of one image that `customdiff sample` draws."""
+    """Pixels of one image that `customdiff sample` generates."""
     result = run("sample", PROMPT, "--out", out, "--steps", 2, "--device", "cpu", *arguments)
     assert result.exit_code == 0, result.exception
     return np.asarray(Image.open(out / "grid.png"), float)
@@ -108,10 +108,6 @@ def plain(folder):
     pipe = base.load_pipeline(tiny_params(folder).base)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def adapter_files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".bin"}
 
 
 # pushing
@@ -236,7 +232,7 @@ def test_a_licence_that_the_hub_does_not_know_is_one_line(the_hub, learned):
     assert the_hub.repositories == {}
 
 
-# nothing of this machine
+# nothing private
 
 
 def test_no_path_token_or_address_of_this_machine_is_published(the_hub, tiny_base, tmp_path, monkeypatch):
@@ -397,7 +393,7 @@ def test_what_is_a_repository_and_what_a_folder(tmp_path, monkeypatch, source, e
 
 
 def from_diffusers(the_hub, tiny_base, tmp_path, **metadata):
-    """A repository as train_custom_diffusion.py leaves it, made by diffusers itself; and its own pipeline."""
+    """A repository with the files of train_custom_diffusion.py, written by diffusers; returns diffusers' pipeline."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(5)
@@ -467,99 +463,46 @@ def test_a_repository_without_an_adapter_says_so(the_hub):
 # what goes wrong
 
 
-def fetch(repo=REPO):
-    return run("sample", PROMPT, "--adapter", repo)
+def failing(path, status, body):
+    def prepare(server):
+        server.failing = (path, status, {"Content-Type": "text/plain"}, body)
+
+    return prepare
 
 
-def forbidden(server, monkeypatch, learned):
-    monkeypatch.setenv("HF_TOKEN", READER)
-    return push(learned), "write access"
+def nothing(server):
+    pass
 
 
-def forbidden_in_an_existing_repository(server, monkeypatch, learned):
-    server.add(REPO, {})
-    monkeypatch.setenv("HF_TOKEN", READER)
-    return push(learned), "write access"
+# token, what happens to the server, what is fetched (None: an adapter is pushed), and part of the message
+TROUBLES = {
+    "forbidden": (READER, nothing, None, "write access"),
+    "forbidden in an existing repository": (READER, lambda server: server.add(REPO, {}), None, "write access"),
+    "invalid token": ("hf_unknown_marker_0123456789", nothing, None, "hf auth login"),
+    "no token": (None, nothing, None, "hf auth login"),
+    "no network": (WRITER, Hub.close, None, "HF_ENDPOINT"),
+    "no network to fetch": (WRITER, Hub.close, REPO, f"^{REPO}: not a folder here, and on the Hub.*HF_ENDPOINT"),
+    "unknown": (WRITER, nothing, "anna/no-such", "^anna/no-such: .*RepositoryNotFoundError"),
+    "private": (None, lambda server: server.add(REPO, {}, private=True), REPO, f"^{REPO}: .*hf auth login"),
+    "no revision": (WRITER, lambda server: server.add(REPO, {}), f"{REPO}@v9", f"^{REPO}@v9: .*branch, tag or commit"),
+    "gated": (WRITER, lambda server: server.add(REPO, {"adapter.json": b"{}"}, gated=True), REPO, "accept its terms"),
+    "no name": (WRITER, nothing, "anna/a--b", "^anna/a--b: .*owner/name"),
+    # the client does not retry status 422
+    "quoted token": (
+        WRITER,
+        failing("/commit/", 422, "no disk; {token} sent, hf_marker_of_another_1"),
+        None,
+        r"no disk; \*\*\* sent, \*\*\*; .*422",
+    ),
+    "storage": (WRITER, failing("/cdn/", 403, "{token}"), None, "write access"),
+}
 
 
-def logged_out(server, monkeypatch, learned):
-    """Reported before the licence is asked for."""
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="hf auth login"):
-        hub.push(learned, REPO)
-    return run("push", REPO, "--adapter", learned), "hf auth login"
-
-
-def an_invalid_token(server, monkeypatch, learned):
-    monkeypatch.setenv("HF_TOKEN", "hf_unknown_marker_0123456789")
-    return push(learned), "hf auth login"
-
-
-def no_network(server, monkeypatch, learned):
-    server.close()
-    return push(learned), "HF_ENDPOINT"
-
-
-def no_network_to_fetch(server, monkeypatch, learned):
-    server.close()
-    return fetch(), f"^{REPO}: not a folder here, and on the Hub.*HF_ENDPOINT"
-
-
-def unknown(server, monkeypatch, learned):
-    return fetch("anna/no-such"), "^anna/no-such: .*RepositoryNotFoundError"
-
-
-def private(server, monkeypatch, learned):
-    server.add(REPO, {}, private=True)
-    monkeypatch.delenv("HF_TOKEN")
-    return fetch(), f"^{REPO}: .*hf auth login"
-
-
-def no_revision(server, monkeypatch, learned):
-    server.add(REPO, {})
-    return fetch(f"{REPO}@v9"), f"^{REPO}@v9: .*branch, tag or commit"
-
-
-def gated(server, monkeypatch, learned):
-    server.add(REPO, {"adapter.json": b"{}"}, gated=True)
-    return fetch(), "accept its terms"
-
-
-def no_name(server, monkeypatch, learned):
-    return fetch("anna/a--b"), "^anna/a--b: .*owner/name"
-
-
-def echo(server, monkeypatch, learned):
-    """A server that quotes what it was sent. (Of status 422, which the client does not retry.)"""
-    server.failing = ("/commit/", 422, {"Content-Type": "text/plain"}, "no disk; {token} sent, hf_marker_of_another_1")
-    return push(learned), r"no disk; \*\*\* sent, \*\*\*; .*422"
-
-
-def storage_fails(server, monkeypatch, learned):
-    server.failing = ("/cdn/", 403, {}, "{token}")
-    return push(learned), "write access"
-
-
-TROUBLES = [
-    forbidden,
-    forbidden_in_an_existing_repository,
-    logged_out,
-    an_invalid_token,
-    no_network,
-    no_network_to_fetch,
-    unknown,
-    private,
-    no_revision,
-    gated,
-    no_name,
-    echo,
-    storage_fails,
-]
-
-
-@pytest.mark.parametrize("trouble", TROUBLES)
-def test_trouble_is_one_line_without_a_token(the_hub, learned, monkeypatch, trouble, tmp_path):
-    result, message = trouble(the_hub, monkeypatch, learned)
+@pytest.mark.parametrize(("token", "prepare", "fetched", "message"), TROUBLES.values(), ids=TROUBLES)
+def test_trouble_is_one_line_without_a_token(the_hub, learned, monkeypatch, tmp_path, token, prepare, fetched, message):
+    monkeypatch.setenv("HF_TOKEN", token or "")
+    prepare(the_hub)
+    result = run("sample", PROMPT, "--adapter", fetched) if fetched else push(learned)
     assert isinstance(result.exception, UserError), result.exception
     line = str(result.exception)
     assert re.search(message, line), line
@@ -599,7 +542,7 @@ def test_the_password_of_an_address_is_not_shown(the_hub, monkeypatch):
 
 
 def test_the_environment_and_a_login_are_honoured(learned, tiny_base, tmp_path):
-    """In a process of its own, for huggingface_hub reads most of it when it is imported."""
+    """In its own process, because huggingface_hub reads the environment when it is imported."""
     server = Hub()
     home = tmp_path / "home"
     home.mkdir()
@@ -647,7 +590,7 @@ commands(["sample", "{PROMPT}", "--adapter", "{REPO}", "--base", r"{tiny_base}",
 
 
 def code(page, words):
-    """The block of Python after a line of the card."""
+    """The Python code after a line of the card."""
     return page.split(words)[1].split("```python\n")[1].split("```")[0]
 
 
@@ -687,10 +630,3 @@ def test_load_takes_a_repository(the_hub, learned, tiny_base):
     customdiff.load(pipe, REPO)
     customdiff.load(other, learned)
     np.testing.assert_array_equal(draw(pipe), draw(other))
-
-
-def test_the_files_that_went_up_are_those_of_the_adapter(the_hub, learned):
-    pushed(learned)
-    for name in (WEIGHTS, "<new1>.safetensors"):
-        there = hub.resolve(REPO) / name
-        assert load_file(there).keys() == load_file(learned / name).keys()
