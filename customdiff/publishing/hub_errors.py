@@ -35,7 +35,11 @@ def library_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except LIBRARY_ERRORS as error:
+    except (*LIBRARY_ERRORS, RuntimeError) as raised:
+        # huggingface_hub raises a RuntimeError from the server's error if the upload of a large file fails
+        error = raised.__cause__ if isinstance(raised, RuntimeError) else raised
+        if not isinstance(error, LIBRARY_ERRORS):
+            raise
         said = (error.server_message if isinstance(error, HfHubHTTPError) else None) or str(error)
         # `from None`: the server's answer may quote a token, and a traceback would print it
         raise UserError(redacted(f"{what}: {type(error).__name__}: {said}; {_advice(error)}")) from None

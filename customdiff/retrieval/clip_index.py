@@ -71,10 +71,16 @@ def _tar_images(tar: Path, label: str, wanted: set[str] | None) -> Iterator[Sour
                     yield SourceImage(name, b"", problem=f"file above {MAX_IMAGE_BYTES / 1e6:g} MB")
                     continue
                 caption = captions.get(_sample(member.name))
-                text = opened.extractfile(caption).read(image_folder.MAX_CAPTION_BYTES) if caption else b""
-                yield SourceImage(name, opened.extractfile(member).read(), image_folder.one_line(text))
+                text = _read(opened, caption, image_folder.MAX_CAPTION_BYTES) if caption else b""
+                yield SourceImage(name, _read(opened, member), image_folder.one_line(text))
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"retrieve.index.pool: {tar} cannot be read ({images.brief(error)})") from error
+
+
+def _read(opened: tarfile.TarFile, member: tarfile.TarInfo, size: int = -1) -> bytes:
+    """The first `size` bytes of a regular file of a tar, or all of them."""
+    file = opened.extractfile(member)
+    return file.read(size) if file else b""
 
 
 def _sample(name: str) -> str:
@@ -126,7 +132,7 @@ def build_index(pool: Path | str, clip: str, out: Path | str, *, max_megapixels:
 def _stage(pool: Path, folder: Path, max_megapixels: float, result: Indexed) -> dict[str, SourceImage]:
     """Write the pool's readable images under numbers, decoded; returns their names and captions by file name."""
     folder.mkdir()
-    staged = {}
+    staged: dict[str, SourceImage] = {}
     for item in tqdm(pool_images(pool), desc="pool", unit="image", disable=None):
         try:
             image = image_folder.decode(item, max_megapixels)

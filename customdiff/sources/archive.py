@@ -158,7 +158,7 @@ def _unpack_zip(archive: Path, unpacking: _Unpacking) -> None:
             if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
                 unpacking.refuse_special(name)
                 continue
-            # zipfile never writes more than this; it checks the CRC of a member that claims less than it holds.
+            # zipfile writes at most this much, and its CRC check fails if the header claims too little.
             unpacking.spend(member.file_size)
             member.filename = name
             opened.extract(member, unpacking.into)

@@ -148,4 +148,4 @@ def _is_public(host: str) -> bool:
         found = socket.getaddrinfo(host, None)
     except OSError:
         return True  # a proxy may resolve names that cannot be resolved here
-    return all(ipaddress.ip_address(entry[4][0].partition("%")[0]).is_global for entry in found)
+    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_global for entry in found)

@@ -1,7 +1,7 @@
-"""A stand-in of the Hugging Face Hub on the loopback: the endpoints that huggingface_hub asks, with the Hub's answers.
+"""A stand-in of the Hugging Face Hub on the loopback interface: the endpoints that huggingface_hub requests.
 
-It keeps repositories in memory, uploads large files by LFS (Xet is another service, and is switched off in the
-tests), and serves those from another origin than itself, as the Hub does, where no token may arrive.
+It keeps repositories in memory and receives large files by LFS (Xet is another service, and is switched off in the
+tests). It serves these from another host, as the Hub does, to which no token may be sent.
 """
 
 import base64
@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
-# tokens need not begin with hf_, as those of an identity provider do not
+# the tokens of an identity provider do not begin with hf_
 WRITER, READER = "marker-of-a-writer-0123456789", "hf_marker_of_a_reader_0123456789"
 OWNER = {WRITER: "anna", READER: "ben"}
 LICENCES = ("apache-2.0", "mit", "cc-by-4.0", "openrail++")
@@ -23,7 +23,7 @@ LICENCES = ("apache-2.0", "mit", "cc-by-4.0", "openrail++")
 
 @dataclass
 class Repository:
-    """Files by branch, and the states that commits left."""
+    """Files by branch, and files by commit."""
 
     private: bool
     gated: bool = False
@@ -32,7 +32,7 @@ class Repository:
     states: dict[str, dict[str, bytes]] = field(default_factory=dict)  # by commit
 
     def commit_of(self, revision: str) -> str | None:
-        """The commit that a branch stands at, or that the revision itself is."""
+        """The commit of a branch, or the revision itself if it is a commit."""
         if revision in self.states:
             return revision
         if revision not in self.branches:
@@ -44,7 +44,7 @@ class Repository:
 
 
 class Hub:
-    """The server, its repositories, and what it was asked: (method, path, token sent)."""
+    """The server, its repositories, and the requests it received: (method, path, token)."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -62,7 +62,7 @@ class Hub:
 
     @property
     def other_origin(self) -> str:
-        """The same server by a name that no client takes for the Hub."""
+        """The same server under another host name."""
         return f"http://localhost:{self.server.server_port}/cdn"
 
     def add(self, name: str, files: dict[str, bytes], *, private: bool = False, gated: bool = False) -> Repository:
@@ -74,7 +74,7 @@ class Hub:
         return self.repositories[name].branches[branch]
 
     def fetched(self) -> list[str]:
-        """Names of the files whose content somebody asked for."""
+        """Names of the files that were downloaded."""
         return [unquote(path).partition("/resolve/")[2].partition("/")[2] for _, path, _ in self.asked
                 if "/resolve/" in path]  # fmt: skip
 
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, b"", headers)
 
     def _find(self, name: str, *, write: bool = False) -> Repository | None:
-        """The repository if it may be asked for; else the Hub's refusal is sent."""
+        """The repository if the token may access it; else the Hub's refusal is sent, and None returned."""
         repository = self.hub.repositories.get(name)
         if self.token and self.token not in OWNER:
             return self._refuse(401, None, "Invalid credentials in Authorization header")
@@ -294,7 +294,7 @@ def _is_large(path: str) -> bool:
 
 
 def _oid(path: str, data: bytes) -> str:
-    """Of LFS the SHA-256; else git's own name of a blob."""
+    """The SHA-256 for LFS, else git's blob hash."""
     return (
         hashlib.sha256(data).hexdigest()
         if _is_large(path)

@@ -1,9 +1,10 @@
-"""An adapter goes onto the Hub and comes back, by huggingface_hub's own client; no pickle, path or token on the way."""
+"""Push an adapter to a stand-in of the Hub and fetch it again; no pickle, path or token on the way."""
 
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import traceback
@@ -12,22 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import concept_values, tiny_params
+from adapters_on_disk import write_adapter
+from conftest import tiny_params
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from hub_stand_in import READER, WRITER, Hub
-from huggingface_hub import ModelCard, constants
-from huggingface_hub.utils import _cache_assets
+from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import customdiff
 from customdiff import cli
 from customdiff.adapters import adapter
 from customdiff.errors import UserError
-from customdiff.models import base, methods, modifier_tokens
-from customdiff.models.text import text_encoders
+from customdiff.models import base
 from customdiff.publishing import hub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,12 +39,17 @@ FILES = {"adapter.json", "README.md", WEIGHTS, "<new1>.safetensors", ".gitattrib
 
 @pytest.fixture
 def the_hub(monkeypatch, tmp_path):
-    """A stand-in of the Hub that huggingface_hub asks, an empty cache, and somebody who may write as `anna`."""
+    """A stand-in of the Hub, an empty cache, and a token that may write as `anna`.
+
+    huggingface_hub reads its environment variables when it is imported, before the server has a port: their values
+    in its module `constants` are replaced.
+    """
     server = Hub()
     changes = {
         "ENDPOINT": server.address,
         "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
+        "HF_ASSETS_CACHE": str(tmp_path / "hf" / "assets"),
         "HF_TOKEN_PATH": str(tmp_path / "hf" / "token"),
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_DISABLE_TELEMETRY": True,
@@ -52,7 +57,6 @@ def the_hub(monkeypatch, tmp_path):
     }
     for name, value in changes.items():
         monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(tmp_path / "hf" / "assets"))
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     monkeypatch.setenv("HF_TOKEN", WRITER)
     (tmp_path / "work").mkdir()
@@ -61,44 +65,19 @@ def the_hub(monkeypatch, tmp_path):
     server.close()
 
 
+@pytest.fixture(scope="module")
+def learned_once(tiny_base, tmp_path_factory):
+    return write_adapter(tiny_base, tmp_path_factory.mktemp("learned") / "adapter")
+
+
 @pytest.fixture
-def learned(tiny_base, tmp_path):
-    """An adapter on the tiny base, far from the base's own weights, in a folder."""
-    return learn(tiny_base, tmp_path / "learned")
-
-
-def learn(base_folder, folder, words=("<new1>",), **changes):
-    """Write an adapter of random weights; `changes` go into its card."""
-    names = ["cat", "dog"][: len(words)]
-    concepts = {name: concept_values(word, name) for word, name in zip(words, names, strict=True)}
-    for concept in concepts.values():
-        del concept["source"]
-    card = {
-        "base": {"model": str(base_folder), "revision": None, "variant": None},
-        "concepts": concepts,
-        "method": "custom_diffusion",
-        "freeze_model": "crossattn_kv",
-        "lora_rank": 4,
-        "resolution": 32,
-        "steps": 6,
-        "seed": 42,
-        "versions": {"torch": "2.15.0"},
-    }
-    pipe = base.load_pipeline(tiny_params(base_folder).base)
-    torch.manual_seed(7)
-    widths = {name: encoder.config.hidden_size for name, (_, encoder) in text_encoders(pipe).items()}
-    modifier_tokens.add_tokens(
-        pipe, {word: {name: torch.randn(width) for name, width in widths.items()} for word in words}
-    )
-    with torch.no_grad():
-        for weight in methods.inject(pipe.unet, card | changes).values():
-            weight += 0.3 * torch.randn_like(weight)
-    adapter.save(adapter.from_pipeline(pipe, card | changes), folder)
-    return folder
+def learned(learned_once, tmp_path):
+    """An adapter on the tiny base, in a folder of this test."""
+    return Path(shutil.copytree(learned_once, tmp_path / "learned"))
 
 
 def run(*arguments):
-    """One call of the command line inside this process; a UserError stays an exception."""
+    """Run the command line in this process; a UserError stays an exception."""
     return CliRunner().invoke(cli.commands, [str(each) for each in arguments])
 
 
@@ -107,14 +86,14 @@ def push(folder, *arguments, repo=REPO):
 
 
 def pushed(folder, *arguments, **options):
-    """A push that must succeed; its output."""
+    """Output of a push that must succeed."""
     result = push(folder, *arguments, **options)
     assert result.exit_code == 0, result.exception
     return result.output
 
 
 def sample(out, *arguments):
-    """Pixels of one image that `customdiff sample` draws."""
+    """Pixels of one image that `customdiff sample` generates."""
     result = run("sample", PROMPT, "--out", out, "--steps", 2, "--device", "cpu", *arguments)
     assert result.exit_code == 0, result.exception
     return np.asarray(Image.open(out / "grid.png"), float)
@@ -129,10 +108,6 @@ def plain(folder):
     pipe = base.load_pipeline(tiny_params(folder).base)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def adapter_files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".bin"}
 
 
 # pushing
@@ -150,22 +125,18 @@ def test_a_push_is_one_commit_of_safe_files_into_a_private_repository(the_hub, l
     assert not (learned / "README.md").exists()
 
 
-def test_what_comes_back_draws_the_same_image(the_hub, learned, tmp_path):
+def test_what_comes_back_draws_the_same_image(the_hub, learned, tiny_base, tmp_path):
     pushed(learned, "--base-model", "anna/base")
     drawn = sample(tmp_path / "here", "--adapter", learned)
-    from_hub = sample(tmp_path / "there", "--adapter", REPO, "--base", json_base(learned))
+    from_hub = sample(tmp_path / "there", "--adapter", REPO, "--base", tiny_base)
     np.testing.assert_array_equal(from_hub, drawn)
     without = sample(tmp_path / "without", "--adapter", learned, "--seed", 43)
     assert np.abs(without - drawn).max() > 1  # another seed is another image: the arrays above could have differed
 
 
-def json_base(folder):
-    return adapter.read_config(folder)["base"]["model"]
-
-
 def test_the_base_model_is_read_from_the_repository(the_hub, tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_base.parent)
-    folder = learn(Path(tiny_base.name), tmp_path / "relative")
+    folder = write_adapter(Path(tiny_base.name), tmp_path / "relative")
     pushed(folder)
     assert json.loads(the_hub.files(REPO)["adapter.json"])["base"]["model"] == f"./{tiny_base.name}"
     np.testing.assert_array_equal(
@@ -173,18 +144,17 @@ def test_the_base_model_is_read_from_the_repository(the_hub, tiny_base, tmp_path
     )
     monkeypatch.chdir(tmp_path)
     result = run("sample", PROMPT, "--adapter", REPO, "--out", tmp_path / "no")
-    assert str(result.exception) == (
-        f"{REPO}: belongs to a base model in ./{tiny_base.name}, which is not here; name it by --base"
-    )
+    assert f"./{tiny_base.name}" in str(result.exception)
+    assert "--base" in str(result.exception)
 
 
 def test_a_branch_keeps_what_was_pushed_to_it(the_hub, learned, tiny_base, tmp_path):
     pushed(learned, "--revision", "v1")
-    other = learn(tiny_base, tmp_path / "other", ("<new1>", "<new2>"))
+    other = write_adapter(tiny_base, tmp_path / "other", ("<new1>", "<new2>"))
     pushed(other)
     assert "<new2>.safetensors" not in the_hub.files(REPO, "v1")
-    assert set(adapter.read(hub.resolve(f"{REPO}@v1")).rows) == {"<new1>"}
-    assert set(adapter.read(hub.resolve(REPO)).rows) == {"<new1>", "<new2>"}
+    assert set(adapter.read(hub.resolve(f"{REPO}@v1")).embeddings) == {"<new1>"}
+    assert set(adapter.read(hub.resolve(REPO)).embeddings) == {"<new1>", "<new2>"}
     assert f'customdiff.load(pipe, "{REPO}@v1")' in the_hub.files(REPO, "v1")["README.md"].decode()
 
 
@@ -195,7 +165,7 @@ def test_a_second_push_of_the_same_commits_nothing(the_hub, learned):
 
 
 def test_what_an_earlier_push_left_goes_and_the_owners_files_stay(the_hub, learned, tiny_base, tmp_path):
-    pushed(learn(tiny_base, tmp_path / "two", ("<new1>", "<new2>")), "--with-bin")
+    pushed(write_adapter(tiny_base, tmp_path / "two", ("<new1>", "<new2>")), "--with-bin")
     assert {"<new2>.bin", "pytorch_custom_diffusion_weights.bin"} <= set(the_hub.files(REPO))
     the_hub.files(REPO)["notes.md"] = b"mine"
     the_hub.files(REPO)["model.safetensors"] = b"mine too"
@@ -208,7 +178,7 @@ def test_a_pickle_that_goes_up_is_made_anew(the_hub, learned):
     pushed(learned, "--with-bin")
     file = io.BytesIO(the_hub.files(REPO)["<new1>.bin"])
     assert torch.equal(
-        torch.load(file, weights_only=True)["<new1>"], adapter.read(learned).rows["<new1>"]["text_encoder"]
+        torch.load(file, weights_only=True)["<new1>"], adapter.read(learned).embeddings["<new1>"]["text_encoder"]
     )
 
 
@@ -221,13 +191,13 @@ def test_a_dry_run_writes_what_a_push_sends_and_sends_nothing(the_hub, learned, 
     pushed(learned)
     there = the_hub.files(REPO)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {k: there[k] for k in FILES - {".gitattributes"}}
-    assert "is there already" in str(push(learned, "--dry-run", out).exception)
+    assert str(push(learned, "--dry-run", out).exception).startswith("--dry-run: ")
 
 
 def test_privacy_is_never_taken_for_granted(the_hub, learned):
     the_hub.add(REPO, {}, private=False)
     result = push(learned, "--private")
-    assert "is public already; make it private in its settings" in str(result.exception)
+    assert re.search(rf"^{REPO}: is public", str(result.exception))
     assert the_hub.files(REPO) == {}
     assert "(public)" in pushed(learned)
     assert "(public)" in pushed(learned, "--public", repo="anna/another")
@@ -235,8 +205,9 @@ def test_privacy_is_never_taken_for_granted(the_hub, learned):
 
 def test_the_licence_is_asked_for_and_never_guessed(the_hub, learned, monkeypatch):
     result = run("push", REPO, "--adapter", learned)
-    assert "--license: is yours to choose" in str(result.exception)
-    assert "no identifier" in str(run("push", REPO, "--adapter", learned, "--license", "Apache 2").exception)
+    assert str(result.exception).startswith("--license: ")
+    refused = run("push", REPO, "--adapter", learned, "--license", "Apache 2").exception
+    assert str(refused).startswith("--license: 'Apache 2'")
     assert the_hub.repositories == {}
 
     monkeypatch.setattr("customdiff.cli.hub.on_terminal", lambda: True)
@@ -257,16 +228,18 @@ def test_only_owner_and_name_is_a_place_to_push_to(the_hub, learned, name):
 def test_a_licence_that_the_hub_does_not_know_is_one_line(the_hub, learned):
     result = run("push", REPO, "--adapter", learned, "--license", "my-own")
     assert isinstance(result.exception, UserError)
-    assert re.search(r"card is refused .*license.* must be one of.*; check --license", str(result.exception))
-    assert set(the_hub.files(REPO)) == {".gitattributes"}
+    assert re.search(r"must be one of.*--license", str(result.exception))
+    assert the_hub.repositories == {}
 
 
-# nothing of this machine
+# nothing private
 
 
 def test_no_path_token_or_address_of_this_machine_is_published(the_hub, tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://tracking.example.org/secret")
-    folder = learn(tiny_base, tmp_path / "learned", cache="/home/anna/cache/file.bin", drive=r"C:\Users\anna\x.bin")
+    folder = write_adapter(
+        tiny_base, tmp_path / "learned", cache="/home/anna/cache/file.bin", drive=r"C:\Users\anna\x.bin"
+    )
     output = pushed(folder)
     texts = b"\n".join(the_hub.files(REPO).values()).decode(errors="replace") + output
     for private in (
@@ -282,7 +255,7 @@ def test_no_path_token_or_address_of_this_machine_is_published(the_hub, tiny_bas
     card = json.loads(the_hub.files(REPO)["adapter.json"])
     assert card["base"]["model"] == f"./{tiny_base.name}"
     assert (card["cache"], card["drive"]) == ("file.bin", "x.bin")
-    assert f"nobody else can load the base model ./{tiny_base.name}" in output
+    assert f"others cannot load the base model ./{tiny_base.name}" in output
     assert ModelCard(the_hub.files(REPO)["README.md"].decode()).data.base_model is None
 
 
@@ -295,7 +268,7 @@ def test_what_is_private_is_found_wherever_it_stands(the_hub, tiny_base, tmp_pat
         "token": f"see {WRITER}",
         "tracking": "see https://tracking.example.org/secret",
     }[what]
-    folder = learn(tiny_base, tmp_path / "learned", note=secret)
+    folder = write_adapter(tiny_base, tmp_path / "learned", note=secret)
     result = push(folder)
     assert re.match(r"(adapter\.json|README\.md): would publish ", str(result.exception))
     assert secret.removeprefix("see ") not in str(result.exception)
@@ -308,7 +281,7 @@ def test_a_base_model_on_the_hub_may_be_named_in_place_of_a_folder(the_hub, lear
     assert (data.base_model, data.base_model_relation) == ("anna/base", "adapter")
     expected = {"model": "anna/base", "revision": "v2", "variant": None}
     assert json.loads(the_hub.files(REPO)["adapter.json"])["base"] == expected
-    assert "nobody else" not in output
+    assert "others cannot load" not in output
 
 
 # fetching
@@ -332,25 +305,25 @@ def test_a_second_use_fetches_nothing_and_none_at_all_is_needed(the_hub, learned
     assert hub.resolve(REPO) == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert hub.resolve(REPO) == folder
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         hub.resolve("anna/other")
 
 
 def test_no_token_leaves_the_hub(the_hub, learned):
-    """Large files are of another origin, which has no business with it."""
+    """Large files are on another host."""
     pushed(learned)
     hub.resolve(REPO)
     elsewhere = [token for _, path, token in the_hub.asked if path.startswith("/cdn/")]
     assert len(elsewhere) >= 4
     assert set(elsewhere) == {None}
-    assert {token for _, path, token in the_hub.asked if path.startswith("/api/")} == {WRITER}
+    assert {token for _, path, token in the_hub.asked if path.startswith("/api/models/")} == {WRITER}
 
 
 @pytest.mark.parametrize(
     ("name", "size", "message"),
-    [("adapter.json", 1_000_001, "adapter.json has 1000001 bytes"), (WEIGHTS, 4_000_000_001, "more than an adapter's")],
+    [("adapter.json", 1_000_001, "adapter.json has 1000001 bytes"), (WEIGHTS, 4_000_000_001, "4000000001 bytes")],
 )
-def test_too_much_is_refused_before_it_is_fetched(the_hub, learned, monkeypatch, name, size, message):
+def test_too_much_is_refused_before_it_is_fetched(the_hub, learned, name, size, message):
     pushed(learned)
 
     class Pretended(bytes):
@@ -375,20 +348,20 @@ def test_too_much_is_refused_before_it_is_fetched(the_hub, learned, monkeypatch,
         b'{"concepts": {"cat": {"modifier_token": "<a>"}}, "base": {"model": "a/b"}, "fingerprint": [], "method": "x"}',
     ],
 )
-def test_a_damaged_card_of_a_stranger_is_one_line(the_hub, damage):
+def test_a_damaged_adapter_json_is_one_line(the_hub, damage):
     the_hub.add(REPO, {"adapter.json": damage})
-    with pytest.raises(UserError, match=rf"^{REPO}: its adapter\.json is damaged or of another program"):
+    with pytest.raises(UserError, match=rf"^{REPO}: adapter\.json is damaged"):
         hub.resolve(REPO)
 
 
-def test_missing_and_damaged_weights_of_a_stranger_are_one_line(the_hub, learned):
+def test_missing_and_damaged_weights_are_one_line(the_hub, learned):
     pushed(learned)
     good = the_hub.files(REPO)[WEIGHTS]
     the_hub.files(REPO)[WEIGHTS] = good[:100]
-    with pytest.raises(UserError, match=rf"^{REPO}: not a whole adapter; tell its author"):
+    with pytest.raises(UserError, match=rf"^{REPO}: incomplete or damaged adapter"):
         hub.resolve(REPO)
     del the_hub.files(REPO)[WEIGHTS]
-    with pytest.raises(UserError, match=rf"^{REPO}: lacks {WEIGHTS}"):
+    with pytest.raises(UserError, match=rf"^{REPO}: .*{WEIGHTS}"):
         hub.resolve(REPO)
 
 
@@ -420,7 +393,7 @@ def test_what_is_a_repository_and_what_a_folder(tmp_path, monkeypatch, source, e
 
 
 def from_diffusers(the_hub, tiny_base, tmp_path, **metadata):
-    """A repository as train_custom_diffusion.py leaves it, made by diffusers itself; and its own pipeline."""
+    """A repository with the files of train_custom_diffusion.py, written by diffusers; returns diffusers' pipeline."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(5)
@@ -453,16 +426,16 @@ def test_a_repository_of_diffusers_script_draws_as_diffusers_does(the_hub, tiny_
     adapter.load(pipe, folder)
     np.testing.assert_allclose(draw(pipe), draw(script), atol=1e-5)
     assert np.abs(draw(pipe) - before).max() > 0.01
-    card = adapter.read_config(folder)
-    assert card["base"]["model"] == str(tiny_base)
-    assert [each["instance_prompt"] for each in card["concepts"].values()] == ["photo of a {} cat"]
+    config = adapter.read_config(folder)
+    assert config.base.model == str(tiny_base)
+    assert [concept.instance_prompt for concept in config.concepts.values()] == ["photo of a {} cat"]
     the_hub.asked.clear()
     assert hub.resolve(REPO) == folder
 
 
 def test_the_base_model_of_a_script_is_asked_for_where_its_card_is_silent(the_hub, tiny_base, tmp_path):
     from_diffusers(the_hub, tiny_base, tmp_path, base_model=None)
-    with pytest.raises(UserError, match=rf"^{REPO}: its card names no base model; name it by --base"):
+    with pytest.raises(UserError, match=rf"^{REPO}: .*--base"):
         hub.resolve(REPO)
     assert sample(tmp_path / "out", "--adapter", REPO, "--base", tiny_base).any()
 
@@ -476,117 +449,60 @@ def test_a_script_on_another_base_is_refused(the_hub, tiny_base, tiny_v_base, tm
 
 def test_pickles_alone_are_named_and_never_fetched(the_hub):
     the_hub.add(REPO, {"README.md": b"# cat", "pytorch_custom_diffusion_weights.bin": b"x", "<new1>.bin": b"x"})
-    with pytest.raises(
-        UserError, match=r"as a pickle alone.*customdiff import FOLDER --format diffusers --allow-pickle"
-    ):
+    with pytest.raises(UserError, match=r"pickle.*customdiff import FOLDER --format diffusers --allow-pickle"):
         hub.resolve(REPO)
     assert the_hub.fetched() == ["README.md", "README.md"]  # HEAD and GET
 
 
 def test_a_repository_without_an_adapter_says_so(the_hub):
     the_hub.add(REPO, {"README.md": b"---\nbase_model: [\n---\n", "model_index.json": b"{}"})
-    with pytest.raises(UserError, match=rf"^{REPO}: holds no adapter"):
+    with pytest.raises(UserError, match=rf"^{REPO}: no adapter"):
         hub.resolve(REPO)
 
 
 # what goes wrong
 
 
-def forbidden(hub_, monkeypatch, learned):
-    monkeypatch.setenv("HF_TOKEN", READER)
-    return push(learned), "your token has no right to write there"
+def failing(path, status, body):
+    def prepare(server):
+        server.failing = (path, status, {"Content-Type": "text/plain"}, body)
+
+    return prepare
 
 
-def forbidden_in_an_existing_repository(hub_, monkeypatch, learned):
-    hub_.add(REPO, {})
-    monkeypatch.setenv("HF_TOKEN", READER)
-    return push(learned), "your token has no right to write there"
+def nothing(server):
+    pass
 
 
-def logged_out(hub_, monkeypatch, learned):
-    """Said before a licence is asked for."""
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="no token for the Hugging Face Hub"):
-        hub.push(learned, REPO)
-    return run("push", REPO, "--adapter", learned), "no token for the Hugging Face Hub: log in with `hf auth login`"
+# token, what happens to the server, what is fetched (None: an adapter is pushed), and part of the message
+TROUBLES = {
+    "forbidden": (READER, nothing, None, "write access"),
+    "forbidden in an existing repository": (READER, lambda server: server.add(REPO, {}), None, "write access"),
+    "invalid token": ("hf_unknown_marker_0123456789", nothing, None, "hf auth login"),
+    "no token": (None, nothing, None, "hf auth login"),
+    "no network": (WRITER, Hub.close, None, "HF_ENDPOINT"),
+    "no network to fetch": (WRITER, Hub.close, REPO, f"^{REPO}: not a folder here, and on the Hub.*HF_ENDPOINT"),
+    "unknown": (WRITER, nothing, "anna/no-such", "^anna/no-such: .*RepositoryNotFoundError"),
+    "private": (None, lambda server: server.add(REPO, {}, private=True), REPO, f"^{REPO}: .*hf auth login"),
+    "no revision": (WRITER, lambda server: server.add(REPO, {}), f"{REPO}@v9", f"^{REPO}@v9: .*branch, tag or commit"),
+    "gated": (WRITER, lambda server: server.add(REPO, {"adapter.json": b"{}"}, gated=True), REPO, "accept its terms"),
+    "no name": (WRITER, nothing, "anna/a--b", "^anna/a--b: .*owner/name"),
+    # the client does not retry status 422
+    "quoted token": (
+        WRITER,
+        failing("/commit/", 422, "no disk; {token} sent, hf_marker_of_another_1"),
+        None,
+        r"no disk; \*\*\* sent, \*\*\*; .*422",
+    ),
+    "storage": (WRITER, failing("/cdn/", 403, "{token}"), None, "write access"),
+}
 
 
-def an_invalid_token(hub_, monkeypatch, learned):
-    monkeypatch.setenv("HF_TOKEN", "hf_unknown_marker_0123456789")
-    return push(learned), "the token is not valid"
-
-
-def no_network(hub_, monkeypatch, learned):
-    hub_.close()
-    return push(learned), "cannot be reached .*; check the network"
-
-
-def no_network_to_fetch(hub_, monkeypatch, learned):
-    hub_.close()
-    return run("sample", PROMPT, "--adapter", REPO), "there is no such file here; on the Hub: .* cannot be reached"
-
-
-def unknown(hub_, monkeypatch, learned):
-    return run("sample", PROMPT, "--adapter", "anna/no-such"), "on the Hub: there is no anna/no-such, or it is private"
-
-
-def private(hub_, monkeypatch, learned):
-    hub_.add(REPO, {}, private=True)
-    monkeypatch.delenv("HF_TOKEN")
-    return run("sample", PROMPT, "--adapter", REPO), f"there is no {REPO}, or it is private: check the name, or log in"
-
-
-def no_revision(hub_, monkeypatch, learned):
-    hub_.add(REPO, {})
-    return run("sample", PROMPT, "--adapter", f"{REPO}@v9"), "there is no such revision"
-
-
-def gated(hub_, monkeypatch, learned):
-    hub_.add(REPO, {"adapter.json": b"{}"}, gated=True)
-    return run("sample", PROMPT, "--adapter", REPO), f"it is gated; accept its terms at {hub_.address}/{REPO}"
-
-
-def no_name(hub_, monkeypatch, learned):
-    return run("sample", PROMPT, "--adapter", "anna/a--b"), "anna/a--b cannot be a repository's name"
-
-
-def echo(hub_, monkeypatch, learned):
-    """A server that quotes what it was sent."""
-    hub_.failing = (
-        "/commit/",
-        500,
-        {"Content-Type": "text/plain"},
-        "no disk; {token} sent, hf_marker_of_another_1",
-    )
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-    return push(learned), r"the answer is 500 \(no disk; \*\*\* sent, \*\*\*\)"
-
-
-def storage_fails(hub_, monkeypatch, learned):
-    hub_.failing = ("/cdn/", 403, {}, "{token}")
-    return push(learned), "your token has no right to write there"
-
-
-@pytest.mark.parametrize(
-    "trouble",
-    [
-        forbidden,
-        forbidden_in_an_existing_repository,
-        logged_out,
-        an_invalid_token,
-        no_network,
-        no_network_to_fetch,
-        unknown,
-        private,
-        no_revision,
-        gated,
-        no_name,
-        echo,
-        storage_fails,
-    ],
-)
-def test_trouble_is_one_line_without_a_token(the_hub, learned, monkeypatch, trouble, tmp_path):
-    result, message = trouble(the_hub, monkeypatch, learned)
+@pytest.mark.parametrize(("token", "prepare", "fetched", "message"), TROUBLES.values(), ids=TROUBLES)
+def test_trouble_is_one_line_without_a_token(the_hub, learned, monkeypatch, tmp_path, token, prepare, fetched, message):
+    monkeypatch.setenv("HF_TOKEN", token or "")
+    prepare(the_hub)
+    result = run("sample", PROMPT, "--adapter", fetched) if fetched else push(learned)
     assert isinstance(result.exception, UserError), result.exception
     line = str(result.exception)
     assert re.search(message, line), line
@@ -597,8 +513,36 @@ def test_trouble_is_one_line_without_a_token(the_hub, learned, monkeypatch, trou
     assert not list(tmp_path.glob("work/*"))
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(the_hub, learned, monkeypatch, tmp_path):
+    the_hub.add(REPO, {"adapter.json": b"{}"})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(UserError, match=f"^{REPO}: .*cache"):
+        hub.resolve(REPO)
+
+
+@pytest.mark.parametrize("bug", [KeyError("a bug"), TypeError("a bug"), AssertionError("a bug")])
+def test_a_bug_keeps_its_traceback(the_hub, learned, monkeypatch, bug):
+    def fail(*_, **__):
+        raise bug
+
+    monkeypatch.setattr(HfApi, "create_repo", fail)
+    assert push(learned).exception is bug
+    monkeypatch.setattr(HfApi, "model_info", fail)
+    with pytest.raises(type(bug)):
+        hub.resolve(REPO)
+
+
+def test_the_password_of_an_address_is_not_shown(the_hub, monkeypatch):
+    the_hub.failing = ("/api/", 418, {}, "")
+    monkeypatch.setattr(constants, "ENDPOINT", the_hub.address.replace("//", "//anna:hidden@"))
+    with pytest.raises(UserError, match=the_hub.address) as caught:
+        hub.resolve(REPO)
+    assert "hidden" not in str(caught.value)
+
+
 def test_the_environment_and_a_login_are_honoured(learned, tiny_base, tmp_path):
-    """In a process of its own, for huggingface_hub reads most of it when it is imported."""
+    """In its own process, because huggingface_hub reads the environment when it is imported."""
     server = Hub()
     home = tmp_path / "home"
     home.mkdir()
@@ -630,7 +574,8 @@ commands(["sample", "{PROMPT}", "--adapter", "{REPO}", "--base", r"{tiny_base}",
     server.close()
     assert result.returncode == 0, result.stderr
     refusal, done, _ = result.stdout.splitlines()
-    assert refusal.startswith(f"{REPO}: your token has no right to write there")
+    assert refusal.startswith(f"{REPO}: ")
+    assert "write access" in refusal
     assert done.startswith(f"{server.address}/{REPO} (private): commit")
     assert not re.search("Warning|Traceback|Fetching|Upload", result.stderr), result.stderr
     assert "marker" not in result.stdout + result.stderr
@@ -641,11 +586,11 @@ commands(["sample", "{PROMPT}", "--adapter", "{REPO}", "--base", r"{tiny_base}",
     )
 
 
-# the card's own words
+# the code in the model card
 
 
 def code(page, words):
-    """The block of Python after a line of the card."""
+    """The Python code after a line of the card."""
     return page.split(words)[1].split("```python\n")[1].split("```")[0]
 
 
@@ -660,9 +605,9 @@ def code(page, words):
         ("tiny_xl_base", "lora"),
     ],
 )
-def test_diffusers_draws_the_same_by_the_code_of_the_card(the_hub, tmp_path, request, which, method, monkeypatch):
+def test_diffusers_draws_the_same_with_the_code_of_the_card(the_hub, tmp_path, request, which, method, monkeypatch):
     base_folder = request.getfixturevalue(which)
-    folder = learn(base_folder, tmp_path / "learned", ("<new1>", "<new2>"), method=method)
+    folder = write_adapter(base_folder, tmp_path / "learned", ("<new1>", "<new2>"), method=method)
     pushed(folder, "--revision", "v1")
     page = the_hub.files(REPO, "v1")["README.md"].decode()
     ours = plain(base_folder)
@@ -685,10 +630,3 @@ def test_load_takes_a_repository(the_hub, learned, tiny_base):
     customdiff.load(pipe, REPO)
     customdiff.load(other, learned)
     np.testing.assert_array_equal(draw(pipe), draw(other))
-
-
-def test_the_files_that_went_up_are_those_of_the_adapter(the_hub, learned):
-    pushed(learned)
-    for name in (WEIGHTS, "<new1>.safetensors"):
-        there = hub.resolve(REPO) / name
-        assert load_file(there).keys() == load_file(learned / name).keys()
