@@ -126,7 +126,8 @@ def grade(
 
 def table(graded: Mapping[str, GradedAdapter]) -> list[Row]:
     """A row for each model and concept; first the base model."""
-    rows, base_rows = [], {}
+    rows: list[Row] = []
+    base_rows: dict[str, Row] = {}
     for name, each in graded.items():
         for concept, metrics in each.summary.concepts.items():
             rows.append(Row(name, concept, metrics, each.facts))

@@ -128,7 +128,7 @@ def _cell(image: Image.Image, side: int) -> Image.Image:
     return cell
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 

@@ -30,7 +30,7 @@ def picture(points: Sequence[Point], summaries: Sequence[Summary], photos: float
     shown = [labels.index(label) for label in dict.fromkeys(labels)]
     below = len(shown) * (min(1.5, WIDTH / len(points)) + 0.3)
     figure = Figure(figsize=(WIDTH, CHARTS_HEIGHT + below), dpi=110, layout="constrained")
-    charts, pictures = figure.subfigures(2, 1, height_ratios=[CHARTS_HEIGHT, below])
+    charts, pictures = list(figure.subfigures(2, 1, squeeze=False, height_ratios=[CHARTS_HEIGHT, below]).flat)
     panels = charts.subplot_mosaic([["plane", "text"], ["plane", "image"]], width_ratios=[3, 2])
     for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)
