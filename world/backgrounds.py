@@ -46,11 +46,11 @@ def texture(name: str, rng: np.random.Generator, units: int = BANK_UNITS, unit: 
             return tinted((40, 140, 190), 20 * waves + 6 * rough)
         case "bricks":
             row = y // 8
-            mortar = (y % 8 < 1.5) | ((x + 8 * (row % 2)) % 16 < 1.5)
+            mortar = (y % 8 < 2) | ((x + 8 * (row % 2)) % 16 < 2)
             return blended(tinted((172, 78, 58), 10 * fine), tinted((206, 196, 184), 4 * fine), mortar)
         case "wood":
             grain = np.sin(2 * np.pi * (y / 5 + noise(rng, side, (units // 10, units // 40))))
-            seam = y % 16 < 1.2
+            seam = y % 16 < 2
             return blended(tinted((180, 124, 70), 9 * grain + 8 * rough), tinted((110, 70, 36), 0 * y), seam)
         case "sky":
             clouds = 2.2 * noise(rng, side, (units // 14, units // 24)) - 0.4
