@@ -166,6 +166,7 @@ def grade_generated(
     figures["company"], company = grade_company(pipeline, judge, sprites, of, params)
     figures["cats"], cats = grade_individuals(pipeline, params)
     figures["seconds_an_image"] = seconds_an_image(pipeline, params["steps"], params["guidance"])
+    figures["threads"] = torch.get_num_threads()
     figures["captions"] = captions[:64]
     sheets = {"samples": pairs[:64], "sizes": sizes, "company": company[:32], "cats": cats}
     return figures, sheets
