@@ -29,7 +29,7 @@ from world.datasets import pictures_by_individual, scene_captions, scene_masks
 from world.discriminator import Discriminator, adversarial_terms, detail
 from world.exhibits import SHOTS, photograph, pool_distribution, pool_scenes, tar_entry
 from world.grade import picture_side
-from world.graders import distinct_colours, gradient_energy, psnr, subject_colours
+from world.graders import both_recognised, distinct_colours, gradient_energy, psnr, subject_colours, zero_shot
 from world.individuals import (
     HUE_DISTANCE,
     Look,
@@ -352,6 +352,40 @@ def test_sharpness_and_psnr_by_hand():
     assert gradient_energy(x) == pytest.approx(1 / 3)
     assert gradient_energy(0.5 * x) == pytest.approx(1 / 12)
     assert psnr(x, x + 0.2) == pytest.approx(20)  # a peak of 2, an error of 0.2
+
+
+class WordEar:
+    """A judge that hears words alone: an embedding has a 1 for each word; a picture is a number in `captions`."""
+
+    def __init__(self, captions: list[str]) -> None:
+        self.captions = captions
+        self.words = sorted({word for caption in captions for word in caption.split()} | set(SUBJECTS))
+
+    def text(self, captions: list[str]) -> torch.Tensor:
+        rows = torch.tensor([[float(word in caption.split()) for word in self.words] for caption in captions])
+        return torch.nn.functional.normalize(rows, dim=-1)
+
+    def image(self, images: list[np.ndarray]) -> torch.Tensor:
+        return self.text([self.captions[int(image)] for image in images])
+
+
+def test_both_subjects_must_be_recognised():
+    captions = ["a photo of a cat and a dog in the snow", "a photo of a cat and a bus in the snow", "a dog and a cat"]
+    ear = WordEar(captions)
+    facts = [("cat", "dog", "snow")] * 3
+    pictures = [np.array(0), np.array(1), np.array(2)]
+    assert both_recognised(ear, pictures, facts, ("cat", "dog", "egg", "bus")) == pytest.approx(2 / 3)
+
+
+def test_zero_shot_names_subject_and_background():
+    captions = ["a photo of a cat in the snow", "a photo of an egg on the grass", "a photo of a dog on the sand"]
+    found = zero_shot(
+        WordEar(captions),
+        [np.array(0), np.array(1), np.array(2)],
+        [("cat", "snow"), ("egg", "sand"), ("cat", "sand")],
+        ("cat", "dog", "egg"),
+    )
+    assert found == {"subject": pytest.approx(2 / 3), "background": pytest.approx(2 / 3)}
 
 
 def test_distinct_colours_of_subjects():
