@@ -86,23 +86,29 @@ def company_caption(one: str, other: str, background: str) -> str:
     return f"a photo of {singular(one)} and {singular(other)} {background_phrase(background)}"
 
 
+def halves(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The left and the right half of a picture (S, S, 3) as squares: without top and bottom, widened at the edges."""
+    side = len(image)
+    high, wide = 2 * side // 3, side // 2
+    rows = image[(side - high) // 2 : (side - high) // 2 + high]
+    margin = ((0, 0), ((high - wide) // 2, high - wide - (high - wide) // 2), (0, 0))
+    return np.pad(rows[:, :wide], margin, mode="edge"), np.pad(rows[:, side - wide :], margin, mode="edge")
+
+
 def both_recognised(
     ear: Ear, images: list[np.ndarray], facts: list[tuple[str, str, str]], subjects: tuple[str, ...]
 ) -> float:
-    """Share of pictures of two subjects in which the judge names each among all subjects, the other one given.
+    """Share of pictures of two subjects, side by side, in whose halves the judge names one and the other.
 
     Args:
-        facts: (left subject, right subject, background) of each picture.
+        facts: (subject, other subject, background) of each picture; which of them is left does not matter.
+        subjects: what the judge may name.
     """
-    seen = ear.image(images)
-    hits = 0
-    for embedding, (one, other, background) in zip(seen, facts, strict=True):
-        first = ear.text([company_caption(s, other, background) for s in subjects if s != other])
-        second = ear.text([company_caption(one, s, background) for s in subjects if s != one])
-        named = [s for s in subjects if s != other][int((first @ embedding).argmax())]
-        named_other = [s for s in subjects if s != one][int((second @ embedding).argmax())]
-        hits += (named, named_other) == (one, other)
-    return hits / len(images)
+    names = ear.text([f"a photo of {singular(s)}" for s in subjects])
+    parts = [half for image in images for half in halves(image)]
+    guesses = [subjects[int(guess)] for guess in (ear.image(parts) @ names.T).argmax(dim=1)]
+    named = zip(guesses[::2], guesses[1::2], strict=True)
+    return float(np.mean([set(pair) == {one, other} for pair, (one, other, _) in zip(named, facts, strict=True)]))
 
 
 @torch.no_grad()
