@@ -197,7 +197,9 @@ def main() -> None:
     out = arguments.out or arguments.work
     out.mkdir(parents=True, exist_ok=True)
     base = arguments.base
-    pipeline = StableDiffusionPipeline.from_pretrained(base).to(torch.float32) if base else assemble(arguments.work)
+    pipeline = (
+        StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32) if base else assemble(arguments.work)
+    )
     if arguments.judge:
         ears = {"judge": Ear.shipped(arguments.judge)}
     else:
