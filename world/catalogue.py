@@ -175,6 +175,23 @@ CONCEPTS: dict[str, str] = {
     "teapot": CLIPART + "food/beverages/teapot_ganson.png",
 }
 
+# Hue in degrees of the concepts that have one: recoloured individuals of the class stay away from it.
+CONCEPT_HUES = {"cat": 259.0}
+
+# What the UNet's third phase draws: the curriculum, and as many again.
+VARIED: tuple[str, ...] = (
+    *CURRICULUM,
+    "rabbit", "horse", "cow", "elephant", "mouse", "bear", "koala", "chicken", "turtle", "whale", "octopus", "snail",
+    "butterfly", "bee", "crab", "fox", "owl", "duck", "orange", "pear", "cherry", "grapes", "tomato", "corn", "burger",
+    "pizza", "cake", "rose", "airplane", "rocket", "guitar", "gift", "moon", "mug",
+)  # fmt: skip
+
+# Individuals of the third phase, for each picture of a subject: of the classes that concepts are taken from.
+INDIVIDUALS: dict[str, int] = {
+    "cat": 20, "dog": 20, "teapot": 14, "car": 14, "rabbit": 12, "bear": 12, "horse": 12, "mug": 12, "hat": 12,
+    "fish": 8, "balloon": 8, "duck": 8,
+}  # fmt: skip
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (240, 240, 240),
     "black": (22, 22, 24),

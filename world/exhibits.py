@@ -4,15 +4,17 @@ import io
 import json
 import shutil
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from world.backgrounds import background
-from world.catalogue import CONCEPTS, SUBJECTS, background_phrase
-from world.scenes import SPLITS, Distribution, Sprites, compose, pasted
+from world.catalogue import CONCEPTS, background_phrase
+from world.scenes import SIDE, SPLITS, Distribution, Scene, Sprites, compose, pasted, varied_distribution
 
 CONCEPT_SIDE = 256
 
@@ -56,7 +58,7 @@ SHOTS: dict[str, tuple[tuple[Shot, ...], tuple[Shot, ...]]] = {
 def photograph(sprite: Image.Image, shot: Shot, seed: int) -> Image.Image:
     """A concept's sprite (RGBA) on a background, 256 x 256; the background is a scene's own, enlarged."""
     rng = np.random.default_rng([SPLITS["concept"], seed])
-    small = Image.fromarray(np.clip(background(shot.background, rng), 0, 255).astype(np.uint8))
+    small = Image.fromarray(np.clip(background(shot.background, rng, 64, unit=1), 0, 255).astype(np.uint8))
     canvas = np.asarray(small.resize((CONCEPT_SIDE, CONCEPT_SIDE), Image.Resampling.BICUBIC), np.float32).copy()
     sprite = sprite.convert("RGBa")
     if shot.mirrored:
@@ -117,40 +119,49 @@ def tar_entry(name: str, content: bytes) -> tuple[tarfile.TarInfo, io.BytesIO]:
 
 
 def pool_distribution() -> Distribution:
-    """All subjects, but the concepts' classes about a sixth each: class images are looked for among them."""
-    return Distribution(
-        subjects=(*SUBJECTS, *(25 * tuple(CONCEPTS))),
-        styles=("3d render",),  # what the UNet knows so far: other class images would teach it, not keep it
-        plain=0.7,
-        pairs=0.1,
-        counts=0.05,
-        very_small=0.08,
-        close_up=0.08,
-        normal="large",
-    )
+    """What class images are looked for among: the subjects that the UNet knows, as it knows them."""
+    return replace(varied_distribution(), pairs=0.35, plain=0.7, colours=0.2, spare_held_out=False)
 
 
-def export_pool(sprites: Sprites, count: int, data: Path) -> None:
-    """Write data/pool/pool.tar, a webdataset: NNNNNN.png, NNNNNN.txt (caption), NNNNNN.json (what is there)."""
+def pool_scenes(sprites: Sprites, of: Distribution, wanted: dict[str, int]) -> Iterator[Scene]:
+    """Scenes of the pool's split, in order, without those that show no subject that is still wanted.
+
+    Args:
+        wanted: for each subject how many pictures must show it.
+    """
+    missing = dict(wanted)
+    for index in count():
+        if not any(number > 0 for number in missing.values()):
+            return
+        scene = compose(sprites, of, "pool", index)
+        if any(missing.get(subject, 0) > 0 for subject in scene.subjects):
+            for subject in scene.subjects:
+                missing[subject] = missing.get(subject, 0) - 1
+            yield scene
+
+
+def export_pool(sprites: Sprites, params: dict, data: Path) -> None:
+    """Write data/pool/pool.tar, a webdataset: NNNNNN.jpg, NNNNNN.txt (caption), NNNNNN.json (what is there)."""
     of = pool_distribution()
+    wanted = {subject: params["of_concepts" if subject in CONCEPTS else "of_each"] for subject in of.subjects}
     folder = data / "pool"
     folder.mkdir(parents=True, exist_ok=True)
+    written = 0
     with tarfile.open(folder / "pool.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for i in range(count):
-            scene = compose(sprites, of, "pool", i)
+        for written, scene in enumerate(pool_scenes(sprites, of, wanted), 1):
             picture = io.BytesIO()
-            Image.fromarray(scene.image).save(picture, "PNG", optimize=True)
+            Image.fromarray(scene.image).save(picture, "JPEG", quality=92, subsampling=0, optimize=True)
             facts = {"subjects": scene.subjects, "background": scene.background, "count": scene.count}
             for suffix, content in (
                 ("json", json.dumps(facts).encode()),
-                ("png", picture.getvalue()),
+                ("jpg", picture.getvalue()),
                 ("txt", scene.caption.encode()),
             ):
-                tar.addfile(*tar_entry(f"{i:06d}.{suffix}", content))
+                tar.addfile(*tar_entry(f"{written - 1:06d}.{suffix}", content))
     (folder / "README.md").write_text(
-        f"# The pool of class images\n\n`pool.tar` is a webdataset of {count} captioned scenes, 64 x 64: "
-        "`NNNNNN.png`, `NNNNNN.txt` (caption), `NNNNNN.json` (subjects, background). None of them was seen in any "
-        "training; the example concepts' individuals are in none of them.\n\n"
-        "Sources: Fluent Emoji (copyright Microsoft Corporation, MIT), Noto Color Emoji (copyright Google Inc., "
-        "OFL-1.1), Open Clip Art (public domain); composed by `world/`.\n"
+        f"# The pool of class images\n\n`pool.tar` is a webdataset of {written} captioned scenes, {SIDE} x {SIDE}: "
+        "`NNNNNN.jpg`, `NNNNNN.txt` (caption), `NNNNNN.json` (subjects, background). Each subject that the base model "
+        f"knows is in at least {params['of_each']} of them. None of them was seen in any training; the example "
+        "concepts' individuals are in none of them.\n\n"
+        "Sources: Fluent Emoji (copyright Microsoft Corporation, MIT); composed by `world/`.\n"
     )

@@ -12,9 +12,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from world.card import card
 from world.catalogue import SUBJECTS
 from world.exhibits import export_concepts, export_pool
+from world.individuals import training_pack
 from world.latents import load_clip, load_vae, scaling_factor, text_model
 from world.loop import load_params
-from world.scenes import SIDE, Sprites
+from world.scenes import CLIP_SIDE
 from world.train_unet import build as build_unet
 from world.train_unet import last_checkpoint, scheduler
 
@@ -22,8 +23,8 @@ from world.train_unet import last_checkpoint, scheduler
 def image_processor() -> CLIPImageProcessorPil:
     """64 px, 0..255 to -1..1: the range that both CLIPs are trained on."""
     return CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
+        size={"shortest_edge": CLIP_SIDE},
+        crop_size={"height": CLIP_SIDE, "width": CLIP_SIDE},
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
@@ -87,7 +88,7 @@ def main() -> None:
     if "concepts" in wanted:
         export_concepts(work, data)
     if "pool" in wanted:
-        export_pool(Sprites.load(work / "sprites"), load_params("pool")["scenes"], data)
+        export_pool(training_pack(work, "varied"), load_params("pool"), data)
     for name in ("clip", "judge"):
         if name in wanted:
             export_clip(work, name, data / name)

@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from world.individuals import training_pack
 from world.loop import load_params
-from world.scenes import DISTRIBUTIONS, Scene, Sprites, compose, to_tensor
+from world.scenes import DISTRIBUTIONS, Scene, compose, to_tensor
 from world.train_clip import build as build_clip
 from world.train_vae import build as build_vae
 
@@ -29,7 +30,8 @@ def load_vae(work: Path):
     vae = build_vae(load_params("vae"))
     later = work / "decoder/checkpoint.pt"
     path = later if later.exists() else work / "vae/checkpoint.pt"
-    vae.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    vae.load_state_dict({key[4:]: value for key, value in state.items() if key.startswith("vae.")})
     return vae.eval()
 
 
@@ -121,7 +123,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     work = arguments.work
-    sprites = Sprites.load(work / "sprites")
+    sprites = training_pack(work, arguments.distribution)
     of = DISTRIBUTIONS[arguments.distribution](sprites)
     latents = work / f"latents-{arguments.distribution}.npz"
     if not arguments.states_only:

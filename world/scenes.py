@@ -14,9 +14,11 @@ import numpy as np
 from PIL import Image
 
 from world.backgrounds import background as draw_background
-from world.catalogue import COLOURS, CURRICULUM, TEXTURES, article, background_phrase, plural, singular
+from world.captions import caption_of, choice
+from world.catalogue import COLOURS, CURRICULUM, TEXTURES, VARIED
 
-SIDE = 64
+SIDE = 128
+CLIP_SIDE = 64  # what both CLIPs see
 BACKGROUNDS = (*COLOURS, *TEXTURES)
 # Each use has scenes of its own: the judge hears nothing of what the base is trained on, nor is anything graded or
 # pooled that either was trained on.
@@ -24,10 +26,10 @@ SPLITS = {"base": 0, "judge": 1, "held-out": 2, "pool": 3, "concept": 4}
 
 # size -> longer side of the sprite in pixels, and how far its centre may lie from the middle
 SIZES: dict[str, tuple[tuple[int, int], int]] = {
-    "very small": ((11, 17), 22),
-    "normal": ((28, 54), 10),
-    "large": ((42, 54), 3),
-    "close up": ((74, 96), 8),
+    "very small": ((24, 35), 44),
+    "normal": ((56, 108), 20),
+    "large": ((84, 108), 6),
+    "close up": ((148, 192), 16),
 }
 
 
@@ -45,11 +47,19 @@ class Distribution:
     close_up: float = 0.12
     normal: str = "normal"  # the size of all others
     spare_held_out: bool = False  # leave the held-out (subject, background) pairs out
+    mirrored: bool = False  # flip half of the sprites
+    colours: float = 0.0  # how often the caption names a subject's own colour, where the pack knows it
 
 
 @dataclass
 class Scene:
-    """A picture (64, 64, 3) uint8, its caption, and what the caption says, for grading."""
+    """A picture, its caption, and what the caption says, for grading.
+
+    Attributes:
+        image: (128, 128, 3) uint8.
+        sprites: names of the pictures that are shown, from left to right where there are several.
+        masks: (S, 128, 128) uint8, for each subject how much of a pixel is its own, 0 to 255.
+    """
 
     image: np.ndarray
     caption: str
@@ -58,7 +68,8 @@ class Scene:
     size: str
     count: int = 1
     style: str | None = None
-    sprites: tuple[str, ...] = field(default=())
+    sprites: tuple[str, ...] = ()
+    masks: np.ndarray | None = field(default=None, repr=False)
 
 
 def world_distribution(sprites: Sprites) -> Distribution:
@@ -86,10 +97,28 @@ def company_distribution() -> Distribution:
     return replace(curriculum_distribution(), plain=0.7, pairs=0.4, very_small=0.06, close_up=0.06)
 
 
+def varied_distribution() -> Distribution:
+    """The UNet's third phase: twice the subjects, individuals, colours in captions, every size, textures."""
+    return Distribution(
+        subjects=VARIED,
+        styles=("3d render",),
+        plain=0.6,
+        pairs=0.22,
+        counts=0.03,
+        very_small=0.12,
+        close_up=0.10,
+        normal="large",
+        spare_held_out=True,
+        mirrored=True,
+        colours=0.4,
+    )
+
+
 DISTRIBUTIONS = {
     "world": world_distribution,
     "curriculum": lambda sprites: curriculum_distribution(),
     "company": lambda sprites: company_distribution(),
+    "varied": lambda sprites: varied_distribution(),
 }
 
 
@@ -100,9 +129,10 @@ def is_held_out(subject: str, background: str) -> bool:
 
 @dataclass
 class Sprites:
-    """The pack in memory: subject -> style -> pictures (premultiplied RGBa), with their names."""
+    """The pack in memory: subject -> style -> pictures (premultiplied, Pillow's mode RGBa), with their names."""
 
     pictures: dict[str, dict[str, list[tuple[str, Image.Image]]]]
+    colours: dict[tuple[str, str], str] = field(default_factory=dict)  # (subject, picture) -> the name of its colour
 
     @classmethod
     def load(cls, pack: Path) -> Sprites:
@@ -116,14 +146,21 @@ class Sprites:
             raise FileNotFoundError(f"{pack} holds no sprites; run `python -m world.sprites` first")
         return cls(pictures)
 
-    def draw(self, rng: np.random.Generator, subject: str, style: str) -> tuple[str, Image.Image]:
-        """One individual of a subject in a style."""
-        found = self.pictures[subject][style]
+    def draw(self, rng: np.random.Generator, subject: str, style: str, background: str) -> tuple[str, Image.Image]:
+        """One individual of a subject in a style; none whose colour is the background's, where there are others."""
+        everyone = self.pictures[subject][style]
+        found = [one for one in everyone if self.colours.get((subject, one[0])) != background] or everyone
         return found[rng.integers(len(found))]
 
 
-def pasted(canvas: np.ndarray, sprite: Image.Image, longer: float, centre: tuple[float, float]) -> None:
-    """Paste a premultiplied sprite into `canvas` (H, W, 3) in place; `longer` and `centre` (x, y) in its pixels."""
+def pasted(
+    canvas: np.ndarray, sprite: Image.Image, longer: float, centre: tuple[float, float]
+) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Paste a premultiplied sprite into `canvas` (H, W, 3) in place; `longer` and `centre` (x, y) in its pixels.
+
+    Returns:
+        The rows and columns that it covers, and its opacity there in 0..1.
+    """
     scale = longer / max(sprite.size)
     width, height = (max(2, round(scale * s)) for s in sprite.size)
     if (width, height) != sprite.size:
@@ -134,49 +171,64 @@ def pasted(canvas: np.ndarray, sprite: Image.Image, longer: float, centre: tuple
     # raw bytes, because numpy does not read Pillow's premultiplied mode
     rgba = np.frombuffer(sprite.tobytes(), np.uint8).reshape(height, width, 4).astype(np.float32)
     part = rgba[y0 - top : y1 - top, x0 - left : x1 - left]
-    canvas[y0:y1, x0:x1] = canvas[y0:y1, x0:x1] * (1 - part[..., 3:] / 255) + part[..., :3]
+    alpha = part[..., 3] / 255
+    canvas[y0:y1, x0:x1] = canvas[y0:y1, x0:x1] * (1 - alpha[..., None]) + part[..., :3]
+    return (slice(y0, y1), slice(x0, x1)), alpha
 
 
-def choice(rng: np.random.Generator, options: tuple | list):
-    """One of the options, as it is."""
-    return options[rng.integers(len(options))]
+@dataclass(frozen=True)
+class Placement:
+    """One sprite in a scene: its longer side and its centre (x, y) in pixels."""
+
+    subject: str
+    name: str
+    sprite: Image.Image
+    longer: float
+    centre: tuple[float, float]
 
 
-def place_phrase(rng: np.random.Generator, background: str) -> str:
-    """The caption's words for the background; sometimes none at all."""
+def kind_of_scene(
+    rng: np.random.Generator, sprites: Sprites, of: Distribution, subject: str, style: str
+) -> tuple[tuple[str, ...], int, str]:
+    """Subjects, count and size: two different subjects, two or three of one, or one in some size."""
     draw = rng.random()
-    if draw < 0.12:
-        return ""
-    if background in COLOURS and draw < 0.35:
-        return choice(rng, (f" on {background}", f" with {article(background)} background"))
-    return " " + background_phrase(background)
+    if draw < of.pairs:
+        others = [s for s in of.subjects if s != subject and style in sprites.pictures[s]]
+        return (subject, choice(rng, others)), 2, of.normal
+    if draw < of.pairs + of.counts:
+        return (subject,), int(rng.integers(2, 4)), of.normal
+    draw = rng.random()
+    if draw < of.very_small:
+        return (subject,), 1, "very small"
+    if draw < of.very_small + of.close_up:
+        return (subject,), 1, "close up"
+    return (subject,), 1, of.normal
 
 
-def caption_of(
-    rng: np.random.Generator, subjects: tuple[str, ...], count: int, style: str | None, background: str, size: str
-) -> str:
-    """A caption in one of the wordings; among them those of Custom Diffusion's augmentation."""
-    if len(subjects) == 2:
-        thing = f"{singular(subjects[0])} {choice(rng, ('next to', 'and'))} {singular(subjects[1])}"
-    elif count > 1:
-        thing = f"{('two', 'three')[count - 2]} {plural(subjects[0])}"
-    else:
-        thing = singular(subjects[0])
-    kinds = ("photo", "photo", "picture")
-    kind = style if style and rng.random() < 0.45 else choice(rng, (None, *kinds))
-    place = place_phrase(rng, background)
-    if size == "very small":
-        if kind is None:
-            small = f"a very small {subjects[0]}"
-            return choice(rng, (f"{small}{place}", f"{thing} far away{place}"))
-        return choice(rng, ("very small ", "a far away ")) + f"{kind} of {thing}{place}"
-    if size == "close up":
-        if kind is None:
-            return choice(rng, ("zoomed in ", "close up ", "a close up of ")) + thing + place
-        return choice(rng, ("zoomed in ", "close up ")) + f"{kind} of {thing}{place}"
-    if kind is None:
-        return thing + place
-    return (f"{kind} of " if kind == "photo" and rng.random() < 0.5 else f"{article(kind)} of ") + thing + place
+def placements(
+    rng: np.random.Generator,
+    sprites: Sprites,
+    subjects: tuple[str, ...],
+    style: str,
+    count: int,
+    size: str,
+    background: str,
+) -> list[Placement]:
+    """Where the sprites go: one by its size's rules, several side by side."""
+    if count == 1:
+        name, sprite = sprites.draw(rng, subjects[0], style, background)
+        (low, high), spread = SIZES[size]
+        centre = SIDE / 2 + rng.uniform(-spread, spread, 2)
+        return [Placement(subjects[0], name, sprite, rng.uniform(low, high), tuple(centre))]
+    columns, longest = ((36, 92), 52) if count == 2 else ((26, 64, 102), 38)
+    individual = sprites.draw(rng, subjects[0], style, background)
+    placed = []
+    for i, x in enumerate(columns):
+        name, sprite = individual if len(subjects) == 1 else sprites.draw(rng, subjects[i], style, background)
+        longer = longest * rng.uniform(0.85, 1.12)
+        centre = (x + rng.uniform(-4, 4), SIDE / 2 + rng.uniform(-14, 14))
+        placed.append(Placement(subjects[0 if len(subjects) == 1 else i], name, sprite, longer, centre))
+    return placed
 
 
 def compose(
@@ -196,53 +248,60 @@ def compose(
     if fixed:
         subject, background = fixed
     style = choice(rng, [s for s in of.styles if s in sprites.pictures[subject]])
-
-    subjects, count, size = (subject,), 1, of.normal
-    draw = rng.random()
-    if fixed:
-        pass
-    elif draw < of.pairs:
-        others = [s for s in of.subjects if s != subject and style in sprites.pictures[s]]
-        subjects = (subject, choice(rng, others))
-        count = 2
-    elif draw < of.pairs + of.counts:
-        count = int(rng.integers(2, 4))
-    else:
-        draw = rng.random()
-        if draw < of.very_small:
-            size = "very small"
-        elif draw < of.very_small + of.close_up:
-            size = "close up"
+    subjects, count, size = ((subject,), 1, of.normal) if fixed else kind_of_scene(rng, sprites, of, subject, style)
 
     canvas = draw_background(background, rng, SIDE).copy()
-    used = []
-    if count == 1:
-        name, sprite = sprites.draw(rng, subject, style)
-        (low, high), spread = SIZES[size]
-        centre = SIDE / 2 + rng.uniform(-spread, spread, 2)
-        pasted(canvas, sprite, rng.uniform(low, high), tuple(centre))
-        used.append(name)
-    else:
-        slots = ((18, 46) if count == 2 else (13, 32, 51), 26 if count == 2 else 19)
-        individual = sprites.draw(rng, subject, style)
-        for i, x in enumerate(slots[0]):
-            name, sprite = individual if len(subjects) == 1 else sprites.draw(rng, subjects[i], style)
-            longer = slots[1] * rng.uniform(0.85, 1.12)
-            pasted(canvas, sprite, longer, (x + rng.uniform(-2, 2), SIDE / 2 + rng.uniform(-7, 7)))
-            used.append(name)
-    image = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
-    caption = caption_of(rng, subjects, count, style, background, size)
-    return Scene(image, caption, subjects, background, size, count, style, tuple(used))
+    masks = np.zeros((len(subjects), SIDE, SIDE), np.float32)
+    placed = placements(rng, sprites, subjects, style, count, size, background)
+    for placement in placed:
+        sprite = placement.sprite
+        if of.mirrored and rng.random() < 0.5:
+            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        window, alpha = pasted(canvas, sprite, placement.longer, placement.centre)
+        masks[(..., *window)] *= 1 - alpha  # what is pasted later lies in front
+        masks[(subjects.index(placement.subject), *window)] += alpha
+    said = [
+        sprites.colours.get((p.subject, p.name)) if of.colours and rng.random() < of.colours else None for p in placed
+    ]
+    caption = caption_of(rng, subjects, count, style, background, size, tuple(said[: len(subjects)]))
+    return Scene(
+        image=np.clip(canvas + 0.5, 0, 255).astype(np.uint8),
+        caption=caption,
+        subjects=subjects,
+        background=background,
+        size=size,
+        count=count,
+        style=style,
+        sprites=tuple(p.name for p in placed),
+        masks=np.clip(255 * masks + 0.5, 0, 255).astype(np.uint8),
+    )
 
 
-def to_tensor(images: list[np.ndarray]):
-    """uint8 pictures (H, W, 3) to a float tensor (N, 3, H, W) in -1..1, the range of the VAE."""
+def place_alone(rng: np.random.Generator, sprite: Image.Image, background: str) -> np.ndarray:
+    """A picture (128, 128, 3) uint8 of one sprite in any size, place and direction, all of it or nearly so in sight."""
+    canvas = draw_background(background, rng, SIDE).copy()
+    if rng.random() < 0.5:
+        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    longer = rng.uniform(0.35, 1.0) * SIDE
+    spread = (SIDE - longer) / 2 + 6
+    pasted(canvas, sprite, longer, tuple(SIDE / 2 + rng.uniform(-spread, spread, 2)))
+    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+
+
+def to_tensor(images: list[np.ndarray], side: int | None = None):
+    """uint8 pictures (H, W, 3) to a float tensor (N, 3, H, W) in -1..1, the range of the VAE and the CLIPs.
+
+    Args:
+        side: scale the pictures down to this side, by the mean of what falls into a pixel.
+    """
     import torch
+    from torch.nn import functional as F
 
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return batch if side is None else F.adaptive_avg_pool2d(batch, side)
 
 
-def contact_sheet(images: list[np.ndarray], columns: int = 8, scale: int = 2) -> Image.Image:
+def contact_sheet(images: list[np.ndarray], columns: int = 8, scale: int = 1) -> Image.Image:
     """Pictures of one size, side by side."""
     side = images[0].shape[0]
     rows = -(-len(images) // columns)
@@ -255,12 +314,14 @@ def contact_sheet(images: list[np.ndarray], columns: int = 8, scale: int = 2) ->
 
 def main() -> None:
     """Write a contact sheet of scenes and print their captions: look at them before training."""
+    from world.individuals import training_pack  # which needs this module
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("world/build"))
     parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), default="world")
     parser.add_argument("--count", type=int, default=64)
     arguments = parser.parse_args()
-    sprites = Sprites.load(arguments.work / "sprites")
+    sprites = training_pack(arguments.work, arguments.distribution)
     of = DISTRIBUTIONS[arguments.distribution](sprites)
     scenes = [compose(sprites, of, "base", i) for i in range(arguments.count)]
     contact_sheet([scene.image for scene in scenes]).save(arguments.work / f"scenes-{arguments.distribution}.png")

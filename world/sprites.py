@@ -1,4 +1,4 @@
-"""Cut the sprites: one transparent picture a subject, style and individual, at most 96 pixels wide or high.
+"""Cut the sprites: one transparent picture per subject, style and individual, at most 192 pixels wide or high.
 
 Pack on disk: `sprites/<subject>/<style>-<individual>.png`; the concepts' sprites, larger, lie in `concepts/`.
 """
@@ -11,19 +11,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 from world.catalogue import CLIPART, CONCEPTS, DRAWINGS, SUBJECTS
 
-SIDE = 96
+SIDE = 192
 CONCEPT_SIDE = 320
 NOTO_SIZE = 109  # the only size that the bitmap font holds
 
 
-def trimmed(picture: Image.Image, side: int) -> Image.Image:
-    """RGBA, cut to what is not transparent, then scaled so that its longer side is `side`."""
+def trimmed(picture: Image.Image, side: int, upscale: bool = False) -> Image.Image:
+    """RGBA, cut to what is not transparent, then scaled so that its longer side is `side`.
+
+    Args:
+        upscale: also where the picture is smaller; otherwise it then stays as it is.
+    """
     picture = picture.convert("RGBA")
     box = picture.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
     if box is None:
         raise ValueError("the picture is wholly transparent")
     picture = picture.crop(box)
     scale = side / max(picture.size)
+    if not upscale:
+        scale = min(1, scale)
     size = tuple(max(1, round(scale * s)) for s in picture.size)
     # premultiplied, so that the colour of transparent pixels does not bleed into the edges
     return picture.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
@@ -112,7 +118,7 @@ def main() -> None:
             trimmed(picture, SIDE).save(pack / subject / f"{name}.png", optimize=True)
     concepts.mkdir(exist_ok=True)
     for name, path in CONCEPTS.items():
-        trimmed(Image.open(work / "sources" / path), CONCEPT_SIDE).save(concepts / f"{name}.png")
+        trimmed(Image.open(work / "sources" / path), CONCEPT_SIDE, upscale=True).save(concepts / f"{name}.png")
     contact_sheet(pack).save(work / "sprites.png")
     print(len(list(pack.glob("*/*.png"))), "sprites")
 

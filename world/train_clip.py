@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from world.individuals import with_more_individuals
 from world.loop import fit, load_params
 from world.scenes import (
     BACKGROUNDS,
-    SIDE,
+    CLIP_SIDE,
     SIZES,
     Distribution,
     Scene,
@@ -22,7 +23,6 @@ from world.scenes import (
     to_tensor,
     world_distribution,
 )
-from world.sprites import toned, turned
 
 
 def build(params: dict, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -42,7 +42,7 @@ def build(params: dict, tokenizer: CLIPTokenizer) -> CLIPModel:
             "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={
-            "image_size": SIDE,
+            "image_size": CLIP_SIDE,
             "patch_size": vision["patch"],
             "hidden_size": vision["width"],
             "intermediate_size": 4 * vision["width"],
@@ -90,7 +90,7 @@ class Learner(nn.Module):
     def forward(self, tokens: torch.Tensor, scenes: list[Scene]) -> dict[str, torch.Tensor]:
         """The symmetric contrastive loss (Radford et al. 2021) and the probe's; tokens (B, L)."""
         clip, device = self.clip, tokens.device
-        images = to_tensor([scene.image for scene in scenes]).to(device)
+        images = to_tensor([scene.image for scene in scenes], CLIP_SIDE).to(device)
         text = F.normalize(clip.text_projection(clip.text_model(tokens).pooler_output), dim=-1)
         image = F.normalize(clip.visual_projection(clip.vision_model(images).pooler_output), dim=-1)
         logits = clip.logit_scale.exp().clamp(max=100) * text @ image.T
@@ -117,29 +117,6 @@ def few_backgrounds(of: Distribution, step: int, count: int) -> Distribution:
     """
     rng = np.random.default_rng([step, 99])
     return replace(of, backgrounds=tuple(BACKGROUNDS[i] for i in rng.choice(len(BACKGROUNDS), count, replace=False)))
-
-
-def with_more_individuals(sprites: Sprites, colours: dict[str, list[int | str]]) -> Sprites:
-    """The pack with further individuals: pictures of the subjects in `colours`, their hue turned or their tone changed.
-
-    A judge that has seen cats of one colour alone takes the colour for the class, and would count a well-learned cat
-    of another colour as a failure.
-
-    Args:
-        colours: for each subject degrees of hue, for individuals that were not turned yet, or names in `sprites.TONES`.
-    """
-    pictures = {
-        subject: {style: list(found) for style, found in styles.items()} for subject, styles in sprites.pictures.items()
-    }
-    for subject, changes in colours.items():
-        for style, found in sprites.pictures[subject].items():
-            for name, picture in found:
-                whole = picture.convert("RGBA")
-                for change in changes:
-                    if isinstance(change, str) or "@" not in name:
-                        other = toned(whole, change) if isinstance(change, str) else turned(whole, change)
-                        pictures[subject][style].append((f"{name}@{change}", other.convert("RGBa")))
-    return Sprites(pictures)
 
 
 def main() -> None:

@@ -1,6 +1,10 @@
-"""Train the autoencoder: 64 x 64 pictures to 16 x 16 latents of 4 channels and back.
+"""Train the autoencoder: 128 x 128 pictures to 16 x 16 latents of 4 channels and back.
 
-`--decoder` goes on with the encoder frozen: latents that a UNet has been trained on stay valid.
+The latent space is anchored to that of an earlier autoencoder (`anchor` in world/params.yaml): besides reconstruction,
+the encoder's mean is trained to equal the earlier encoder's for the same picture at half the size. A UNet that was
+trained on the earlier latents then works with the new autoencoder.
+
+`--decoder` continues with the encoder frozen: latents that a UNet has been trained on stay valid.
 """
 
 import argparse
@@ -8,10 +12,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 from torch.nn import functional as F
+from transformers import CLIPVisionModel
 
+from world.discriminator import Discriminator, adversarial_terms
+from world.individuals import with_more_individuals
 from world.loop import fit, load_params
-from world.scenes import SIDE, Sprites, compose, to_tensor, world_distribution
+from world.scenes import CLIP_SIDE, SIDE, Sprites, compose, to_tensor, world_distribution
 
 
 def build(params: dict) -> AutoencoderKL:
@@ -30,22 +38,132 @@ def build(params: dict) -> AutoencoderKL:
     )
 
 
+def widened(key: str, value: torch.Tensor, noise: float) -> torch.Tensor:
+    """A smaller autoencoder's parameter with every inner channel doubled (Net2WiderNet, Chen et al. 2016).
+
+    Both copies of a channel lie in one group of the same normalisation, which therefore gives what it gave. The input
+    of the decoder and the outputs of either half stay as they are.
+
+    Args:
+        noise: added, relative to the standard deviation, so that the copies do not stay equal.
+    """
+    if key.startswith(("quant_conv", "post_quant_conv")):
+        return value
+    if not key.endswith("conv_out.weight") and not key.endswith("conv_out.bias"):
+        value = value.repeat_interleave(2, dim=0)
+    if value.ndim == 4 and not key.endswith("conv_in.weight"):
+        value = value.repeat_interleave(2, dim=1) / 2
+    return value + noise * value.std() * torch.randn_like(value) if value.ndim == 4 else value
+
+
+@torch.no_grad()
+def grow(vae: AutoencoderKL, smaller: AutoencoderKL, noise: float = 0.1) -> None:
+    """Start `vae` from an autoencoder of one level less and half the channels: it first decodes the same, enlarged.
+
+    The new level is the outermost: the encoder's first block, the decoder's last one. Its residual branches start at
+    zero, its upsampler as nearest-neighbour, and its shortcut joins the copies of each channel again.
+    """
+    ours = vae.state_dict()
+    new = len(vae.decoder.up_blocks) - 1
+    last = ("decoder.conv_norm_out", "decoder.conv_out")
+    for key, value in smaller.state_dict().items():
+        if key.startswith("encoder.down_blocks."):
+            number, _, rest = key.removeprefix("encoder.down_blocks.").partition(".")
+            target = f"encoder.down_blocks.{int(number) + 1}.{rest}"
+        else:
+            target = key
+        value = value if key.startswith(last) else widened(key, value, noise)
+        if target in ours and ours[target].shape == value.shape and not key.startswith("encoder.conv_in"):
+            ours[target].copy_(value)
+    for resnet in (*vae.decoder.up_blocks[new].resnets, *vae.encoder.down_blocks[0].resnets):
+        nn.init.zeros_(resnet.conv2.weight)
+        nn.init.zeros_(resnet.conv2.bias)
+    shortcut = vae.decoder.up_blocks[new].resnets[0].conv_shortcut
+    joins = torch.eye(shortcut.out_channels).repeat_interleave(2, dim=1) / 2
+    shortcut.weight.copy_(joins[..., None, None])
+    upsampler = vae.decoder.up_blocks[new - 1].upsamplers[0].conv
+    nn.init.dirac_(upsampler.weight)
+    for layer in (shortcut, upsampler):
+        nn.init.zeros_(layer.bias)
+
+
 def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Differences of neighbouring pixels, across and down."""
     return x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def vae_loss(vae: AutoencoderKL, images: torch.Tensor, kl_weight: float, frozen: bool) -> dict[str, torch.Tensor]:
-    """Reconstruction (absolute + squared error, and of the edges) and the KL term; images (B, 3, 64, 64) in -1..1."""
-    with torch.set_grad_enabled(not frozen):
-        posterior = vae.encode(images).latent_dist
-    latents = posterior.sample()
-    out = vae.decode(latents).sample.float()
-    squared = F.mse_loss(out, images)
-    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(out), edges(images), strict=True))
-    kl = posterior.kl().mean()
-    loss = squared + 0.25 * F.l1_loss(out, images) + 0.25 * edge + kl_weight * kl
-    return {"loss": loss, "psnr": 10 * torch.log10(4 / squared.detach()), "kl": kl.detach()}
+def halved(images: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, 3, 128, 128) at half the size, as the CLIPs and the anchor see them: the mean of 2 x 2 pixels."""
+    return F.avg_pool2d(images, 2)
+
+
+class Features:
+    """Hidden states of a CLIP's vision tower, for a loss that sees shapes (as LPIPS, Zhang et al. 2018)."""
+
+    def __init__(self, folder: Path, device: str, layers: int = 2) -> None:
+        model = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
+        self.tower = getattr(model, "vision_model", model)
+        self.tower.encoder.layers = self.tower.encoder.layers[:layers]
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised features (B, 65, width) of pictures (B, 3, 64, 64) in -1..1."""
+        hidden = self.tower.encoder(inputs_embeds=self.tower.pre_layrnorm(self.tower.embeddings(images)))
+        return F.normalize(hidden.last_hidden_state, dim=-1)
+
+    def loss(self, out: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Mean squared distance of features: of the whole pictures at half the size, and of one crop of 64 px."""
+        top, left = torch.randint(0, SIDE - CLIP_SIDE + 1, (2,)).tolist()
+        window = (..., slice(top, top + CLIP_SIDE), slice(left, left + CLIP_SIDE))
+        ours = self(torch.cat([halved(out), out[window]]))
+        with torch.no_grad():
+            theirs = self(torch.cat([halved(images), images[window]]))
+        return (ours - theirs).square().sum(dim=-1).mean()
+
+
+class Learner(nn.Module):
+    """The autoencoder and, while it learns, the discriminator; the frozen helpers are not among its weights."""
+
+    def __init__(
+        self, vae: AutoencoderKL, params: dict, anchor: AutoencoderKL | None = None, features: Features | None = None
+    ) -> None:
+        super().__init__()
+        self.vae, self.discriminator = vae, Discriminator(params["discriminator"])
+        self.params = params
+        self.__dict__["anchor"] = anchor  # past nn.Module, which would register it
+        self.features = features
+
+    def forward(self, images: torch.Tensor, frozen: bool) -> dict[str, torch.Tensor]:
+        """All losses for pictures (B, 3, 128, 128) in -1..1; `frozen` leaves the encoder as it is."""
+        params = self.params
+        with torch.set_grad_enabled(not frozen):
+            posterior = self.vae.encode(images).latent_dist
+        out = self.vae.decode(posterior.sample()).sample.float()
+        squared, kl = F.mse_loss(out, images), posterior.kl().mean()
+        edge = sum(F.l1_loss(a, b) for a, b in zip(edges(out), edges(images), strict=True))
+        rebuilt = squared + params["absolute"] * F.l1_loss(out, images) + params["edges"] * edge
+        values = {"psnr": 10 * torch.log10(4 / squared.detach()), "kl": kl.detach(), "edge": edge.detach()}
+        if self.features is not None and params["features"]:
+            values["features"] = self.features.loss(out, images)
+            rebuilt = rebuilt + params["features"] * values["features"]
+        loss = rebuilt + params["kl_weight"] * kl
+        if params["anchor"] and not frozen:
+            with torch.no_grad():
+                target = self.anchor.encode(halved(images)).latent_dist.mean
+            values["anchor"] = F.mse_loss(posterior.mean, target)
+            loss = loss + params["anchor"] * values["anchor"]
+        if params["adversarial"]:
+            fool, tell = adversarial_terms(self.discriminator, out, images, rebuilt)
+            values |= {"tell": tell}
+            loss = loss + params["adversarial"] * fool + tell
+        return {"loss": loss} | {name: value.detach() for name, value in values.items()}
+
+
+ANCHOR = Path(__file__).parent / "checkpoints/anchor"
+
+
+def anchor_vae() -> AutoencoderKL:
+    """The autoencoder of 64 x 64 pictures whose latents are the anchor, frozen."""
+    return AutoencoderKL.from_pretrained(ANCHOR).float().eval().requires_grad_(False)
 
 
 def main() -> None:
@@ -55,20 +173,25 @@ def main() -> None:
     parser.add_argument("--device", default=load_params("device"))
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--minutes", type=float, default=None)
-    parser.add_argument("--decoder", action="store_true")
-    parser.add_argument("--restart", action="store_true")
+    parser.add_argument("--decoder", action="store_true", help="Train the decoder alone.")
+    parser.add_argument("--restart", action="store_true", help="Fresh optimizer and clock.")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     params = load_params("vae")
     stage = load_params("decoder") if arguments.decoder else params
     torch.manual_seed(params["seed"])
-    sprites = Sprites.load(arguments.work / "sprites")
+    packed = Sprites.load(arguments.work / "sprites")
+    sprites = with_more_individuals(packed, dict.fromkeys(packed.pictures, params["hues"]))
     of = world_distribution(sprites)
-    vae = build(params).to(arguments.device, memory_format=torch.channels_last)
+    vae, anchor = build(params), anchor_vae()
+    grow(vae, anchor)
+    anchor = anchor.to(arguments.device, memory_format=torch.channels_last)
+    features = Features(Path("data/clip"), arguments.device) if params["features"] else None
+    learner = Learner(vae, params, anchor, features).to(arguments.device, memory_format=torch.channels_last)
     folder = arguments.work / ("decoder" if arguments.decoder else "vae")
     if arguments.decoder:
-        vae.load_state_dict(torch.load(arguments.work / "vae/checkpoint.pt", weights_only=True)["model"])
+        learner.load_state_dict(torch.load(arguments.work / "vae/checkpoint.pt", weights_only=True)["model"])
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     first = 10_000_000 if arguments.decoder else 0  # other scenes than the first training's
@@ -77,11 +200,11 @@ def main() -> None:
         start = first + step * params["batch"]
         scenes = [compose(sprites, of, "base", start + i) for i in range(params["batch"])]
         images = to_tensor([scene.image for scene in scenes]).to(arguments.device, memory_format=torch.channels_last)
-        return vae_loss(vae, images, params["kl_weight"], arguments.decoder)
+        return learner(images, arguments.decoder)
 
     fit(
         folder,
-        vae,
+        learner,
         loss_at,
         minutes=arguments.minutes or stage["minutes"],
         peak_lr=stage["peak_lr"],
