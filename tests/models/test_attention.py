@@ -93,7 +93,7 @@ def test_gradients_of_a_step_equal_those_of_diffusers_with_a_full_table(request,
         assert embedding.table.weight.grad is None
 
 
-def test_putting_processors_in_changes_no_output(tiny_base):
+def test_injecting_processors_does_not_change_the_output(tiny_base):
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
     noisy, states = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 32)
     with torch.no_grad():

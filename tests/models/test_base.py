@@ -55,7 +55,7 @@ def test_a_model_without_text_is_refused(tmp_path):
 def test_a_model_for_inpainting_is_refused(tiny_base):
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
     pipe.unet.register_to_config(in_channels=9)
-    with pytest.raises(UserError, match="takes 9 channels and gives 4, as for inpainting"):
+    with pytest.raises(UserError, match="base.model: .*9 input and 4 output"):
         base.check_family(pipe)
 
 
@@ -79,7 +79,7 @@ def test_text_is_encoded_as_diffusers_encodes_it(request, model):
 def test_a_device_that_is_not_here_is_refused():
     assert base.device("cpu").type == "cpu"
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match=r"base\.device: cuda:3 is not on this machine"):
+        with pytest.raises(UserError, match=r"base\.device: .*cuda:3"):
             base.device("cuda:3")
 
 

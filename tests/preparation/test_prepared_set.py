@@ -65,7 +65,7 @@ def test_a_damaged_set_is_refused(tiny_base, tmp_path):
     folder = write_prepared(tmp_path / "prepared", tiny_params(tiny_base))
     captions = folder / "cat/instance.json"
     captions.write_text(json.dumps(json.loads(captions.read_text())[:-1]))
-    with pytest.raises(UserError, match="15 captions for 16 views"):
+    with pytest.raises(UserError, match="15 .*16"):
         prepared_set.load(folder / "cat/instance")
 
 
@@ -98,10 +98,10 @@ def test_sidecar_captions(tmp_path, tiny_base):
     params = tiny_params(tiny_base, prepare={"captions": "sidecar"})
     concept = params.concepts["cat"]
     path = noisy_images(tmp_path, 1)[0]
-    with pytest.raises(UserError, match=r"000\.png has no caption file"):
+    with pytest.raises(UserError, match=r"000\.png"):
         prepare.instance_examples(tmp_path, concept, params.prepare, torch.device("cpu"))
     path.with_suffix(".txt").write_text("a cat on red\n")
-    with pytest.raises(UserError, match="names no subject"):
+    with pytest.raises(UserError, match="000.txt: .*<new1>"):
         prepare.instance_examples(tmp_path, concept, params.prepare, torch.device("cpu"))
     path.with_suffix(".txt").write_text("a {} cat\n  on red\n")
     found = prepare.instance_examples(tmp_path, concept, params.prepare, torch.device("cpu"))

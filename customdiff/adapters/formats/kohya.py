@@ -99,7 +99,7 @@ def tensors(found: LowRank) -> dict[str, Tensor]:
 def _metadata(config: AdapterConfig, found: LowRank) -> dict[str, str]:
     rank = str(max(len(down) for _, down in found.layers.values()))
     names = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    return {"format": "pt"} | names | FAMILIES[config.family]
+    return {"format": "pt"} | names | FAMILIES.get(config.family or "", {})
 
 
 def _module(layer: str) -> str:
