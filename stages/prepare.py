@@ -10,7 +10,7 @@ from customdiff.files import atomic_directory
 
 def main(name: str) -> None:
     """Prepare one concept's instance images, and its class images if they are used."""
-    params = config.load()  # before imports that take seconds, so that a mistake in params.yaml is reported at once
+    params = config.load()  # before slow imports, so that errors in params.yaml appear at once
     concept = config.concept(params, name)
 
     import torch

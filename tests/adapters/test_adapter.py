@@ -154,13 +154,13 @@ def test_weights_that_were_not_injected_are_detected(learned, tiny_base):
     with pytest.raises(UserError, match=r"to_k_custom_diffusion\.weight"):
         adapter.verify(pipe, read)
     pipe.unet.set_attn_processor(AttnProcessor2_0())
-    with pytest.raises(UserError, match="<new1>|to_k_custom_diffusion|to_v_custom_diffusion"):
+    with pytest.raises(UserError, match=r"<new1>|to_k_custom_diffusion|to_v_custom_diffusion"):
         adapter.verify(pipe, read)
 
 
 def test_missing_and_damaged_files_are_one_line_errors(learned, tmp_path):
     _, folder = learned
-    with pytest.raises(UserError, match="adapter.json"):
+    with pytest.raises(UserError, match=r"adapter.json"):
         adapter.read(tmp_path / "nowhere")
     (folder / "<new2>.safetensors").unlink()
     with pytest.raises(UserError, match="incomplete adapter"):
@@ -170,7 +170,7 @@ def test_missing_and_damaged_files_are_one_line_errors(learned, tmp_path):
     with pytest.raises(UserError, match="incomplete adapter"):
         adapter.read(folder)
     (folder / "adapter.json").write_text(json.dumps({})[:1])
-    with pytest.raises(UserError, match="adapter.json"):
+    with pytest.raises(UserError, match=r"adapter.json"):
         adapter.read(folder)
 
 

@@ -599,7 +599,7 @@ def test_the_two_delta_formats_are_distinguished(learned, right_delta, tmp_path)
         bring(right_delta[1], tmp_path / "out", model, "compvis")
     with pytest.raises(UserError, match="--format compvis"):
         bring(tmp_path / "compvis/delta.ckpt", tmp_path / "out", model, "delta")
-    with pytest.raises(UserError, match="2 tokens of 32 .*--token names 1"):
+    with pytest.raises(UserError, match=r"2 tokens of 32 .*--token names 1"):
         bring(tmp_path / "compvis", tmp_path / "out", model, "compvis", ["<new1>"])
 
 
@@ -624,7 +624,7 @@ def test_invalid_format_options_are_one_line_errors(learned, tmp_path, form, opt
 
 def test_compvis_rejects_sdxl(learned, tmp_path):
     folder, _, _ = learned("tiny_xl_base")
-    with pytest.raises(UserError, match="--format: .*Stable Diffusion XL"):
+    with pytest.raises(UserError, match=r"--format: .*Stable Diffusion XL"):
         formats.export_adapter("compvis", folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -649,9 +649,9 @@ def test_existing_folders_are_not_replaced(learned, tmp_path):
 def test_exports_that_do_not_reproduce_the_adapter_are_removed(learned, tmp_path, monkeypatch, form):
     """A wrong scale, as a mistake about alpha makes it, is seen when the file is loaded again."""
     folder, _, _ = learned("tiny_base")
-    right = lora.one_rank
+    right = lora.equal_rank_factors
     wrong = lambda found: {name: 0.99 * weight for name, weight in right(found).items()}  # noqa: E731
-    monkeypatch.setattr({"lora": lora, "kohya": kohya}[form], "one_rank", wrong)
+    monkeypatch.setattr({"lora": lora, "kohya": kohya}[form], "equal_rank_factors", wrong)
     with pytest.raises(UserError, match=r".*attn2\.to_. *differs|differs most"):
         formats.export_adapter(form, folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())

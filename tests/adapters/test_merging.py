@@ -335,10 +335,10 @@ def test_captions_are_read_from_a_file_a_folder_or_a_pool(tmp_path):
     drawn = merging.read_captions(tmp_path / "classes", limit=3)
     assert len(set(drawn)) == 3
     assert drawn == merging.read_captions(tmp_path / "classes", limit=3)
-    with pytest.raises(UserError, match="--captions: .*nowhere"):
+    with pytest.raises(UserError, match=r"--captions: .*nowhere"):
         merging.read_captions(tmp_path / "nowhere")
     file.write_text("\n", encoding="utf-8")
-    with pytest.raises(UserError, match="--captions: .*captions"):
+    with pytest.raises(UserError, match=r"--captions: .*captions"):
         merging.read_captions(file)
 
 

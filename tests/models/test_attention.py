@@ -140,7 +140,7 @@ def test_an_attention_mask_is_respected(tiny_base):
         torch.testing.assert_close(layer(image, changed, mask), layer(image, text, mask), rtol=1e-5, atol=1e-6)
 
 
-def test_xformers_without_it_or_a_gpu_is_one_line(tiny_base):
+def test_missing_xformers_or_gpu_is_a_one_line_error(tiny_base):
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
     with pytest.raises(UserError, match=r"train\.attention"):
         attention.inject_processors(pipe.unet, backend="xformers")
