@@ -75,14 +75,7 @@ def sample(
     precision: Annotated[Precision, typer.Option(help="Precision of the weights.")] = Precision.fp32,
 ) -> None:
     """Generate images with an adapter: PNG files, named by prompt and seed, and a grid of all images."""
-    for name, length in (("--height", height), ("--width", width)):
-        if length is not None and length % 8:
-            raise UserError(f"{name}: must be a multiple of 8 (here: {length}), such as {length - length % 8}")
-    try:
-        config.Base(device=device)
-    except ValidationError as error:
-        raise UserError(f"--device: must be auto, cpu, mps, cuda or cuda:N (here: {device!r})") from error
-
+    _check_options(height, width, device)
     from customdiff.adapters import adapter as adapters
     from customdiff.models import base as base_model
     from customdiff.models import sampling
@@ -113,12 +106,27 @@ def sample(
         width=width,
         negative_prompt=negative_prompt,
     )
+    _write_images(images, prompts, num_images, seed, out)
+    typer.echo(f"{len(images)} images in {out}; grid: {out / 'grid.png'}")
+
+
+def _check_options(height: int | None, width: int | None, device: str) -> None:
+    for name, length in (("--height", height), ("--width", width)):
+        if length is not None and length % 8:
+            raise UserError(f"{name}: must be a multiple of 8 (here: {length}), such as {length - length % 8}")
+    try:
+        config.Base(device=device)
+    except ValidationError as error:
+        raise UserError(f"--device: must be auto, cpu, mps, cuda or cuda:N (here: {device!r})") from error
+
+
+def _write_images(images: "list[Image.Image]", prompts: list[str], num_images: int, seed: int, out: Path) -> None:
+    """Write images, `num_images` per prompt, and their grid to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         prompt, number = prompts[index // num_images], index % num_images
         image.save(out / f"{index // num_images + 1}-{slug(prompt)}-seed{(seed + number) % 2**32}.png")
     grid(images, num_images).save(out / "grid.png")
-    typer.echo(f"{len(images)} images in {out}; grid: {out / 'grid.png'}")
 
 
 def of_checkpoint(name: str) -> Path:

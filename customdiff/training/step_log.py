@@ -12,7 +12,6 @@ import torch
 from customdiff.tracking import Tracker
 
 LOSSES = ("loss", "instance_loss", "prior_loss")
-SPEED = ("images_per_second", "peak_memory_mb")
 
 
 @dataclass
