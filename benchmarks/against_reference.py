@@ -33,9 +33,9 @@ class Run:
     """One training run of one side.
 
     Attributes:
-        step_seconds: seconds a step in the steady state, one figure a step (on a GPU a block of steps).
+        step_seconds: seconds per step in the steady state, one figure per step (on a GPU per block of steps).
         images_per_second: at their median.
-        images_per_second_overall: from the warm-up's end to the last step, with whatever lies between steps.
+        images_per_second_overall: from the end of the warm-up to the last step, including time between steps.
         first_step_seconds: from the start of the process to the end of the first step.
         run_seconds: of the whole process.
         prepare_seconds: of our `prepare`, a process before; 0 for the reference, which encodes as it goes.
@@ -55,7 +55,7 @@ class Run:
 
 
 def measured(notes: dict, started: float, run_seconds: float, prepare_seconds: float, block: int) -> Run:
-    """The figures of a run from what its progress bar noted.
+    """The figures of a run from the records of its progress bar.
 
     Args:
         notes: as `side.Record` writes them.
@@ -155,7 +155,7 @@ def measure(
 def _timed(
     work: Project, side: str, *before: str, arguments: list[str] = (), cwd: Path | None = None
 ) -> tuple[dict, float, float]:
-    """Run one process; returns what it noted, when it was started, and the seconds it took."""
+    """Run one process; returns its records, its start time and its duration in seconds."""
     out = work.folder / f"{side}.json"
     out.unlink(missing_ok=True)
     started, clock = time.time(), time.perf_counter()
@@ -173,7 +173,7 @@ def _losses(path: Path) -> list[float]:
 def main(
     reference: Annotated[
         Path | None,
-        typer.Option(help="diffusers' examples/custom_diffusion/train_custom_diffusion.py; yours to bring."),
+        typer.Option(help="Path of diffusers' examples/custom_diffusion/train_custom_diffusion.py."),
     ] = None,
     configs: Annotated[list[str], typer.Option("--config", help=f"One or more of {', '.join(CONFIGS)}.")] = (
         "embedded",
@@ -183,8 +183,9 @@ def main(
         Literal["no", "fp16", "bf16"] | None, typer.Option(help="By default no (fp32) on cpu, bf16 on cuda.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    steps: Annotated[int, typer.Option(min=WARM_UP + BLOCK, help="Of each run.")] = 250,
-    threads: Annotated[int, typer.Option(min=1, help="Of each process; by default all cores.")] = os.cpu_count() or 1,
+    steps: Annotated[int, typer.Option(min=WARM_UP + BLOCK, help="Steps per run.")] = 250,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per process (default: all cores).")] = os.cpu_count()
+    or 1,
     workers: Annotated[int, typer.Option(min=0, help="The reference's loader processes (its default is 2).")] = 2,
     packages: Annotated[str, typer.Option(help="Folder with packages that only the reference needs.")] = "",
     work: Annotated[
@@ -195,7 +196,7 @@ def main(
         typer.Option(
             "--ours",
             metavar="KEY=VALUE",
-            help="A key of params.yaml for our side alone, as train.compile=true; images a step must stay the same.",
+            help="Key of params.yaml for our side only, such as train.compile=true; keep the images per step.",
         ),
     ] = (),
     out: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
@@ -206,7 +207,7 @@ def main(
         if reference is None:
             raise UserError("--reference: give the path of diffusers' train_custom_diffusion.py")
         if not reference.is_file():
-            raise UserError(f"--reference: {reference} is not there")
+            raise UserError(f"--reference: {reference} does not exist")
     ours_alone = dict(map(_option, options))
     machine = Machine(device, threads, precision or ("no" if device == "cpu" else "bf16"))
     figures = {}
@@ -227,11 +228,11 @@ def _option(text: str) -> tuple[str, Any]:
     """A key of params.yaml and its value from KEY=VALUE.
 
     Raises:
-        UserError: it is of another form.
+        UserError: the text has another form.
     """
     key, equals, value = text.partition("=")
     if not (key and equals):
-        raise UserError(f"--ours: {text!r} is not of the form KEY=VALUE, as train.compile=true")
+        raise UserError(f"--ours: {text!r} is not of the form KEY=VALUE, such as train.compile=true")
     return key, yaml.safe_load(value)
 
 
@@ -245,7 +246,7 @@ def _report(
         f"{about['device']}, {about['threads']} threads, precision {machine.precision}; {versions}"
     )
     for key, value in about["options of ours"].items():
-        print(f"ours alone: {key}: {value}")
+        print(f"only ours: {key}: {value}")
     for change in about.get("mended", []):
         print(f"mended in the reference: {change}")
     if not one.in_reference:

@@ -1,11 +1,11 @@
-"""What is measured: a base model, a resolution, and the options that both sides are given."""
+"""Configurations to measure: base model, resolution and options of both sides."""
 
 from dataclasses import dataclass
 
 from customdiff.errors import UserError
 
 SEED = 42
-BATCH_SIZE = 2  # instance images a step, and as many class images beside
+BATCH_SIZE = 2  # instance images per step, and the same number of class images
 IMAGES_A_STEP = 2 * BATCH_SIZE
 MODIFIER_TOKEN, CLASS, INSTANCE_PROMPT = "<new1>", "cat", "photo of a {} cat"
 

@@ -1,9 +1,9 @@
-"""What a training step of Stable Diffusion 1.4 at 512 px holds, counted on a CPU: no card is needed.
+"""Memory of a training step of Stable Diffusion 1.4 at 512 px, counted on a CPU without a GPU.
 
     python -m benchmarks.count_memory
 
-Half precision and random weights; of the step its forward pass through the UNet. What the text encoder keeps, transient
-buffers, the allocator's rounding and CUDA's own share (some hundred MB) are not in it.
+It uses half precision and random weights, and counts the UNet's weights and saved activations. Activations of the text
+encoder, temporary buffers, allocator rounding and CUDA's own memory (some hundred MB) are not included.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ MB = 1e6
 
 
 def main(
-    batch: Annotated[int, typer.Option(min=1, help="Images a step, class images counted.")] = 2,
-    side: Annotated[int, typer.Option(min=8, help="Of the latents: 64 for 512 px.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Images per step, including class images.")] = 2,
+    side: Annotated[int, typer.Option(min=8, help="Side of the latents; 64 for 512 px.")] = 64,
 ) -> None:
     """Print the weights, the optimizer's share, and the activations of diffusers' layers and of ours."""
     pipe = models.sd14()
@@ -30,14 +30,16 @@ def main(
     text = sum(weight.numel() for weight in pipe.text_encoder.parameters()) * 2
     weights = sum(weight.numel() for weight in unet.parameters() if not weight.requires_grad) * 2
     learned = sum(weight.numel() for weight in trained.values()) * 4 * 4  # fp32 weight, gradient and two moments
-    print(f"UNet {weights / MB:.0f} MB, text encoder {text / MB:.0f} MB, what trains, with AdamW {learned / MB:.0f} MB")
+    print(
+        f"UNet {weights / MB:.0f} MB, text encoder {text / MB:.0f} MB, trained weights with AdamW {learned / MB:.0f} MB"
+    )
     _print("diffusers' layers", activations(unet, batch, side), text + weights + learned)
     memory_efficient.convert(unet)
-    _print("lightened", activations(unet, batch, side), text + weights + learned)
+    _print("memory-efficient layers", activations(unet, batch, side), text + weights + learned)
 
 
 def activations(unet: torch.nn.Module, batch: int, side: int) -> int:
-    """Bytes that a forward pass keeps for the backward pass."""
+    """Bytes that a forward pass saves for the backward pass."""
     noisy = torch.randn(batch, 4, side, side, dtype=unet.dtype).to(memory_format=torch.channels_last)
     text = torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=unet.dtype, requires_grad=True)
     with counting(unet) as kept:

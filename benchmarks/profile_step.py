@@ -1,4 +1,4 @@
-"""Where the time of our training step goes, and how far it is from what its arithmetic alone would take.
+"""Profile of our training step by region, compared with the time of its arithmetic at the machine's speed.
 
     python -m benchmarks.profile_step --config quarter-256
 
@@ -31,14 +31,13 @@ SECONDS = "seconds"
 
 
 class Meter:
-    """What each region of a step spends: seconds, and in one step the floating point operations of each operator.
+    """Seconds of each region of a step, and in one step the floating-point operations of each operator.
 
-    A region's figures are without those of the regions that are called inside of it. As a context manager it takes its
-    wrappers off at the end.
+    A region's figures exclude those of regions called inside it. As a context manager it removes its wrappers at exit.
     """
 
     def __init__(self, synchronize=lambda: None):
-        """`synchronize` waits until the device has done what it was given."""
+        """`synchronize` waits until the device has finished."""
         self.synchronize = synchronize
         self.steps: list[dict[str, Counter]] = []
         self._inner: list[Counter] = []
@@ -75,7 +74,7 @@ class Meter:
         setattr(owner, name, measured)
 
     def wrap_step(self, owner: Any, name: str) -> None:
-        """Take every call of `owner.name` for a step; what no region covers is `REST`."""
+        """Count every call of `owner.name` as a step; time outside of regions is `REST`."""
         self.wrap(owner, name, REST)
         step = getattr(owner, name)
 
@@ -88,7 +87,7 @@ class Meter:
         setattr(owner, name, opened)
 
     def seconds(self) -> dict[str, float]:
-        """Median seconds a step of each region, the longest first."""
+        """Median seconds per step of each region, the longest first."""
         rows = self.steps[WARM_UP:]
         medians = {
             region: statistics.median(row[region][SECONDS] for row in rows if region in row) for region in rows[0]

@@ -52,7 +52,7 @@ class Project:
     Attributes:
         base: the base model's folder.
         steps: of a run.
-        options: of our side alone, in place of the configuration's: value by dotted key of params.yaml.
+        options: options of our side only, values by dotted key of params.yaml.
     """
 
     folder: Path
@@ -129,7 +129,7 @@ class Project:
             "pretrained_model_name_or_path": self.base,
             "instance_data_dir": self.folder / "photos",
             "class_data_dir": self.folder / "classes",
-            "instance_prompt": INSTANCE_PROMPT.format(MODIFIER_TOKEN),
+            "instance_prompt": INSTANCE_PROMPT.replace("{}", MODIFIER_TOKEN),
             "class_prompt": CLASS,
             "modifier_token": MODIFIER_TOKEN,
             "initializer_token": CLASS,

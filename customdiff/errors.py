@@ -1,4 +1,4 @@
-"""Mistakes that are the user's to mend, shown in one line and without a traceback."""
+"""Errors that the user can fix, shown in one line without a traceback."""
 
 import sys
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something the user can mend. Its message names the key, file or value, and what would be right."""
+    """An error that the user can fix; the message names the key, file or value and what would be right."""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print a `UserError` as one line on stderr and exit with status 1; let every other error through."""
+    """Print a `UserError` on stderr and exit with status 1; other exceptions propagate."""
     try:
         yield
     except UserError as error:

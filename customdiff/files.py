@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, hashes, and the project's folder."""
+"""Atomic writes of files and folders, hashes of files and code, and the project folder."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent
 
 
 def project_home() -> Path:
-    """The project's folder, for files that outlive a run. DVC runs a queued experiment in a temporary copy."""
+    """The project folder, for files that outlive a run; DVC runs queued experiments in a temporary copy of it."""
     return Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
 
@@ -24,8 +24,8 @@ def project_home() -> Path:
 def atomic_directory(folder: Path | str) -> Iterator[Path]:
     """Yield an empty folder that replaces `folder` when the block ends without an error.
 
-    A block that raises, or a process that is killed, leaves `folder` as it was. What a killed process left beside it
-    is removed by the next call. Two processes never write the same temporary folder; the one that ends last wins.
+    If the block raises or the process is killed, `folder` stays as it was. The next call removes the temporary folder
+    of a killed process. Two processes use different temporary folders; the last to finish wins.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    """A new hidden name in the same folder, with the id of this process in it."""
+    """A new hidden path in the same folder, with the id of this process in its name."""
     return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{INCOMING}")
 
 
@@ -83,14 +83,14 @@ def _is_running(pid: int) -> bool:
 
 
 def check_free(out: Path, marker: str | None = None) -> None:
-    """Refuse an output folder that is not empty: it may be somebody's work.
+    """Check that an output folder is missing or empty, so that no user's work is overwritten.
 
     Args:
-        out: the value of --out.
-        marker: a file by which an earlier result, which may be replaced, is recognised.
+        out: value of --out.
+        marker: file that identifies an earlier result, which may be replaced.
 
     Raises:
-        UserError: names the folder.
+        UserError: the folder is not empty.
     """
     replaceable = marker is not None and (out / marker).is_file()
     if not replaceable and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
@@ -98,13 +98,13 @@ def check_free(out: Path, marker: str | None = None) -> None:
 
 
 def sha256(path: Path | str) -> str:
-    """The SHA-256 of a file's bytes, in lower-case hexadecimal."""
+    """SHA-256 of a file, in lower-case hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def source_hash(*parts: str) -> str:
-    """A hash of this library's own code, for caches that an edit of it must invalidate.
+    """Hash of parts of this library's code, for caches that a change of the code must invalidate.
 
     Args:
         parts: packages or modules below `customdiff/`, such as `models` or `adapters/adapter.py`.

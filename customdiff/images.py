@@ -1,6 +1,6 @@
-"""Open an image from anywhere, safely: limits before decoding, any mode to upright RGB, or a clear refusal.
+"""Safe opening of untrusted images as upright RGB, with limits before decoding, and saving of images.
 
-Everything that comes from a user's folder, an archive or the web passes through `open_rgb`.
+All images from users' folders, archives and the web are opened by `open_rgb`.
 """
 
 import io
@@ -16,15 +16,11 @@ from customdiff.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-OTHER_SUFFIXES = (
-    ".heic",
-    ".heif",
-    ".avif",
-)  # photos too, but not of a format that is opened here: set aside by name
+OTHER_SUFFIXES = (".heic", ".heif", ".avif")  # photo formats that are not supported; reported by name
 
 
 class ImageError(UserError):
-    """An image that is not taken in; `reason` says why, the message also says which."""
+    """An image that cannot be used; `name` says which and `reason` why."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
@@ -33,26 +29,25 @@ class ImageError(UserError):
 
 
 def open_rgb(source: Path | str | bytes, max_megapixels: float = 64, *, name: str | None = None) -> Image.Image:
-    """Decode one image as upright RGB, 8 bits a channel.
+    """Decode an image as upright RGB, 8 bits per channel.
 
-    The size in the header is checked before a pixel is decoded. EXIF rotation is applied. Transparency is
-    laid on white, 16-bit and floating-point greys are scaled to 8 bits, and of an animation the first frame
-    is taken.
+    The size in the header is checked before decoding. EXIF rotation is applied, transparency is composited on white,
+    16-bit and floating-point greys are scaled to 8 bits, and of an animation the first frame is used.
 
     Args:
-        source: a file, or the bytes of one. Only the formats of `FORMATS` are tried, whatever the file is
-            called. max_megapixels: more pixels than this, in millions, are refused. name: what an error
-            calls the image; by default the path.
+        source: path or bytes of a file in one of `FORMATS`; its suffix does not matter.
+        max_megapixels: maximum number of pixels in millions.
+        name: name of the image in errors; None: the path.
 
     Raises:
-        ImageError: not an image, of another format, too large, truncated or otherwise broken.
+        ImageError: the file is not an image, has another format, or is too large, truncated or damaged.
     """
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
         raise ImageError(name, f"cannot be read ({error.strerror or error})") from error
-    with warnings.catch_warnings(action="ignore"):  # what Pillow warns of is refused here, or harmless
+    with warnings.catch_warnings(action="ignore"):  # Pillow's warnings are either errors here or harmless
         return _decode(data, max_megapixels, name)
 
 
@@ -63,7 +58,7 @@ def _decode(data: bytes, max_megapixels: float, name: str) -> Image.Image:
         raise ImageError(name, f"too large: above {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels") from error
     except UnidentifiedImageError as error:
         raise ImageError(name, _what_else(data)) from error
-    except Exception as error:  # on broken bytes Pillow's parsers raise anything from SyntaxError to struct.error
+    except Exception as error:  # Pillow's parsers raise many types, such as SyntaxError and struct.error
         raise ImageError(name, f"broken image ({brief(error)})") from error
     megapixels = image.width * image.height / 1e6
     if megapixels > max_megapixels:
@@ -81,12 +76,12 @@ def _decode(data: bytes, max_megapixels: float, name: str) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the pixels are whole; EXIF that cannot be parsed says nothing about them
+    except Exception:  # invalid EXIF does not affect the pixels
         return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB, without metadata."""
+    """Convert any mode to RGB, without metadata."""
     if image.mode.startswith("I") or image.mode == "F":
         rgb = Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     elif image.has_transparency_data:
@@ -94,13 +89,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     else:
         rgb = image.convert("RGB")
-    clean = Image.new("RGB", rgb.size)  # no EXIF, comments or color profile: nothing of the file but its pixels
+    clean = Image.new("RGB", rgb.size)  # drops EXIF, comments and color profile
     clean.paste(rgb)
     return clean
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Grey of more than 8 bits as uint8: 16-bit integers divided by 257, floats of [0, 1] times 255."""
+    """Greys of more than 8 bits as uint8: 16-bit integers divided by 257, floats in [0, 1] multiplied by 255."""
     top = float(values.max(initial=0))
     whole = values.dtype.kind in "iu" or top > 255
     white = max(top, 65535) if whole else 255 if top > 1 else 1
@@ -108,7 +103,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _what_else(data: bytes) -> str:
-    """Why bytes that no allowed decoder knows are refused."""
+    """Reason for rejecting bytes that no allowed decoder can read."""
     if not data:
         return "empty file"
     if data[4:8] == b"ftyp":
@@ -119,23 +114,23 @@ def _what_else(data: bytes) -> str:
 
 
 def brief(error: Exception) -> str:
-    """An error's text on one line, shortened."""
+    """Message of an error on one line, shortened."""
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def limit_side(image: Image.Image, max_side: int) -> Image.Image:
-    """Scale an image down, in proportion, until no side is above `max_side` px; a smaller one is returned as is."""
+    """Scale an image down proportionally to a maximum side of `max_side` px; smaller images stay unchanged."""
     if max(image.size) <= max_side:
         return image
     return ImageOps.contain(image, (max_side, max_side), Image.Resampling.LANCZOS)
 
 
 def save(image: Image.Image, stem: Path, *, source: bytes = b"") -> Path:
-    """Write an RGB image as `stem` with a suffix, and return its path: JPEG if the source was one, else PNG.
+    """Write an RGB image as JPEG if its source is one, else as PNG; returns the path.
 
     Args:
         stem: path without suffix.
-        source: the bytes that the image was decoded from. Photos stay about as large as they came.
+        source: bytes that the image was decoded from; keeping JPEG keeps files of photos small.
     """
     if source.startswith(b"\xff\xd8\xff"):
         path = stem.with_name(f"{stem.name}.jpg")
@@ -146,9 +141,9 @@ def save(image: Image.Image, stem: Path, *, source: bytes = b"") -> Path:
     return path
 
 
-def save_all(drawn: Mapping[Path, Image.Image]) -> None:
-    """Write images to their paths, several at a time; folders are made."""
-    for folder in {path.parent for path in drawn}:
+def save_all(images: Mapping[Path, Image.Image]) -> None:
+    """Write images to their paths in parallel, and create folders."""
+    for folder in {path.parent for path in images}:
         folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor() as pool:  # Pillow packs without Python's lock
-        list(pool.map(lambda item: item[1].save(item[0]), drawn.items()))
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it compresses
+        list(pool.map(lambda item: item[1].save(item[0]), images.items()))

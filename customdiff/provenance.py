@@ -1,4 +1,4 @@
-"""Tags that say where a run comes from: git commit, uncommitted changes, DVC experiment, and hashes of its data."""
+"""Provenance tags of a run: git commit, uncommitted changes, DVC experiment and hashes of data."""
 
 import os
 import subprocess
@@ -10,10 +10,10 @@ DATA_STAGES = ("download-data", "retrieve-class-images", "prepare")
 
 
 def run_tags(project: Path | str = ".") -> dict[str, str]:
-    """Tags of a run in the project folder `project`.
+    """Provenance tags of a run in the project folder `project`.
 
     Returns:
-        `git.commit`, `git.dirty`, `dvc.experiment` and `data.<path>`, as far as each is known.
+        `git.commit`, `git.dirty`, `dvc.experiment` and `data.<path>`; unknown ones are omitted.
     """
     project = Path(project)
     tags = {}
@@ -27,7 +27,7 @@ def run_tags(project: Path | str = ".") -> dict[str, str]:
 
 
 def data_hashes(lock: Path) -> dict[str, str]:
-    """The MD5 in dvc.lock of each output of the data stages, as tags `data.<path>`."""
+    """MD5 of each output of the data stages in dvc.lock, as tags `data.<path>`."""
     try:
         stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
         return {

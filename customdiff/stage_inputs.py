@@ -14,7 +14,7 @@ from customdiff.config import Base, Concept, Params
 from customdiff.files import atomic_directory, atomic_file, project_home, sha256
 
 FOLDER = Path("data/inputs")
-HASHES = ".input-hashes.json"  # hashes of files by path, size and time, so that large models are read once
+HASHES = ".input-hashes.json"  # hashes of files by path, size and time, so that large models are hashed once
 
 Inputs = dict[str, Any]
 
@@ -47,7 +47,7 @@ def download_data(params: Params, concept: Concept, hashes: "FileHashes") -> Inp
 
 
 def index_pool(params: Params, hashes: "FileHashes") -> Inputs:
-    """Inputs of `index-pool`: pool and CLIP; for another backend its name only."""
+    """Inputs of `index-pool`: pool and CLIP; for other backends only their name."""
     retrieve = params.retrieve
     if retrieve.backend != "index" or not params.train.preserves_prior:
         return {"backend": retrieve.backend, "class images": params.train.preserves_prior}
@@ -59,7 +59,7 @@ def index_pool(params: Params, hashes: "FileHashes") -> Inputs:
 
 
 def retrieve_class_images(params: Params, name: str, hashes: "FileHashes") -> Inputs:
-    """Inputs of `retrieve-class-images`: class, backend and its section; nothing if no class images are used."""
+    """Inputs of `retrieve-class-images`: class, backend and its section; none if no class images are used."""
     retrieve = params.retrieve
     if not params.train.preserves_prior:
         return {"class images": False}
@@ -79,7 +79,7 @@ def retrieve_class_images(params: Params, name: str, hashes: "FileHashes") -> In
 
 
 def prepare(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:
-    """Inputs of `prepare`: what captions say, section `prepare`, and the base model with its VAE."""
+    """Inputs of `prepare`: prompts of the concept, section `prepare`, the captioner and the base model."""
     words = concept.model_dump(include={"modifier_token", "class_prompt", "instance_prompt"})
     captioner = hashes.of(params.prepare.captioner) if params.prepare.captions == "blip" else {}
     return {
@@ -104,7 +104,7 @@ def train(params: Params, hashes: "FileHashes") -> Inputs:
 
 
 def evaluate(params: Params, hashes: "FileHashes") -> Inputs:
-    """Inputs of `evaluate`: its section with prompts and judge, the words for each concept, and the base model."""
+    """Inputs of `evaluate`: its section, prompts and judge, the words of each concept, and the base model."""
     words = {"modifier_token", "class_prompt"}
     return {
         "evaluate": params.evaluate.model_dump(),
@@ -115,15 +115,15 @@ def evaluate(params: Params, hashes: "FileHashes") -> Inputs:
 
 
 def _base(base: Base, hashes: "FileHashes") -> Inputs:
-    """The base model and the seed; `device` changes no result that is tracked."""
+    """The base model and the seed; `device` is excluded, because it does not change tracked results."""
     return {"base": base.model_dump(exclude={"device"}), "base files": hashes.of(base.model)}
 
 
 class FileHashes:
-    """SHA-256 hashes of files and folders, remembered by size and modification time.
+    """SHA-256 hashes of files and folders, cached by size and modification time.
 
     Args:
-        path: file in which hashes are kept from one run to the next.
+        path: file of the cache.
     """
 
     def __init__(self, path: Path) -> None:
@@ -135,11 +135,11 @@ class FileHashes:
         self._used: dict[str, list] = {}
 
     def of(self, *names: str | None) -> dict[str, str]:
-        """Hash by name, of those names that are local files or folders; others, such as Hub repositories, are left out."""
+        """Hashes of local files and folders by name; other names, such as Hub repositories, are omitted."""
         return {name: self._tree(Path(name)) for name in names if name and Path(name).exists()}
 
     def save(self) -> None:
-        """Keep the hashes of the files that were asked for."""
+        """Write the hashes that were used to the cache."""
         with atomic_file(self.path) as incoming:
             incoming.write_text(json.dumps(self._used), encoding="utf-8")
 
@@ -147,7 +147,7 @@ class FileHashes:
         if path.is_file():
             return self._file(path)
         digest = hashlib.sha256()
-        for file in sorted(each for each in path.rglob("*") if each.is_file() and not _is_hidden(each, path)):
+        for file in sorted(entry for entry in path.rglob("*") if entry.is_file() and not _is_hidden(entry, path)):
             digest.update(f"{file.relative_to(path).as_posix()}\0{self._file(file)}\n".encode())
         return digest.hexdigest()
 

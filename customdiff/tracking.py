@@ -1,8 +1,8 @@
 """Non-blocking MLflow logging; failures never stop a run.
 
-`start` opens a run, `resume` continues one, `for_evaluation` chooses between the two for `evaluate`. Each returns a
-`Tracker`, whose methods put work into a queue that one thread empties. A store that cannot be reached, or that
-disappears in the middle, costs one warning; from then on the tracker does nothing.
+`start` opens a run, `resume` continues one, and `for_evaluation` selects one of the two for `evaluate`. Each returns a
+`Tracker`, whose methods add tasks to a queue that a background thread processes. If the store cannot be reached, or
+becomes unreachable later, the tracker prints one warning and does nothing from then on.
 """
 
 import json
@@ -30,8 +30,8 @@ ARTIFACTS = "mlartifacts"
 EVALUATED = "text_alignment"  # a run that has this metric has been evaluated
 TRAINING_RUN = "customdiff.training_run"
 
-# MLflow's defaults would block a training for minutes on a server that is gone, print lines and progress bars of its
-# own, and report usage to its makers. Variables that the user has set take precedence.
+# MLflow's defaults block for minutes on an unreachable server, print messages and progress bars, and send telemetry.
+# Variables that the user has set take precedence.
 SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # s
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -39,9 +39,9 @@ SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-FLUSH_SECONDS = 2  # metrics of so long a time are sent as one batch
-UPLOAD_SECONDS = 60  # a server may take so long to store a large file
-LAST_SECONDS = 120  # how long `finish` waits for a store that still answers, for a large adapter's sake
+FLUSH_SECONDS = 2  # period of metric batches
+UPLOAD_SECONDS = 60  # request timeout for artifacts
+LAST_SECONDS = 120  # time that `finish` waits for queued uploads, such as a large adapter
 MAX_VALUE, MAX_TAG, PARAMS_PER_BATCH, METRICS_PER_BATCH = 6000, 8000, 100, 1000  # MLflow's limits
 
 
@@ -49,12 +49,11 @@ def start(settings: Tracking, *, store: Path | str | None = None, tags: Mapping[
     """Open a run.
 
     Args:
-        settings: section `tracking` of params.yaml: whether to track, and the name of the experiment.
-        store: folder whose mlflow.db is used if MLFLOW_TRACKING_URI is not set; None: the DVC project's folder, or
-            else the working folder.
-        tags: of the run; see `provenance.run_tags`.
+        settings: section `tracking` of params.yaml.
+        store: folder of mlflow.db if MLFLOW_TRACKING_URI is not set; None: the project's folder.
+        tags: tags of the run; see `provenance.run_tags`.
     """
-    return _open(settings, store, lambda client, found: _create(client, found, settings, tags or {}))
+    return _open(settings, store, lambda client, opened: _create(client, opened, settings, tags or {}))
 
 
 def resume(
@@ -62,9 +61,9 @@ def resume(
 ) -> "Tracker":
     """Continue a run; open a new one if the store does not have it. See `start`."""
 
-    def find(client: Any, found: _Store) -> str:
+    def find(client: Any, opened: _Store) -> str:
         if _find(client, run_id) is None:
-            return _create(client, found, settings, tags or {})
+            return _create(client, opened, settings, tags or {})
         client.update_run(run_id, status="RUNNING")
         return run_id
 
@@ -74,31 +73,31 @@ def resume(
 def for_evaluation(
     settings: Tracking, run_file: Path | str, *, store: Path | str | None = None, tags: Mapping[str, str] | None = None
 ) -> "Tracker":
-    """Continue the training's run; open a new one if it has been evaluated already or is not in the store.
+    """Continue the run of the training; open a new one if it is already evaluated or not in the store. See `start`.
 
     Args:
-        run_file: the file that `Tracker.write_run_id` wrote at the end of training; it need not exist.
+        run_file: file that `Tracker.write_run_id` wrote; it may be missing.
     """
     training_run = _read_run_id(Path(run_file))
 
-    def find(client: Any, found: _Store) -> str:
+    def find(client: Any, opened: _Store) -> str:
         run = training_run and _find(client, training_run)
         if training_run and run and EVALUATED not in run.data.metrics:
             client.update_run(training_run, status="RUNNING")
             return training_run
         trained = {TRAINING_RUN: training_run} if training_run else {}
-        return _create(client, found, settings, dict(tags or {}) | trained)
+        return _create(client, opened, settings, dict(tags or {}) | trained)
 
     return _open(settings, store, find)
 
 
 class Tracker:
-    """A run that is written in the background. Without a client all methods do nothing.
+    """A run that a background thread writes. Without a client all methods do nothing.
 
-    As a context manager it ends its run as finished, failed or killed.
+    As a context manager it ends the run as finished, failed or killed.
 
     Attributes:
-        run_id: of the open run; None if nothing is tracked.
+        run_id: id of the open run; None if nothing is tracked.
     """
 
     def __init__(self, client: Any = None, run_id: str | None = None) -> None:
@@ -114,9 +113,9 @@ class Tracker:
             self._thread.start()
 
     def params(self, params: Params, sections: Iterable[str] | None = None) -> None:
-        """Log sections of params.yaml under dotted keys; None: all but `evaluate`, which the stage of that name adds.
+        """Log sections of params.yaml under dotted keys; None: all but `evaluate`, which that stage logs.
 
-        Parameters that the run has already stay as they are: MLflow does not change them.
+        Parameters that the run already has are skipped, because MLflow rejects changes.
         """
         chosen = set(sections) if sections is not None else set(Params.model_fields) - {"evaluate"}
         flat = flatten({name: value for name, value in params.model_dump().items() if name in chosen})
@@ -129,16 +128,15 @@ class Tracker:
             for first in range(0, len(new), PARAMS_PER_BATCH):
                 client.log_batch(self.run_id, params=new[first : first + PARAMS_PER_BATCH])
 
-        self._put(log)
+        self._enqueue(log)
 
     def metrics(self, metrics: Mapping[str, float | None], step: int = 0, *, group: str = "train/") -> None:
-        """Log metrics of one step; metrics of several steps are sent together.
+        """Log metrics of one step; metrics of several steps are sent in one batch.
 
         Args:
-            metrics: by name; None values are skipped.
+            metrics: values by name; None is skipped.
             step: counted from 1.
-            group: prefix of each name that has no /. MLflow's page shows a group together, and metrics without one
-                last.
+            group: prefix of names without a /, by which MLflow's page groups charts.
         """
         if self._thread is None:
             return
@@ -149,23 +147,23 @@ class Tracker:
                 if value is not None:
                     self._metrics.append((name if "/" in name else group + name, float(value), now, step))
         if not waiting:
-            self._put(self._flush)
+            self._enqueue(self._flush)
 
     def image(self, image: Image.Image, name: str, step: int = 0) -> None:
-        """Log an image; images of one name form a series over steps."""
+        """Log an image; images with the same name form a series over steps."""
         key = "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
         copy = image.copy()
-        self._put(lambda client: client.log_image(self.run_id, copy, key=key, step=step))
+        self._enqueue(lambda client: client.log_image(self.run_id, copy, key=key, step=step))
 
     def artifact(self, path: Path | str, folder: str | None = None) -> None:
-        """Log a file or a folder, below `folder` of the run's artifacts; nothing if it does not exist."""
+        """Log a file or folder below `folder` of the run's artifacts; a missing path is skipped."""
 
         def log(client: Any) -> None:
             with _timeout(UPLOAD_SECONDS):
                 client.log_artifact(self.run_id, str(path), folder)
 
         if Path(path).exists():
-            self._put(log)
+            self._enqueue(log)
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
@@ -174,16 +172,16 @@ class Tracker:
             for key, value in tags.items():
                 client.set_tag(self.run_id, key, str(value)[:MAX_TAG])
 
-        self._put(log)
+        self._enqueue(log)
 
     def evaluation(self, params: Params, metrics: Mapping[str, float], results: Path, adapter: Path) -> None:
-        """Log the results of `evaluate`, and everything needed to understand and use the adapter.
+        """Log the results of `evaluate`, the adapter, params.yaml and dvc.lock.
 
         Args:
-            params: all sections; parameters that the training logged stay as they are.
-            metrics: flat, by name; see `evaluation_metrics`.
-            results: results/evaluate.
-            adapter: models/adapter; its pickled files are not logged.
+            params: all of params.yaml; parameters that the training logged are skipped.
+            metrics: values by name; see `evaluation_metrics`.
+            results: folder of the results (results/evaluate).
+            adapter: folder of the adapter (models/adapter); its pickled files are not logged.
         """
         self.params(params, Params.model_fields)
         self.metrics(metrics, group="")
@@ -201,10 +199,10 @@ class Tracker:
             incoming.write_text(json.dumps({"run_id": self.run_id}) + "\n", encoding="utf-8")
 
     def finish(self, status: str = "FINISHED") -> None:
-        """Send what is queued and end the run: FINISHED, FAILED or KILLED. Further calls do nothing."""
+        """Process queued tasks and end the run as FINISHED, FAILED or KILLED. Further calls do nothing."""
         if self._thread is None:
             return
-        self._put(lambda client: client.set_terminated(self.run_id, status))
+        self._enqueue(lambda client: client.set_terminated(self.run_id, status))
         self._closing.set()
         self._tasks.put(None)
         self._thread.join(LAST_SECONDS)
@@ -219,7 +217,7 @@ class Tracker:
         killed = kind is not None and issubclass(kind, KeyboardInterrupt)
         self.finish("KILLED" if killed else "FAILED" if kind else "FINISHED")
 
-    def _put(self, task: Callable[[Any], None]) -> None:
+    def _enqueue(self, task: Callable[[Any], None]) -> None:
         if self._thread is not None:
             self._tasks.put(task)
 
@@ -246,7 +244,7 @@ class Tracker:
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested values under dotted keys: {"train": {"max_steps": 250}} -> {"train.max_steps": "250"}."""
-    flat = {}
+    flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{name}.")
@@ -263,7 +261,7 @@ def evaluation_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
         `..._delta_high`; with several concepts also those of each, with `.<concept>` at the end.
     """
     concepts = metrics["concepts"] if len(metrics["concepts"]) > 1 else {}
-    flat = {}
+    flat: dict[str, float] = {}
     for suffix, group in {"": metrics, **{f".{name}": own for name, own in concepts.items()}}.items():
         for name, values in group.items():
             if isinstance(values, Mapping) and "adapter" in values:
@@ -274,11 +272,11 @@ def evaluation_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Store:
-    """Where runs are written.
+    """Location of the runs.
 
     Attributes:
-        uri: its MLflow address.
-        artifacts: folder of the local store's artifacts; None: the server decides.
+        uri: MLflow tracking URI.
+        artifacts: folder for artifacts of a local store; None for a server.
     """
 
     uri: str
@@ -293,7 +291,7 @@ class _Store:
 
 
 def _open(settings: Tracking, folder: Path | str | None, find: Callable[[Any, _Store], str]) -> Tracker:
-    """A tracker of the run whose id `find` returns, given a client and the store."""
+    """Open a tracker of the run whose id `find` returns for a client and a store."""
     if not settings.enabled:
         return Tracker()
     for name, value in SETTINGS.items():
@@ -323,7 +321,7 @@ def _create(client: Any, store: _Store, settings: Tracking, tags: Mapping[str, s
 
 
 def _find(client: Any, run_id: str) -> Any:
-    """The run; None if the store does not have it or it was deleted."""
+    """The run, or None if the store does not have it or it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -344,7 +342,7 @@ def _read_run_id(path: Path) -> str | None:
 
 @contextmanager
 def _timeout(seconds: int) -> Iterator[None]:
-    """Raise MLflow's request timeout; it reads the environment at each request."""
+    """Raise MLflow's request timeout, which it reads from the environment at each request."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ[name]
     os.environ[name] = str(max(seconds, int(before)))
@@ -355,9 +353,9 @@ def _timeout(seconds: int) -> Iterator[None]:
 
 
 def _warn(store: str, problem: BaseException | str, consequence: str) -> None:
-    """Print one line: the store without credentials, the root cause, and the consequence."""
-    while isinstance(problem, BaseException) and (problem.__cause__ or problem.__context__):
-        problem = problem.__cause__ or problem.__context__
+    """Print one line with the store's address without credentials, the root cause and the consequence."""
+    while isinstance(problem, BaseException) and (cause := problem.__cause__ or problem.__context__):
+        problem = cause
     reason = " ".join(str(problem).split())[:160] or type(problem).__name__
     line = re.sub(r"//[^/@\s]+@", "//", f"warning: MLflow at {store}: {reason}; {consequence}")
     tqdm.write(line, file=sys.stderr)  # keeps a progress bar whole

@@ -12,8 +12,8 @@ ADAPTER, TRAINING, RESULTS = Path("models/adapter"), Path("results/train"), Path
 
 
 def main() -> None:
-    """Grade the adapter of the last training."""
-    params = config.load()  # before imports that take seconds, so that a mistake in params.yaml is reported at once
+    """Evaluate the adapter of the last training."""
+    params = config.load()  # before slow imports, so that errors in params.yaml appear at once
 
     from customdiff import provenance, tracking
     from customdiff.adapters.config import read_config

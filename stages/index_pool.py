@@ -8,7 +8,7 @@ FOLDER = "data/index"
 
 
 def main() -> None:
-    """Index the pool, if class images come from it."""
+    """Build the index if class images come from the pool."""
     params = config.load()
     retrieve = params.retrieve
     if not params.train.preserves_prior:

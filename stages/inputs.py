@@ -1,4 +1,4 @@
-"""inputs: check params.yaml, and write the inputs of every stage for DVC to compare."""
+"""inputs: check params.yaml, and write the inputs of every stage to data/inputs for DVC."""
 
 from customdiff import config, stage_inputs
 from customdiff.errors import one_line_errors

@@ -10,7 +10,7 @@ from customdiff.files import atomic_directory
 
 def main(name: str) -> None:
     """Prepare one concept's instance images, and its class images if they are used."""
-    params = config.load()  # before imports that take seconds, so that a mistake in params.yaml is reported at once
+    params = config.load()  # before slow imports, so that errors in params.yaml appear at once
     concept = config.concept(params, name)
 
     import torch
@@ -24,7 +24,9 @@ def main(name: str) -> None:
     vae = base.load_part(params.base, "vae", AutoencoderKL, device=device).to(memory_format=torch.channels_last)
     instances = prepare.instance_examples(Path("data/instances", name), concept, settings, device)
     with atomic_directory(Path("data/prepared", name)) as out:
-        sets = {"instance": prepare.prepare_instances(instances, settings, vae, prepare.seed_of(seed, name, "instance"))}
+        sets = {
+            "instance": prepare.prepare_instances(instances, settings, vae, prepare.seed_of(seed, name, "instance"))
+        }
         if params.train.preserves_prior:
             classes = prepare.class_examples(Path("data/classes", name), concept, settings)
             sets["class"] = prepare.prepare_classes(classes, settings, vae, prepare.seed_of(seed, name, "class"))

@@ -1,4 +1,4 @@
-"""train: learn all concepts jointly; in this process, or in several started by `accelerate launch`."""
+"""train: train all concepts jointly, in this process or in several started by `accelerate launch`."""
 
 import os
 from pathlib import Path

@@ -25,7 +25,7 @@ def test_a_folder_is_replaced_only_at_the_end(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["c"]
 
 
-def test_a_killed_process_leaves_what_was_there(tmp_path):
+def test_a_killed_process_leaves_the_old_folder(tmp_path):
     folder = tmp_path / "out"
     with files.atomic_directory(folder) as incoming:
         (incoming / "a").write_text("first")
@@ -52,7 +52,7 @@ def test_a_file_is_replaced_only_at_the_end(tmp_path):
     assert files.sha256(path) == hashlib.sha256(b"first").hexdigest()
 
 
-def test_a_users_mistake_is_one_line_and_ours_is_a_traceback(capsys):
+def test_user_errors_are_one_line_and_others_have_a_traceback(capsys):
     with pytest.raises(SystemExit) as ended, one_line_errors():
         raise UserError("train.max_steps: must be above 0")
     assert ended.value.code == 1
@@ -61,7 +61,7 @@ def test_a_users_mistake_is_one_line_and_ours_is_a_traceback(capsys):
         raise ZeroDivisionError
 
 
-def test_somebodys_folder_is_never_taken_for_results(tmp_path):
+def test_existing_folders_are_not_replaced(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     files.check_free(own)

@@ -43,7 +43,7 @@ def test_exif_rotation_puts_the_stored_corner_where_the_standard_says(orientatio
     assert not opened.getexif()
 
 
-def test_transparency_is_laid_on_white_in_every_mode():
+def test_transparency_is_composited_on_white_in_every_mode():
     half = open_rgb(encoded(Image.new("RGBA", (2, 2), (200, 0, 0, 128)), "PNG"))
     assert np.abs(np.asarray(half)[0, 0].astype(int) - [227, 127, 127]).max() <= 1  # 128/255 red over white
     assert open_rgb(encoded(Image.new("LA", (2, 2), (0, 0)), "PNG")).getpixel((0, 0)) == (255, 255, 255)
@@ -72,13 +72,13 @@ def test_cmyk_becomes_the_color_that_its_inks_print():
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
-def test_of_an_animation_the_first_frame_is_taken(form):
+def test_the_first_frame_of_an_animation_is_used(form):
     frames = [Image.new("RGB", (16, 16), color) for color in ((250, 0, 0), (0, 0, 250))]
     data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
     assert np.abs(np.subtract(open_rgb(data).getpixel((8, 8)), (250, 0, 0))).max() < 20
 
 
-def test_a_bomb_is_refused_from_its_header():
+def test_a_decompression_bomb_is_rejected_by_its_header():
     with pytest.raises(ImageError, match=r"holiday\.png: too large: 9000 x 8000 px, above 64 megapixels"):
         open_rgb(png_header(9000, 8000), 64, name="holiday.png")
     with pytest.raises(ImageError, match="too large"):  # beyond the limit that Pillow itself has
@@ -109,7 +109,7 @@ def test_a_truncated_file_is_refused_in_every_format(form):
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "image"),
     ],
 )
-def test_what_is_not_an_allowed_image_is_refused_with_the_reason(data, reason, tmp_path):
+def test_other_files_are_rejected_with_a_reason(data, reason, tmp_path):
     path = tmp_path / "cat.png"
     path.write_bytes(data)
     with pytest.raises(ImageError) as caught:
@@ -119,12 +119,12 @@ def test_what_is_not_an_allowed_image_is_refused_with_the_reason(data, reason, t
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_a_clear_refusal(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(ImageError, match=r"gone\.png: cannot be read \(No such file"):
         open_rgb(tmp_path / "gone.png")
 
 
-def test_broken_exif_does_not_cost_a_good_image():
+def test_invalid_exif_is_ignored():
     data = encoded(Image.new("RGB", (16, 16), (9, 8, 7)), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert open_rgb(data).size == (16, 16)
 

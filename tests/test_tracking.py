@@ -51,7 +51,7 @@ def read(store):
     return MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
 
 
-def test_what_is_logged_is_read_back(store, read, tmp_path):
+def test_logged_values_can_be_read(store, read, tmp_path):
     file = tmp_path / "report.html"
     file.write_text("<p>hello</p>")
     folder = tmp_path / "adapter"
@@ -101,7 +101,7 @@ def test_evaluation_adds_to_the_training_run_once_and_then_opens_its_own(store, 
     assert read.get_run(second.run_id).data.tags[tracking.TRAINING_RUN] == training.run_id
 
 
-def test_an_evaluation_is_logged_with_all_that_belongs_to_it(store, read, monkeypatch, tmp_path):
+def test_an_evaluation_logs_results_and_adapter(store, read, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("params.yaml", "dvc.lock", "results/report.html", "results/contact_sheet.jpg"):
         Path(name).parent.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ def test_evaluation_without_its_training_run_opens_one(store, tmp_path, text):
         assert tracker.run_id
 
 
-def test_a_resumed_run_goes_on_and_keeps_the_parameters_it_began_with(store, read):
+def test_a_resumed_run_continues_and_keeps_its_parameters(store, read):
     with tracking.start(params().tracking, store=store) as first:
         first.params(params())
         first.metrics({"loss": 2.0}, 1)
@@ -171,14 +171,14 @@ def test_metrics_of_several_concepts_have_their_names():
     assert (both["image_alignment.cat"], both["base_image_alignment.pot"]) == (2, 2)
 
 
-def test_a_run_that_fails_or_is_interrupted_says_so(store, read):
+def test_failed_and_interrupted_runs_have_their_status(store, read):
     for error, status in ((RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")):
         with pytest.raises(error), tracking.start(params().tracking, store=store) as tracker:
             raise error
         assert read.get_run(tracker.run_id).info.status == status
 
 
-def test_long_values_are_cut_and_nothing_of_the_environment_is_logged(store, read, monkeypatch):
+def test_long_values_are_truncated_and_no_environment_is_logged(store, read, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
     long = params(train={"validation": {"prompts": ["a cat " * 2000]}})
     with tracking.start(long.tracking, store=store) as tracker:
@@ -221,7 +221,7 @@ def test_disabled_tracking_does_nothing(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_server_that_is_not_there_costs_one_line(tmp_path, monkeypatch, capsys):
+def test_an_unreachable_server_prints_one_warning(tmp_path, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2@127.0.0.1:{port}")
@@ -232,7 +232,7 @@ def test_a_server_that_is_not_there_costs_one_line(tmp_path, monkeypatch, capsys
     assert error.endswith(" Connection refused; this run is not tracked\n")
 
 
-def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch, capsys):
+def test_an_unresponsive_server_times_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -260,7 +260,7 @@ class Server(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_dies_midway_costs_one_line_and_no_step_waits(tmp_path, monkeypatch, capsys):
+def test_a_server_that_stops_prints_one_warning_and_blocks_no_step(tmp_path, monkeypatch, capsys):
     server = HTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -301,7 +301,7 @@ def test_importing_the_module_does_not_import_mlflow():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 
-def test_without_mlflow_there_is_one_line(monkeypatch, tmp_path, capsys):
+def test_missing_mlflow_prints_one_warning(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     use(tracking.start(params().tracking, store=tmp_path), tmp_path)
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,1 +1,1 @@
-"""Adapters: what a training learned, merging, compression, and the formats of other programs."""
+"""Adapters: reading and writing, injection, merging, compression, and the formats of other programs."""

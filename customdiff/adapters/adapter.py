@@ -1,13 +1,13 @@
-"""What a training learned: save it, read it, inject it into a pipeline, verify it.
+"""Adapters: save, read, inject into a pipeline, and verify.
 
-On disk an adapter is a folder that diffusers' own loaders can read:
+An adapter is a folder that diffusers' loaders can read:
 
     pytorch_custom_diffusion_weights.safetensors / .bin   cross-attention weights under diffusers' names
     <new1>.safetensors / .bin                             the embedding of one modifier token
     adapter.json                                          base model, concepts, method, seed, versions
 
-Adapters of the baseline methods have `pytorch_lora_weights.safetensors` instead of the first file, or no weights at
-all; compressed adapters have `compressed_weights.safetensors`, which diffusers cannot read.
+Instead of the first file, adapters of method lora have `pytorch_lora_weights.safetensors`, and compressed adapters
+have `compressed_weights.safetensors`, which diffusers cannot read. Textual inversion has neither.
 """
 
 from dataclasses import dataclass
@@ -27,21 +27,21 @@ from customdiff.models.modifier_tokens import TokenEmbedding
 WEIGHTS = "pytorch_custom_diffusion_weights"
 LORA_WEIGHTS = "pytorch_lora_weights"
 COMPRESSED_WEIGHTS = "compressed_weights"
-# Names by which SDXL textual-inversion files hold the embeddings of both text encoders.
+# Keys of the two text encoders' embeddings in SDXL textual-inversion files.
 SDXL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was learned.
+    """Trained weights and token embeddings of one or more concepts.
 
     Attributes:
-        weights: fp32 tensors under diffusers' names, `down_blocks....attn2.processor.to_k_custom_diffusion.weight`. In
-            a compressed adapter `....to_k_custom_diffusion.up` (out, r) and `.down` (r, in) replace the weight: their
-            product is added to the base model's own weight.
-        embeddings: fp32 embedding (D,) by modifier token and text encoder (`text_encoder`; in SDXL `text_encoder_2`
-            too).
-        config: the contents of adapter.json.
+        weights: fp32 tensors under diffusers' names, `down_blocks....attn2.processor.to_k_custom_diffusion.weight`. A
+            compressed adapter has `....to_k_custom_diffusion.up` (out, r) and `.down` (r, in) instead, whose product
+            is added to the base model's weight.
+        embeddings: fp32 embedding (D,) by modifier token and text encoder (`text_encoder`, in SDXL also
+            `text_encoder_2`).
+        config: contents of adapter.json.
     """
 
     weights: dict[str, Tensor]
@@ -50,7 +50,7 @@ class Adapter:
 
 
 def from_pipeline(pipe: DiffusionPipeline, config: AdapterConfig) -> Adapter:
-    """Copy what a pipeline has learned to the CPU in fp32; the base model's identity is added to `config`."""
+    """Copy the trained weights and embeddings of a pipeline to the CPU in fp32; `config` gets the base's identity."""
     return Adapter(
         weights={name: _plain(weight) for name, weight in methods.trainable(pipe.unet).items()},
         embeddings=modifier_tokens.learned_embeddings(pipe),
@@ -63,30 +63,30 @@ def from_pipeline(pipe: DiffusionPipeline, config: AdapterConfig) -> Adapter:
 
 
 def save(adapter: Adapter, folder: Path | str, *, with_pickle: bool = True) -> None:
-    """Write an adapter into `folder`, in the forms that diffusers reads.
+    """Write an adapter to `folder` in the formats that diffusers reads.
 
     Args:
-        with_pickle: also write `.bin` files, for programs that read nothing else. They are never read here.
+        with_pickle: also write `.bin` files, for programs that read no safetensors. `read` never opens them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     name, missing = weights_name(adapter.config), _self_attention_layers(adapter)
-    # diffusers requires an entry for each self-attention layer. safetensors can hold a zero-length tensor, which
-    # `load_attn_procs` treats as empty; in the .bin it is the empty dict that diffusers itself writes.
+    # diffusers requires an entry for each self-attention layer: in safetensors a zero-length tensor, which
+    # `load_attn_procs` treats as empty; in .bin files the empty dict that diffusers itself writes.
     if adapter.weights:
         save_file(adapter.weights | {layer: torch.zeros(0) for layer in missing}, folder / f"{name}.safetensors")
     if adapter.weights and with_pickle and name == WEIGHTS:
         torch.save(adapter.weights | {layer: {} for layer in missing}, folder / f"{name}.bin")
     for token, embedding in adapter.embeddings.items():
-        named = embedding_tensors(token, embedding)
-        save_file(named, folder / f"{token_file(token)}.safetensors")
+        tensors = embedding_tensors(token, embedding)
+        save_file(tensors, folder / f"{token_file(token)}.safetensors")
         if with_pickle:
-            torch.save(named, folder / f"{token_file(token)}.bin")
+            torch.save(tensors, folder / f"{token_file(token)}.bin")
     (folder / CONFIG_FILE).write_text(adapter.config.to_json(), encoding="utf-8")
 
 
 def embedding_tensors(token: str, embedding: TokenEmbedding) -> dict[str, Tensor]:
-    """One token's embedding under the names of a textual-inversion file: the token, or SDXL's two keys."""
+    """One token's embedding under the keys of a textual-inversion file: the token, or SDXL's two keys."""
     if len(embedding) == 1:
         return {token: embedding["text_encoder"]}
     return {SDXL_KEYS[name]: vector for name, vector in embedding.items()}
@@ -96,7 +96,7 @@ def read(folder: Path | str) -> Adapter:
     """Read an adapter from its safetensors files.
 
     Raises:
-        UserError: a file is missing, damaged, or not part of an adapter.
+        UserError: a file is missing, damaged or incomplete.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -110,32 +110,32 @@ def read(folder: Path | str) -> Adapter:
             config=config,
         )
     except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{folder}: incomplete adapter ({error}); train it again with `dvc repro`") from error
+        raise UserError(f"{folder}: incomplete adapter ({error}); train again with `dvc repro`") from error
 
 
 def size(folder: Path | str) -> int:
-    """Bytes of an adapter's safetensors files, the only ones that are read."""
+    """Size of an adapter's safetensors files in bytes."""
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
 def weights_name(config: AdapterConfig) -> str:
-    """Name, without suffix, of the file that holds an adapter's weights."""
+    """File name, without suffix, of an adapter's weights."""
     if config.method == "lora":
         return LORA_WEIGHTS
     return COMPRESSED_WEIGHTS if config.compressed else WEIGHTS
 
 
 def load(pipe: DiffusionPipeline, folder: Path | str) -> Adapter:
-    """Inject the adapter in `folder` into a pipeline of its base model, and verify that it is in place.
+    """Inject the adapter in `folder` into a pipeline of its base model.
 
-    Diffusers' documented call, `pipe.unet.load_attn_procs(folder)`, returns without an error and changes nothing;
-    here every trained weight is compared with the file after loading.
+    Diffusers' documented call, `pipe.unet.load_attn_procs(folder)`, returns without an error but changes nothing.
+    Here every weight in the pipeline is compared with the file after loading.
 
     Args:
         pipe: a pipeline of the base model, on any device and in any dtype; changed in place.
 
     Raises:
-        UserError: the folder holds no adapter, or the pipeline is of another base model.
+        UserError: the folder contains no adapter, or the pipeline has another base model.
     """
     adapter = read(folder)
     inject(pipe, adapter)
@@ -147,28 +147,28 @@ def inject(pipe: DiffusionPipeline, adapter: Adapter) -> None:
     check_base(pipe, adapter)
     modifier_tokens.add_tokens(pipe, adapter.embeddings)
     methods.inject(pipe.unet, adapter.config)
-    weights, placed = full_weights(adapter, pipe), methods.trainable(pipe.unet)
-    for name, parameter in placed.items():
+    weights, parameters = full_weights(adapter, pipe), methods.trainable(pipe.unet)
+    for name, parameter in parameters.items():
         if name not in weights or weights[name].shape != parameter.shape:
             raise UserError(f"incomplete adapter: {name} is missing, or its shape differs from the base model's")
     with torch.no_grad():
-        for name, parameter in placed.items():
+        for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     verify(pipe, adapter)
 
 
-def is_replaceable(placed: Adapter, learned: Adapter) -> bool:
-    """Whether `replace` can put `learned` where `placed` was injected: same base, method, layers and tokens."""
-    same_shapes = {name: weight.shape for name, weight in placed.weights.items()} == {
-        name: weight.shape for name, weight in learned.weights.items()
+def is_replaceable(injected: Adapter, other: Adapter) -> bool:
+    """Whether `replace` can replace `injected` by `other`: same base, method, layers and tokens."""
+    same_shapes = {name: weight.shape for name, weight in injected.weights.items()} == {
+        name: weight.shape for name, weight in other.weights.items()
     }
-    compressed = placed.config.compressed or learned.config.compressed
+    compressed = injected.config.compressed or other.config.compressed
     return (
         same_shapes
         and not compressed
-        and list(placed.embeddings) == list(learned.embeddings)
-        and placed.config.fingerprint == learned.config.fingerprint
-        and _trained_part(placed) == _trained_part(learned)
+        and list(injected.embeddings) == list(other.embeddings)
+        and injected.config.fingerprint == other.config.fingerprint
+        and _trained_part(injected) == _trained_part(other)
     )
 
 
@@ -176,21 +176,20 @@ def _trained_part(adapter: Adapter) -> tuple:
     return adapter.config.method, adapter.config.freeze_model, adapter.config.lora_rank
 
 
-def replace(pipe: DiffusionPipeline, learned: Adapter) -> None:
-    """Replace the adapter in a pipeline by one for which `is_replaceable` holds; the base model stays loaded."""
-    placed = methods.trainable(pipe.unet)
+def replace(pipe: DiffusionPipeline, other: Adapter) -> None:
+    """Replace the adapter in a pipeline by one for which `is_replaceable` holds, without loading the base again."""
     with torch.no_grad():
-        for name, parameter in placed.items():
-            parameter.copy_(learned.weights[name])
+        for name, parameter in methods.trainable(pipe.unet).items():
+            parameter.copy_(other.weights[name])
         for name, (tokenizer, encoder) in text.text_encoders(pipe).items():
             layer = encoder.get_input_embeddings()
             tokens = tokenizer.convert_ids_to_tokens(layer.ids.tolist())
-            layer.trained.weight.copy_(torch.stack([learned.embeddings[token][name] for token in tokens]))
-    verify(pipe, learned)
+            layer.trained.weight.copy_(torch.stack([other.embeddings[token][name] for token in tokens]))
+    verify(pipe, other)
 
 
 def full_weights(adapter: Adapter, pipe: DiffusionPipeline) -> dict[str, Tensor]:
-    """An adapter's whole weights, fp32 on the CPU; those of a compressed one are expanded onto the base's."""
+    """An adapter's weights, fp32 on the CPU; low-rank changes of a compressed one are added to the base's weights."""
     if not adapter.config.compressed:
         return adapter.weights
     weights = {}
@@ -205,25 +204,25 @@ def full_weights(adapter: Adapter, pipe: DiffusionPipeline) -> dict[str, Tensor]
 
 
 def verify(pipe: DiffusionPipeline, adapter: Adapter) -> None:
-    """Check that the pipeline computes with exactly the adapter's weights and tokens.
+    """Check that the pipeline has exactly the adapter's weights and embeddings.
 
     Raises:
-        UserError: names the first that is missing or different.
+        UserError: a weight or token is missing or differs; the message names the first.
     """
-    placed = methods.trainable(pipe.unet)
+    parameters = methods.trainable(pipe.unet)
     for name, weight in full_weights(adapter, pipe).items():
-        if name not in placed or not torch.equal(_plain(placed[name]), weight):
-            raise UserError(f"the adapter is not in place: {name} is missing from the pipeline, or differs")
+        if name not in parameters or not torch.equal(_plain(parameters[name]), weight):
+            raise UserError(f"adapter not injected: {name} is missing from the pipeline or differs")
     for name, (tokenizer, encoder) in text.text_encoders(pipe).items():
         table = encoder.get_input_embeddings()
         for token, embedding in adapter.embeddings.items():
             ids = tokenizer(token, add_special_tokens=False, return_tensors="pt").input_ids.to(table.weight.device)
             if not torch.equal(_plain(table(ids)[0, 0]), _plain(embedding[name].to(table.weight.dtype))):
-                raise UserError(f"the adapter is not in place: {token} does not have its embedding in {name}")
+                raise UserError(f"adapter not injected: the embedding of {token} in {name} differs")
 
 
 def fingerprint(pipe: DiffusionPipeline) -> list[float]:
-    """Identity of a base model whatever its name: four key weights of each cross-attention layer, in layer order.
+    """Samples that identify a base model by its weights: four key weights of each cross-attention layer, in order.
 
     Half precision changes them by less than the tolerance of `check_base`.
     """
@@ -233,40 +232,40 @@ def fingerprint(pipe: DiffusionPipeline) -> list[float]:
 
 
 def token_file(token: str) -> str:
-    """File name, without suffix, for a modifier token: `<new1>` unchanged, path separators replaced."""
+    """File name, without suffix, of a modifier token's embedding: the token, with path separators replaced by _."""
     return token.replace("/", "_").replace("\\", "_")
 
 
 def check_base(pipe: DiffusionPipeline, adapter: Adapter) -> None:
-    """Refuse an adapter of another base model, and a pipeline that already has an adapter.
+    """Check that a pipeline has the adapter's base model and no adapter.
 
     Raises:
-        UserError: says which.
+        UserError: the pipeline has another base model, or already has an adapter.
     """
     if methods.trainable(pipe.unet):
-        raise UserError("the pipeline has an adapter already; load the base model again")
+        raise UserError("the pipeline already has an adapter; load the base model again")
     expected = torch.tensor(adapter.config.fingerprint)
-    found = torch.tensor(fingerprint(pipe))
-    same_layers = attention.processor_names(pipe.unet) == adapter.config.processors and expected.shape == found.shape
-    if not same_layers or torch.dist(expected, found) > 0.02 * expected.norm():
+    actual = torch.tensor(fingerprint(pipe))
+    same_layers = attention.processor_names(pipe.unet) == adapter.config.processors and expected.shape == actual.shape
+    if not same_layers or torch.dist(expected, actual) > 0.02 * expected.norm():
         raise UserError(
-            f"this adapter was trained on {adapter.config.base.model}, and the pipeline is of another base model"
+            f"the adapter was trained on {adapter.config.base.model}, but the pipeline is of another base model"
         )
 
 
 def _self_attention_layers(adapter: Adapter) -> list[str]:
-    """The attention layers for which a file of Custom Diffusion weights has no tensor."""
+    """Attention layers without weights in a file of Custom Diffusion weights; none for other files."""
     if weights_name(adapter.config) != WEIGHTS:
         return []
-    held = {name.partition(".processor.")[0] + ".processor" for name in adapter.weights}
-    return [name for name in adapter.config.processors if name not in held]
+    trained = {name.partition(".processor.")[0] + ".processor" for name in adapter.weights}
+    return [name for name in adapter.config.processors if name not in trained]
 
 
 def _read_embedding(folder: Path, token: str) -> TokenEmbedding:
-    found = load_file(folder / f"{token_file(token)}.safetensors")
-    if token in found:
-        return {"text_encoder": found[token]}
-    return {name: found[key] for name, key in SDXL_KEYS.items()}
+    tensors = load_file(folder / f"{token_file(token)}.safetensors")
+    if token in tensors:
+        return {"text_encoder": tensors[token]}
+    return {name: tensors[key] for name, key in SDXL_KEYS.items()}
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The typed contents of adapter.json: base model, concepts, what was trained, and how."""
+"""Typed contents of adapter.json: base model, concepts and training settings."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,18 +9,16 @@ from customdiff.config import Base
 from customdiff.errors import UserError
 
 CONFIG_FILE = "adapter.json"
-
-
 _BASE_KEYS = {"model", "revision", "variant"}
 
 
 class _Part(BaseModel):
-    # Keys that a later version added are kept when the file is written again.
+    # Unknown keys, such as those of a later version, are preserved when the file is written again.
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
 
 class BaseModelReference(_Part):
-    """Where the base model is: a folder or a Hub repository, with its revision and variant."""
+    """Folder or Hub repository of the base model, with revision and variant."""
 
     model: str
     revision: str | None = None
@@ -31,10 +29,10 @@ class LearnedConcept(_Part):
     """One concept of an adapter.
 
     Attributes:
-        modifier_token: the token that means the concept, such as `<new1>`.
-        class_prompt: the class it belongs to; empty where an imported file did not say.
+        modifier_token: token of the concept, such as `<new1>`.
+        class_prompt: class of the concept; empty if an imported file does not name it.
         instance_prompt: caption template with {} for the token.
-        initializer: words whose mean embedding the token started from; None for imported adapters.
+        initializer: words whose mean embedding initialized the token; None for imported adapters.
     """
 
     modifier_token: str = Field(min_length=1)
@@ -49,7 +47,7 @@ class LearnedConcept(_Part):
 
 
 class Compression(_Part):
-    """Low-rank storage of the weights: rank of each stored weight, and the dtype of the factors."""
+    """Low-rank storage of weights: rank of each weight and dtype of the factors."""
 
     ranks: list[int]
     dtype: str = "float32"
@@ -60,15 +58,15 @@ class AdapterConfig(_Part):
 
     Attributes:
         base: the base model that the adapter was trained on.
-        concepts: by name.
-        method, freeze_model, lora_rank: what was trained, as in section `train` of params.yaml. Adapters written
-            before there were several methods have no `method`: they are of Custom Diffusion.
-        family: `Stable Diffusion 1.x`, `2.x` or `XL`; None in adapters written before the key existed.
+        concepts: learned concepts by name.
+        method, freeze_model, lora_rank: trained weights, as in section `train` of params.yaml. Old adapters have no
+            `method`, which means custom_diffusion.
+        family: `Stable Diffusion 1.x`, `2.x` or `XL`; None in old adapters.
         processors: names of all attention processors of the UNet, in its order.
-        fingerprint: samples of the base model's own weights; see `adapter.fingerprint`.
-        compressed: set where the weights are stored as low-rank factors.
-        imported: format, file and SHA-256 of the file that an imported adapter came from.
-        merged_from: tokens, steps and seed of each adapter that a merged one was made of.
+        fingerprint: samples of the base model's weights; see `adapter.fingerprint`.
+        compressed: set if weights are stored as low-rank factors.
+        imported: format, name and SHA-256 of the file of an imported adapter.
+        merged_from: tokens, steps and seed of each source of a merged adapter.
     """
 
     base: BaseModelReference
@@ -93,7 +91,7 @@ class AdapterConfig(_Part):
         return [concept.modifier_token for concept in self.concepts.values()]
 
     def base_model(self, override: str | None = None) -> Base:
-        """The base model to load: the one that the adapter names, or the folder or Hub repository `override`."""
+        """The base model to load: the folder or Hub repository `override`, or by default the one the adapter names."""
         return Base(model=override) if override else Base.model_validate(self.base.model_dump(include=_BASE_KEYS))
 
     def with_changes(self, **changes: object) -> "AdapterConfig":
@@ -101,23 +99,23 @@ class AdapterConfig(_Part):
         return AdapterConfig.model_validate(self.model_dump(exclude_unset=True) | changes)
 
     def to_json(self) -> str:
-        """The text of adapter.json; only fields that were set are written."""
+        """The text of adapter.json, with only the fields that were set."""
         return self.model_dump_json(indent=2, exclude_unset=True) + "\n"
 
 
 def read_config(folder: Path | str) -> AdapterConfig:
-    """Read adapter.json of an adapter's folder.
+    """Read adapter.json in an adapter's folder.
 
     Raises:
-        UserError: there is no such file, or it is damaged; names the key.
+        UserError: the file is missing, or a key of it is invalid.
     """
     path = Path(folder) / CONFIG_FILE
     try:
         return AdapterConfig.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: no adapter found; `dvc repro` trains one into models/adapter") from error
+        raise UserError(f"{path}: no adapter found; give the folder of one, such as models/adapter") from error
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         reason = f"{key}: {problem['msg']}" if key else problem["msg"]
-        raise UserError(f"{path}: damaged ({reason}); train it again with `dvc repro`") from error
+        raise UserError(f"{path}: invalid ({reason}); train again with `dvc repro`") from error

@@ -1,6 +1,6 @@
-"""The command line, `customdiff <command>`: one module for each family of commands.
+"""Command line `customdiff <command>`, one module per family of commands.
 
-Light to import: torch and diffusers are loaded by the commands that draw.
+Commands import torch and diffusers when they run, so that help and errors appear at once.
 """
 
 import typer
@@ -14,24 +14,28 @@ commands = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="""Custom Diffusion: teach a text-to-image model a subject from a few pictures.
+    help="""Custom Diffusion: teach a text-to-image model a subject from a few photos.
 
-    The pipeline itself is DVC's: edit params.yaml, then run `dvc repro`. These commands are for before and after.""",
+    To run the pipeline, edit params.yaml and run `dvc repro`. These commands prepare it and use its results.""",
 )
-commands.command(epilog=sample.EXAMPLES, short_help="Draw images with an adapter.")(sample.sample)
-commands.command(epilog=preset.EXAMPLES, short_help="List, print or install ready params.yaml files.")(preset.preset)
+commands.command(epilog=sample.EXAMPLES, short_help="Generate images with an adapter.")(sample.sample)
+commands.command(epilog=preset.EXAMPLES, short_help="List, print or install presets of params.yaml.")(preset.preset)
 commands.command(short_help="Check params.yaml.")(preset.check)
-commands.command(epilog=sweep.EXAMPLES, short_help="Grade a training at several of its steps.")(sweep.sweep)
+commands.command(epilog=sweep.EXAMPLES, short_help="Evaluate several checkpoints of a training.")(sweep.sweep)
 commands.command(short_help="List the checkpoints of all trainings.")(sweep.checkpoints)
-commands.command(epilog=compare.EXAMPLES, short_help="Grade methods or adapters side by side.")(compare.compare)
-commands.command(epilog=formats.EXPORT_EXAMPLES, short_help="Write an adapter for another program.")(formats.export)
-commands.command("import", epilog=formats.IMPORT_EXAMPLES, short_help="Read another program's.")(formats.import_)
+commands.command(epilog=compare.EXAMPLES, short_help="Compare methods or adapters.")(compare.compare)
+commands.command(epilog=formats.EXPORT_EXAMPLES, short_help="Export an adapter to another program's format.")(
+    formats.export
+)
+commands.command("import", epilog=formats.IMPORT_EXAMPLES, short_help="Import an adapter of another program.")(
+    formats.import_
+)
 commands.command(epilog=hub.EXAMPLES, short_help="Publish an adapter on the Hugging Face Hub.")(hub.push)
-commands.command(epilog=adapters.MERGE_EXAMPLES, short_help="Make one adapter of several.")(adapters.merge)
-commands.command(epilog=adapters.COMPRESS_EXAMPLES, short_help="Make an adapter small.")(adapters.compress)
+commands.command(epilog=adapters.MERGE_EXAMPLES, short_help="Merge several adapters into one.")(adapters.merge)
+commands.command(epilog=adapters.COMPRESS_EXAMPLES, short_help="Compress an adapter.")(adapters.compress)
 
 
 def app() -> None:
-    """Run the command line. A mistake of the user's ends in one line on stderr and exit status 1."""
+    """Run the command line; a `UserError` prints one line on stderr and exits with status 1."""
     with one_line_errors():
         commands()

@@ -1,4 +1,4 @@
-"""`customdiff export` and `customdiff import`: adapters for other programs, and from them."""
+"""`customdiff export` and `customdiff import`: conversion of adapters to and from other programs' formats."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ from customdiff.errors import UserError
 EXPORT_EXAMPLES = f"""Formats:
 
 \b
-{formats.listed("export")}
+{formats.format_list("export")}
 
 Examples:
 
@@ -24,7 +24,7 @@ Examples:
 IMPORT_EXAMPLES = f"""Formats:
 
 \b
-{formats.listed("import")}
+{formats.format_list("import")}
 
 Examples:
 
@@ -34,43 +34,44 @@ Examples:
   customdiff import trained --format diffusers --base CompVis/stable-diffusion-v1-4 \\
     --token '<new1>' --class-prompt cat --token '<new2>' --class-prompt 'wooden pot'
 
-Quote the tokens: a shell takes < and > for redirections.
+Quote tokens, because shells interpret < and > as redirections.
 """
 
 
 def export(
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
-    format: Annotated[str, typer.Option(metavar="FORMAT", help="One of those below.")],
-    adapter: Annotated[Path, typer.Option(help="Folder of what was learned.")] = Path("models/adapter"),
+    out: Annotated[Path, typer.Option(help="New folder for the exported files.")],
+    format: Annotated[str, typer.Option(metavar="FORMAT", help="Name of the format; see below.")],
+    adapter: Annotated[Path, typer.Option(help="Folder of the adapter.")] = Path("models/adapter"),
     base: Annotated[
-        str | None, typer.Option(help="Base model, folder or Hub name; by default the one it was learned on.")
+        str | None, typer.Option(help="Folder or Hub name of the base model (default: that of the adapter).")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="lora and kohya: of each layer's change; by default all of it.")
+        int | None,
+        typer.Option(min=1, help="Maximum rank of each layer's change, for lora and kohya (default: no limit)."),
     ] = None,
 ) -> None:
-    """Write an adapter in the form that another program reads, load it again and compare."""
+    """Export an adapter to another program's format, and check that the files reproduce it."""
     written = formats.export_adapter(format, adapter, out, base=base, rank=rank)
     typer.echo(f"{out}: {written.instructions}")
     if rank is not None:
-        typer.echo(f"rank {rank} leaves out {100 * written.error:.1f} % of the change, by its norm")
+        typer.echo(f"relative error of the change at rank {rank}: {100 * written.error:.1f} %")
 
 
 def import_(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The other program's file or folder.")],
-    format: Annotated[str, typer.Option(metavar="FORMAT", help="One of those below.")],
-    base: Annotated[str, typer.Option(help="Base model that it was learned on, folder or Hub name.")],
-    token: Annotated[list[str], typer.Option(help="A modifier token in it; give this again for each.")],
-    class_prompt: Annotated[list[str], typer.Option(help="What the token is one of; again for each token.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="File or folder to import.")],
+    format: Annotated[str, typer.Option(metavar="FORMAT", help="Name of the format; see below.")],
+    base: Annotated[str, typer.Option(help="Folder or Hub name of the base model.")],
+    token: Annotated[list[str], typer.Option(help="Modifier token; repeat for each token.")],
+    class_prompt: Annotated[list[str], typer.Option(help="Class of the token's subject; repeat for each token.")],
     instance_prompt: Annotated[
-        list[str] | None, typer.Option(help="A caption with {} for the token; by default 'photo of a {} CLASS'.")
+        list[str] | None, typer.Option(help="Caption with {} for the token (default: 'photo of a {} CLASS').")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to make.")] = Path("models/imported"),
+    out: Annotated[Path, typer.Option(help="New folder for the adapter.")] = Path("models/imported"),
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin and .ckpt; tensors in them, and nothing else.")
+        bool, typer.Option("--allow-pickle", help="Read pickled files (.bin, .ckpt), restricted to tensors.")
     ] = False,
 ) -> None:
-    """Make an adapter of what another program wrote, once it is seen to fit its base model."""
+    """Import an adapter of another program, after checking that it fits its base model."""
     prompts = instance_prompt or [f"photo of a {{}} {name}" for name in class_prompt]
     if not len(token) == len(class_prompt) == len(prompts):
         raise UserError(
@@ -78,10 +79,10 @@ def import_(
         )
     for prompt in prompts:
         if prompt.count("{}") != 1:
-            raise UserError(f"--instance-prompt: {prompt!r} must hold {{}} once, where the token goes")
-    concepts = [formats.ImportedConcept(*each) for each in zip(token, class_prompt, prompts, strict=True)]
-    found = formats.import_adapter(format, path, out, base=base, concepts=concepts, allow_pickle=allow_pickle)
+            raise UserError(f"--instance-prompt: {prompt!r} must contain {{}} once, where the token goes")
+    concepts = [formats.ImportedConcept(*values) for values in zip(token, class_prompt, prompts, strict=True)]
+    imported = formats.import_adapter(format, path, out, base=base, concepts=concepts, allow_pickle=allow_pickle)
     typer.echo(
-        f"{out}: an adapter of {base}, {len(found.weights)} weights and {', '.join(found.embeddings)}; to draw with it:"
+        f"{out}: adapter of {base} with {len(imported.weights)} weights and {', '.join(imported.embeddings)}; use it by"
     )
-    typer.echo(f'  customdiff sample "{prompts[0].format(token[0])}" --adapter {out}')
+    typer.echo(f'  customdiff sample "{prompts[0].replace("{}", token[0])}" --adapter {out}')

@@ -1,4 +1,4 @@
-"""`customdiff preset` and `customdiff check`: params.yaml files, ready ones and the user's own."""
+"""`customdiff preset` and `customdiff check`: install and validate params.yaml files."""
 
 import re
 import shutil
@@ -19,32 +19,32 @@ PRESETS = Path(__file__).resolve().parent.parent / "presets"
 EXAMPLES = """Examples:
 
 \b
-  customdiff preset                       list them
-  customdiff preset sd14-cat              print one
-  customdiff preset sd14-cat --install    make it params.yaml; then `dvc repro`
+  customdiff preset                       list presets
+  customdiff preset sd14-cat              print a preset
+  customdiff preset sd14-cat --install    write it to params.yaml; then run `dvc repro`
 """
 
 
 def preset(
-    name: Annotated[str | None, typer.Argument(help="Which one; none: list them.")] = None,
-    install: Annotated[bool, typer.Option("--install", help="Write it to params.yaml in this folder.")] = False,
+    name: Annotated[str | None, typer.Argument(help="Name of a preset; omit it to list all.")] = None,
+    install: Annotated[bool, typer.Option("--install", help="Write the preset to params.yaml.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Even where params.yaml has been edited; kept as .bak.")
+        bool, typer.Option("--force", help="Replace an edited params.yaml, which is kept as .bak.")
     ] = False,
 ) -> None:
-    """List, print or install ready params.yaml files."""
+    """List, print or install presets of params.yaml."""
     known = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
     if not known:
-        raise UserError(
-            f"{PRESETS}: holds no presets; run in a checkout of the project, installed with `pip install -e`"
-        )
+        raise UserError(f"{PRESETS}: contains no presets; install customdiff again")
     if name is None:
         width = max(map(len, known)) + 2
-        for each, path in known.items():
-            typer.echo(textwrap.fill(f"{each:<{width}}{_first_sentence(path)}", 100, subsequent_indent=" " * width))
+        for preset_name, path in known.items():
+            typer.echo(
+                textwrap.fill(f"{preset_name:<{width}}{_first_sentence(path)}", 100, subsequent_indent=" " * width)
+            )
         return
     if name not in known:
-        raise UserError(f"preset: there is no {name}; use one of {', '.join(known)}")
+        raise UserError(f"NAME: unknown preset {name}; use one of {', '.join(known)}")
     if install:
         typer.echo(install_preset(known[name], Path("params.yaml"), known.values(), force=force))
     else:
@@ -52,46 +52,46 @@ def preset(
 
 
 def check(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="The file to check.")] = Path("params.yaml"),
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File to check.")] = Path("params.yaml"),
 ) -> None:
-    """Check params.yaml: every unknown key, wrong type and value out of range, before any work starts."""
+    """Check params.yaml for unknown keys, wrong types and values out of range."""
     params = config.load(path)
     concepts = ", ".join(f"{name} ({concept.modifier_token})" for name, concept in params.concepts.items())
-    typer.echo(f"{path}: good. Learns {concepts} on {params.base.model} in {params.train.max_steps} steps.")
+    typer.echo(f"{path}: valid; trains {concepts} on {params.base.model} for {params.train.max_steps} steps")
 
 
 def install_preset(source: Path, target: Path, presets: Iterable[Path], *, force: bool = False) -> str:
-    """Write a preset to `target`, and say in a line what was done. Nothing is lost: an old file is kept beside it.
+    """Write a preset to `target`, keep a different old file as a backup, and return a message.
 
     Raises:
-        UserError: `target` is no preset as it came, so somebody's work, and `force` is not given.
+        UserError: `target` differs from all presets, so a user has edited it, and `force` is False.
     """
     config.load(source)
     new = source.read_bytes()
     if not target.exists():
         kept = ""
     elif target.read_bytes() == new:
-        return f"{target} is {source.stem} already"
+        return f"{target} is already preset {source.stem}"
     elif not force and target.read_bytes() not in [path.read_bytes() for path in presets]:
-        raise UserError(f"{target}: has been edited; --force replaces it and keeps it as {_free_backup(target)}")
+        raise UserError(f"{target}: edited by you; --force replaces it and keeps a copy in {_free_backup(target)}")
     else:
         backup = _free_backup(target)
         shutil.copy2(target, backup)
-        kept = f"; the old one is kept as {backup}"
+        kept = f"; the old file is kept as {backup}"
     with atomic_file(target) as incoming:
         incoming.write_bytes(new)
-    return f"{target} is {source.stem} now{kept}"
+    return f"{target} is now preset {source.stem}{kept}"
 
 
 def _free_backup(target: Path) -> Path:
-    """`params.yaml.bak`, or `.bak2`, `.bak3` where that is taken."""
+    """`params.yaml.bak`, or `.bak2`, `.bak3` and so on if it exists."""
     first = target.with_name(f"{target.name}.bak")
-    taken = (first.with_name(f"{first.name}{number}") for number in range(2, 1000))
-    return first if not first.exists() else next(path for path in taken if not path.exists())
+    numbered = (first.with_name(f"{first.name}{number}") for number in range(2, 1000))
+    return first if not first.exists() else next(path for path in numbered if not path.exists())
 
 
 def _first_sentence(path: Path) -> str:
-    """Of the comment that a preset begins with."""
+    """First sentence of the comment at the top of a preset."""
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
     return re.split(r"(?<=\.)\s", comment)[0]

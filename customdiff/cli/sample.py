@@ -1,4 +1,4 @@
-"""`customdiff sample`: draw images with an adapter."""
+"""`customdiff sample`: generate images with an adapter."""
 
 import re
 from enum import StrEnum
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Scheduler(StrEnum):
-    """What --scheduler takes."""
+    """Values of --scheduler."""
 
     ddim = "ddim"
     ddpm = "ddpm"
@@ -26,7 +26,7 @@ class Scheduler(StrEnum):
 
 
 class Precision(StrEnum):
-    """What --precision takes."""
+    """Values of --precision."""
 
     fp32 = "fp32"
     fp16 = "fp16"
@@ -40,66 +40,57 @@ EXAMPLES = """Examples:
   customdiff sample "<new1> cat on the grass" "<new1> cat in the snow" --num-images 4
   customdiff sample "a <new1> cat" --scheduler dpmsolver++ --steps 25 --out drafts
   customdiff sample "a <new1> cat" --adapter anna/grey-cat@v2
-  customdiff sample "a <new1> cat" --checkpoint 150    as it was after 150 steps; `customdiff checkpoints` lists them
+  customdiff sample "a <new1> cat" --checkpoint 150    after 150 steps; `customdiff checkpoints` lists checkpoints
 
-Quote the prompts: a shell takes < and > for redirections.
+Quote prompts, because shells interpret < and > as redirections.
 """
 
 
 def sample(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One or more, with tokens written out.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Prompts with modifier tokens written out.")],
     adapter: Annotated[
-        str, typer.Option(help="Folder of what was learned, or owner/name[@revision] on the Hugging Face Hub.")
+        str, typer.Option(help="Folder of an adapter, or owner/name[@revision] on the Hugging Face Hub.")
     ] = "models/adapter",
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="In place of --adapter: a step or `latest` of the last training, or a checkpoint's folder."),
+        typer.Option(help="Instead of --adapter: a step or `latest` of the last training, or a checkpoint's folder."),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Base model, folder or Hub name; by default the one it was learned on.")
+        str | None, typer.Option(help="Folder or Hub name of the base model (default: that of the adapter).")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images and their grid.")] = Path("samples"),
-    num_images: Annotated[int, typer.Option(min=1, help="A prompt.")] = 1,
+    num_images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 100,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="How closely to follow the prompt.")] = 6.0,
-    eta: Annotated[float, typer.Option(min=0, max=1, help="Noise of ddim; others ignore it.")] = 1.0,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Scale of classifier-free guidance.")] = 6.0,
+    eta: Annotated[float, typer.Option(min=0, max=1, help="Noise of ddim; other samplers ignore it.")] = 1.0,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of a prompt's first image; the next has the next.")
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of a prompt's first image; the next one adds 1.")
     ] = 42,
-    scheduler: Annotated[Scheduler, typer.Option(help="base: the model's own.")] = Scheduler.ddim,
-    negative_prompt: Annotated[str | None, typer.Option(help="What the images should not show.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at a time.")] = 4,
-    height: Annotated[int | None, typer.Option(min=8, help="px, a multiple of 8; by default the model's.")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="px, a multiple of 8; by default the model's.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda, cuda:1, ...")] = "auto",
-    precision: Annotated[
-        Precision, typer.Option(help="Of the weights; fp16 halves the memory of a GPU.")
-    ] = Precision.fp32,
+    scheduler: Annotated[Scheduler, typer.Option(help="Sampler; base: the model's own.")] = Scheduler.ddim,
+    negative_prompt: Annotated[str | None, typer.Option(help="Prompt of what the images should not show.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time.")] = 4,
+    height: Annotated[int | None, typer.Option(min=8, help="Height in px, a multiple of 8 (default: model's).")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Width in px, a multiple of 8 (default: model's).")] = None,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, mps, cuda, cuda:1, ...")] = "auto",
+    precision: Annotated[Precision, typer.Option(help="Precision of the weights.")] = Precision.fp32,
 ) -> None:
-    """Draw images with an adapter: PNG files, named by prompt and seed, and a grid of them all."""
-    for name, length in (("--height", height), ("--width", width)):
-        if length is not None and length % 8:
-            raise UserError(f"{name}: must be a multiple of 8 (here: {length}); {length - length % 8} would be")
-    try:
-        config.Base(device=device)
-    except ValidationError as error:
-        raise UserError(f"--device: must be auto, cpu, mps, cuda or such as cuda:1 (here: {device!r})") from error
-
+    """Generate images with an adapter: PNG files, named by prompt and seed, and a grid of all images."""
+    _check_options(height, width, device)
     from customdiff.adapters import adapter as adapters
     from customdiff.models import base as base_model
     from customdiff.models import sampling
     from customdiff.publishing import hub
 
     if checkpoint is not None and adapter != "models/adapter":
-        raise UserError("--checkpoint: stands in place of --adapter; give one of the two")
+        raise UserError("--checkpoint: replaces --adapter; give only one of them")
     folder = hub.resolve(adapter, base_model=base) if checkpoint is None else of_checkpoint(checkpoint)
     adapter_config = adapters.read_config(folder)
     tokens = adapter_config.tokens
     if not any(token in prompt for token in tokens for prompt in prompts):
-        typer.echo(f"note: no prompt names what was learned; its words are {', '.join(tokens)}", err=True)
+        typer.echo(f"note: no prompt contains a modifier token; the adapter has {', '.join(tokens)}", err=True)
     chosen = adapter_config.base_model(base)
-    if chosen.model.startswith("./") and not Path(chosen.model).is_dir():  # as `push` names a base that is a folder
-        raise UserError(f"{adapter}: belongs to a base model in {chosen.model}, which is not here; name it by --base")
+    if chosen.model.startswith("./") and not Path(chosen.model).is_dir():  # `push` writes local bases so
+        raise UserError(f"{adapter}: its base model {chosen.model} does not exist here; name it with --base")
     pipe = base_model.load_pipeline(chosen, dtype=base_model.DTYPES[precision], device=base_model.device(device))
     sampling.set_scheduler(pipe, scheduler)
     adapters.load(pipe, folder)
@@ -115,38 +106,53 @@ def sample(
         width=width,
         negative_prompt=negative_prompt,
     )
+    _write_images(images, prompts, num_images, seed, out)
+    typer.echo(f"{len(images)} images in {out}; grid: {out / 'grid.png'}")
+
+
+def _check_options(height: int | None, width: int | None, device: str) -> None:
+    for name, length in (("--height", height), ("--width", width)):
+        if length is not None and length % 8:
+            raise UserError(f"{name}: must be a multiple of 8 (here: {length}), such as {length - length % 8}")
+    try:
+        config.Base(device=device)
+    except ValidationError as error:
+        raise UserError(f"--device: must be auto, cpu, mps, cuda or cuda:N (here: {device!r})") from error
+
+
+def _write_images(images: "list[Image.Image]", prompts: list[str], num_images: int, seed: int, out: Path) -> None:
+    """Write images, `num_images` per prompt, and their grid to `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    for place, image in enumerate(images):
-        prompt, number = prompts[place // num_images], place % num_images
-        image.save(out / f"{place // num_images + 1}-{slug(prompt)}-seed{(seed + number) % 2**32}.png")
+    for index, image in enumerate(images):
+        prompt, number = prompts[index // num_images], index % num_images
+        image.save(out / f"{index // num_images + 1}-{slug(prompt)}-seed{(seed + number) % 2**32}.png")
     grid(images, num_images).save(out / "grid.png")
-    typer.echo(f"{len(images)} images in {out}, all of them in {out / 'grid.png'}")
 
 
 def of_checkpoint(name: str) -> Path:
-    """The folder of a checkpoint; where the user gave no folder, says whose it is."""
+    """The folder of a checkpoint; prints which one if the user did not name the folder itself."""
     from customdiff.training import checkpoints
 
-    found = checkpoints.find(name)
-    if found != Path(name):
+    folder = checkpoints.find(name)
+    if folder != Path(name):
         runs = len(checkpoints.find_runs())
         which = f", of the last of {runs} runs" if runs > 1 and not Path(name).is_dir() else ""
-        typer.echo(f"drawing with {found}{which}", err=True)
-    return found
+        typer.echo(f"using {folder}{which}", err=True)
+    return folder
 
 
 def slug(prompt: str) -> str:
-    """A file name for a prompt: "<new1> cat, asleep" -> "new1-cat-asleep"."""
+    """File name for a prompt: new1-cat-asleep for "<new1> cat, asleep"."""
     return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "image"
 
 
 def grid(images: "list[Image.Image]", columns: int) -> "Image.Image":
-    """Images of one size in rows of `columns`, on white."""
+    """Grid of equally sized images on white, with `columns` images per row."""
     from PIL import Image
 
     columns = min(columns if columns > 1 else 4, len(images))
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * (width + 4) - 4, -(-len(images) // columns) * (height + 4) - 4), "white")
-    for place, image in enumerate(images):
-        sheet.paste(image, (place % columns * (width + 4), place // columns * (height + 4)))
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * (width + 4), index // columns * (height + 4)))
     return sheet

@@ -1,7 +1,7 @@
 """Schema and defaults of params.yaml, one module per section: every key with its default, unit and range.
 
-`load` checks the whole file before any work starts. Defaults are the values of diffusers' guide to Custom Diffusion,
-which differ from the defaults of its script in a few keys: docs/migrating-from-diffusers.md.
+Defaults are the values of diffusers' guide to Custom Diffusion. A few differ from the defaults of its script; see
+docs/migrating-from-diffusers.md.
 """
 
 from customdiff.config.base import Base

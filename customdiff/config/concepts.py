@@ -20,12 +20,12 @@ class Source(Section):
     def _one_origin(self) -> "Source":
         named = [name for name in ("path", "url", "hub") if getattr(self, name)]
         if len(named) != 1:
-            raise ValueError(f"give exactly one of path, url and hub (here: {', '.join(named) or 'none'})")
+            raise ValueError(f"set exactly one of path, url and hub (here: {', '.join(named) or 'none'})")
         return self
 
 
 class Concept(Section):
-    """One subject to learn. The first four keys are required, because stages depend on each of them separately."""
+    """One subject to learn."""
 
     source: Source
     modifier_token: str = Field(pattern=r"^\S+$", description="New token that means this subject, such as <new1>.")
@@ -41,7 +41,7 @@ class Concept(Section):
     @classmethod
     def _has_placeholder(cls, prompt: str) -> str:
         if prompt.count("{}") != 1:
-            raise ValueError("must contain {} once, the place of the modifier token, as in 'photo of a {} cat'")
+            raise ValueError("must contain {} once, where the modifier token goes, as in 'photo of a {} cat'")
         return prompt
 
     @property

@@ -1,11 +1,13 @@
-"""All of params.yaml: read it, check it, and report what is wrong."""
+"""Loading and validation of params.yaml, with one error line per wrong key."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from customdiff.config.base import Base
 from customdiff.config.concepts import Concept
@@ -40,7 +42,7 @@ class Params(Section):
 
 
 def load(path: Path | str = "params.yaml") -> Params:
-    """Read and check a params file as a whole.
+    """Read and validate a params file.
 
     Raises:
         ParamsError: the file is missing, is not YAML, or has unknown keys or values out of range.
@@ -50,12 +52,12 @@ def load(path: Path | str = "params.yaml") -> Params:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(
-            f"{path}: cannot be read ({error}); run in the project folder, or `customdiff preset`"
+            f"{path}: cannot be read ({error}); run in the project folder, or `customdiff preset NAME --install`"
         ) from error
     except yaml.YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise ParamsError(f"{path}: must hold sections such as base:, concepts: and train:")
+        raise ParamsError(f"{path}: must contain sections such as base:, concepts: and train:")
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
@@ -63,25 +65,25 @@ def load(path: Path | str = "params.yaml") -> Params:
 
 
 def with_num_images(params: Params, num_images: int | None) -> Params:
-    """Parameters that evaluate with so many images a prompt; None leaves them as they are."""
+    """Parameters with another `evaluate.num_images`; None leaves it unchanged."""
     if num_images is None:
         return params
     return params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"num_images": num_images})})
 
 
 def concept(params: Params, name: str) -> Concept:
-    """The concept of that name.
+    """The concept with this name.
 
     Raises:
         ParamsError: there is none.
     """
     if name not in params.concepts:
-        raise ParamsError(f"concepts: there is no {name}; params.yaml has {', '.join(params.concepts)}")
+        raise ParamsError(f"concepts: {name!r} is not in params.yaml, which has {', '.join(params.concepts)}")
     return params.concepts[name]
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, instead of the last one winning in silence."""
+    """YAML loader that rejects duplicate keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -93,30 +95,28 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _explain(problem: dict) -> str:
-    """One line for one pydantic error: the key, what is wrong, what would be right."""
+def _explain(problem: ErrorDetails) -> str:
+    """One line for one pydantic error: the key, what is wrong and what would be right."""
     *parents, key = problem["loc"] or ("",)
-    where = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    path = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     if problem["type"] == "extra_forbidden":
         valid = _keys_at(parents)
         near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
-        return f"{where}: unknown key; " + (f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}")
+        return f"{path}: unknown key; " + (f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}")
     if problem["type"] == "missing":
-        return f"{where}: is required"
+        return f"{path}: is required"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where}: {message[0].lower()}{message[1:]} (here: {problem['input']!r})"
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message[0].lower()}{message[1:]} (here: {problem['input']!r})"
 
 
-def _keys_at(parents: list) -> list[str]:
-    """The keys that are valid inside the section at `parents`."""
-    model = Params
+def _keys_at(parents: Sequence[int | str]) -> list[str]:
+    """Valid keys of the section at the path `parents`."""
+    model: type[Section] = Params
     for part in parents:
         if part in model.model_fields:
-            annotation = model.model_fields[part].annotation
-            model = next(
-                (a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, Section)),
-                annotation,
-            )
+            annotation = model.model_fields[str(part)].annotation
+            candidates = (annotation, *get_args(annotation))
+            model = next((a for a in candidates if isinstance(a, type) and issubclass(a, Section)), model)
     return list(model.model_fields)

@@ -38,7 +38,9 @@ class Retrieve(Section):
 
     backend: Literal["index", "service", "generate", "folder"] = Field("index", description="Source of class images.")
     num_class_images: int = Field(200, ge=1, description="Class images per concept.")
-    minimum: int = Field(50, ge=1, description="Fewer are an error; between the two numbers there is a warning.")
+    minimum: int = Field(
+        50, ge=1, description="Fewer class images are an error; fewer than num_class_images are a warning."
+    )
     duplicate_similarity: Fraction = Field(0.98, description="Cosine from which two images count as duplicates.")
     caption_weight: Fraction = Field(
         0.0, description="Backend index: weight of the caption in the ranking; 0: image only, as in the reference."

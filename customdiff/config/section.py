@@ -1,4 +1,4 @@
-"""What all sections of params.yaml have in common."""
+"""Base class and shared types of the sections of params.yaml."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class ParamsError(UserError):
-    """params.yaml is wrong; the message has one line for each wrong key."""
+    """Invalid params.yaml; the message has one line per wrong key."""
 
 
 class Section(BaseModel):

@@ -22,7 +22,7 @@ class Launch(Section):
 
     num_processes: int = Field(1, ge=1, description="Processes, one per GPU.")
     config_file: str | None = Field(
-        None, description="Accelerate config; null: its default, written without questions."
+        None, description="Accelerate config file; null: Accelerate's default, written automatically."
     )
 
 
@@ -36,7 +36,7 @@ class Train(Section):
         "crossattn_kv",
         description="What trains: keys and values of cross-attention, or all of cross-attention (faces).",
     )
-    lora_rank: int = Field(4, ge=1, description="Method lora: rank of the change of each projection.")
+    lora_rank: int = Field(4, ge=1, description="Rank of the change of each projection for method lora.")
     max_steps: int = Field(250, ge=1, description="Optimizer steps.")
     batch_size: int = Field(2, ge=1, description="Instance images per step and process, and as many class images.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
@@ -61,7 +61,9 @@ class Train(Section):
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
     compile: bool = Field(False, description="torch.compile of the transformer blocks: slow start, faster steps.")
     set_grads_to_none: bool = Field(True, description="Set gradients to None instead of zero, which saves memory.")
-    attention: Literal["sdpa", "xformers"] = Field("sdpa", description="xformers needs the extra of that name.")
+    attention: Literal["sdpa", "xformers"] = Field(
+        "sdpa", description="Attention kernel; xformers needs the extra xformers."
+    )
     checkpointing_steps: int = Field(250, ge=1, description="Steps between checkpoints.")
     checkpoints_total_limit: int | None = Field(None, ge=1, description="Checkpoints to keep; null: all.")
     validation: Validation = Validation()
@@ -69,5 +71,5 @@ class Train(Section):
 
     @property
     def preserves_prior(self) -> bool:
-        """Whether class images are used; textual inversion changes no weights that they could preserve."""
+        """Whether class images are used; textual inversion changes no weights, so it has no prior to preserve."""
         return self.with_prior_preservation and self.method != "textual_inversion"

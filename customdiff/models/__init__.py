@@ -1,1 +1,1 @@
-"""What a base model is made of: text, attention, modifier tokens, methods, CLIP and sampling."""
+"""Base models: loading, text encoding, attention, modifier tokens, training methods, CLIP and sampling."""

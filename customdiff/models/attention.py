@@ -1,10 +1,11 @@
-"""Custom Diffusion's attention: which weights of a UNet train, and how they are put in its place.
+"""Cross-attention of Custom Diffusion: processors with trained weights, and their injection into a UNet.
 
 The paper (section 3.1, figure 3) finds that fine-tuning changes the key and value projections of cross-attention
-most, and trains those alone. They are held here as separate fp32 weights beside the frozen ones, under the names
-of diffusers' `CustomDiffusionAttnProcessor`, so that the file of one loads in the other.
+most, and trains only those. They are separate fp32 weights beside the frozen ones, under the names of diffusers'
+`CustomDiffusionAttnProcessor`, so that files are interchangeable between the two.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,14 +18,15 @@ from customdiff.errors import UserError
 
 FreezeModel = Literal["crossattn_kv", "crossattn"]
 Backend = Literal["sdpa", "xformers"]
+AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]  # query, key, value, mask, scale
 
 
 class CrossAttentionProcessor(CustomDiffusionAttnProcessor2_0):
-    """Cross-attention with trained keys and values, and queries and output too where `train_q_out`.
+    """Cross-attention with trained keys and values, and with `train_q_out` also trained queries and output.
 
-    Differs from diffusers' class in three ways, none of which changes a result in fp32: weights are cast to the dtype
-    of what they multiply (diffusers' mixes dtypes and fails for `train_q_out` in half precision); the first token is
-    detached by slicing rather than by multiplying with masks; and the attention itself may be xformers'.
+    It differs from diffusers' class in three ways, none of which changes a result in fp32: weights are cast to the
+    dtype of their input (diffusers mixes dtypes and fails for `train_q_out` in half precision); the first token is
+    detached by slicing instead of multiplying by masks; and the attention kernel may be that of xformers.
     """
 
     def __init__(self, hidden_size: int, cross_attention_dim: int, train_q_out: bool, out_bias: bool, backend: Backend):
@@ -67,14 +69,15 @@ class CrossAttentionProcessor(CustomDiffusionAttnProcessor2_0):
 def inject_processors(
     unet: UNet2DConditionModel, freeze_model: FreezeModel = "crossattn_kv", backend: Backend = "sdpa"
 ) -> dict[str, nn.Parameter]:
-    """Give every cross-attention layer its own fp32 copy of the weights that train, and freeze the rest of the UNet.
+    """Give every cross-attention layer an fp32 copy of its trained weights, and freeze the rest of the UNet.
 
     Args:
-        unet: any UNet with cross-attention; changed in place, and computes what it did before.
-        freeze_model: `crossattn_kv`, keys and values; `crossattn`, queries and output projections as well.
+        unet: any UNet with cross-attention; changed in place, with the same output as before.
+        freeze_model: `crossattn_kv` trains keys and values; `crossattn` also queries and output projections.
+        backend: attention kernel.
 
     Returns:
-        The trainable parameters by the names they have in `pytorch_custom_diffusion_weights`.
+        The trainable parameters by their names in `pytorch_custom_diffusion_weights`.
     """
     unet.requires_grad_(False)
     modules = dict(unet.named_modules())
@@ -88,7 +91,7 @@ def inject_processors(
 
 
 def trainable(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
-    """The parameters of the Custom Diffusion processors that are in place; empty where there are none."""
+    """Parameters of the injected processors; empty if there are none."""
     return {
         f"{name}.{key}": parameter
         for name, processor in unet.attn_processors.items()
@@ -98,7 +101,7 @@ def trainable(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
 
 
 def originals(unet: UNet2DConditionModel, freeze_model: FreezeModel) -> dict[str, Tensor]:
-    """The base's own weights, not copies, under the names of the weights that `inject_processors` trains instead."""
+    """Weights of the base model that `inject_processors` replaces, not copied, under the names of the trained ones."""
     modules = dict(unet.named_modules())
     return {
         f"{name}.{key}": weight
@@ -109,12 +112,12 @@ def originals(unet: UNet2DConditionModel, freeze_model: FreezeModel) -> dict[str
 
 
 def processor_names(unet: UNet2DConditionModel) -> list[str]:
-    """Names of all attention processors, those of self-attention included, in the UNet's order."""
+    """Names of all attention processors, including those of self-attention, in the UNet's order."""
     return list(unet.attn_processors)
 
 
 def use_backend(unet: UNet2DConditionModel, backend: Backend) -> None:
-    """Have the frozen self-attention computed by the same backend as the trained cross-attention."""
+    """Use `backend` for the frozen self-attention too."""
     if backend == "xformers":
         _xformers_attention()
         unet.enable_xformers_memory_efficient_attention()
@@ -133,7 +136,7 @@ def _processor_from(attn: Attention, train_q_out: bool, backend: Backend) -> Cro
 
 
 def _replaced(attn: Attention, train_q_out: bool) -> dict[str, Tensor]:
-    """The layer's own weights by the names of the processor's that stand in for them."""
+    """The layer's weights by the names of the processor's weights that replace them."""
     weights = {
         "to_k_custom_diffusion.weight": attn.to_k.weight,
         "to_v_custom_diffusion.weight": attn.to_v.weight,
@@ -145,12 +148,15 @@ def _replaced(attn: Attention, train_q_out: bool) -> dict[str, Tensor]:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)` in the dtype of x; gradients reach the layer's own fp32 weights."""
+    """`layer(x)` in the dtype of x; gradients reach the layer's fp32 weights."""
     return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def _without_first_gradient(x: Tensor) -> Tensor:
-    """x (B, L, C), with no gradient through the first token: it is the start token in every caption, and must stay."""
+    """x (B, L, C) without gradients through the first token, which is the start token of every caption.
+
+    The paper's code detaches it too, so that its key and value stay close to those of the base model.
+    """
     return torch.cat([x[:, :1].detach(), x[:, 1:]], dim=1)
 
 
@@ -160,17 +166,17 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-def _xformers_attention():
+def _xformers_attention() -> AttentionKernel:
     """xformers' memory-efficient attention over (B, N, heads, channels).
 
     Raises:
-        UserError: xformers is not installed, or there is no GPU for it.
+        UserError: xformers is not installed, or there is no CUDA GPU.
     """
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
         raise UserError(
-            "train.attention: xformers is not installed; install customdiff[xformers], or use sdpa"
+            "train.attention: xformers is not installed; install customdiff[xformers] or use sdpa"
         ) from error
     if not torch.cuda.is_available():
         raise UserError("train.attention: xformers needs a CUDA GPU; use sdpa")

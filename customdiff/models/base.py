@@ -1,4 +1,4 @@
-"""The base model: its parts, wherever they lie, loaded without pickle and refused in one line where they do not fit."""
+"""Loading of base models from safetensors, from a folder or the Hub, and checks that Custom Diffusion supports them."""
 
 import logging
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -20,7 +20,7 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 
 
 def quiet() -> None:
-    """Keep the model libraries' notices off the screen: a user meets our one line instead."""
+    """Silence log messages and progress bars of the model libraries; our own errors name the cause."""
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -29,34 +29,35 @@ def quiet() -> None:
 
 
 def device(name: str = "auto") -> torch.device:
-    """The device that `base.device` names; `auto` is a GPU where there is one, else the CPU.
+    """The device for a value of `base.device`; `auto` is the GPU if there is one, else the CPU.
 
     Raises:
-        UserError: the named device is not on this machine.
+        UserError: this machine does not have the device.
     """
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
-        return found or torch.device("cpu")
-    wanted = torch.device(name)
-    if wanted.type != "cpu" and (found is None or found.type != wanted.type):
-        raise UserError(f"base.device: {name} is not on this machine; auto or cpu will run")
-    return wanted
+        return accelerator or torch.device("cpu")
+    chosen = torch.device(name)
+    if chosen.type != "cpu" and (accelerator is None or accelerator.type != chosen.type):
+        raise UserError(f"base.device: this machine has no {name}; use auto or cpu")
+    return chosen
 
 
 def load_pipeline(
     base: Base, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **parts: Any
 ) -> DiffusionPipeline:
-    """Load the base model as a diffusers pipeline, in eval mode, on `device`, from safetensors alone.
+    """Load the base model as a diffusers pipeline, in eval mode, from safetensors files only.
 
     Args:
         base: folder or Hub repository, revision and variant.
-        dtype: of all weights.
-        parts: components to put in place of the model's own; `vae=None` leaves the VAE out.
+        dtype: dtype of all weights.
+        device: device of all weights.
+        parts: replacements for components of the model; `vae=None` does not load the VAE.
 
     Raises:
-        UserError: the model cannot be found or read, or is not one that Custom Diffusion can be put into.
+        UserError: the model cannot be found or read, or Custom Diffusion does not support it.
     """
-    # The safety checker judges pictures of the open web; it is a second network of 600 M params and not ours to run.
+    # The safety checker is a separate network of 600 M parameters that no stage uses.
     parts = {"safety_checker": None, "requires_safety_checker": False} | parts
     quiet()
     with _loading(base):
@@ -74,21 +75,24 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     for part in filter(None, (pipe.unet, pipe.components.get("vae"))):
-        _settle(part)
+        _own_memory(part)
     return pipe
 
 
-def _settle(part: torch.nn.Module) -> None:
-    """Give weights memory of their own, convolutions in channels_last: drawing then takes three quarters of the time.
+def _own_memory(part: torch.nn.Module) -> None:
+    """Copy weights out of the mapped file, those of convolutions to channels_last.
 
-    Weights as they were read lie in the file, mapped as a whole; a single one left there keeps all of it in memory.
+    Loaded weights are views of the memory-mapped file; a single remaining view would keep the whole file in memory.
+    With channels_last, image generation takes three quarters of the time.
     """
     for weight in part.parameters():
-        form = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
-        weight.data = weight.data.clone(memory_format=form)
+        memory_format = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+        weight.data = weight.data.clone(memory_format=memory_format)
 
 
-def load_part(base: Base, name: str, kind: type, *, device: torch.device | str = "cpu") -> torch.nn.Module:
+def load_part(
+    base: Base, name: str, model_class: type[ModelMixin], *, device: torch.device | str = "cpu"
+) -> ModelMixin:
     """Load one network of the base model, such as its VAE, frozen, in fp32 and in eval mode.
 
     Raises:
@@ -96,14 +100,14 @@ def load_part(base: Base, name: str, kind: type, *, device: torch.device | str =
     """
     quiet()
     with _loading(base):
-        part = kind.from_pretrained(
+        part = model_class.from_pretrained(
             base.model, subfolder=name, revision=base.revision, variant=base.variant, use_safetensors=True
         )
     return part.to(device, torch.float32).eval().requires_grad_(False)
 
 
 def weight_hashes(base: Base) -> dict[str, str]:
-    """SHA-256 of each weights file of a base model in a folder, by its place there; empty where it is on the Hub."""
+    """SHA-256 of each weights file of a local base model by its path in the folder; empty for models on the Hub."""
     paths = sorted(Path(base.model).glob("*/*.safetensors"))
     return {f"{path.parent.name}/{path.name}": sha256(path) for path in paths}
 
@@ -120,9 +124,9 @@ def _loading(base: Base) -> Iterator[None]:
 
 
 def family(pipe: DiffusionPipeline) -> str:
-    """What the pipeline's parts show it to be, never its name: `Stable Diffusion 1.x`, `2.x` or `XL`.
+    """The model family, detected from the components: `Stable Diffusion 1.x`, `2.x` or `XL`.
 
-    1.x and 2.x differ in nothing that the code asks for; the width of the text states tells them apart for readers.
+    No code depends on the difference between 1.x and 2.x. For display, the width of the text states tells them apart.
     """
     if len(text_encoders(pipe)) == 2:
         return "Stable Diffusion XL"
@@ -130,10 +134,10 @@ def family(pipe: DiffusionPipeline) -> str:
 
 
 def check_family(pipe: DiffusionPipeline) -> None:
-    """Refuse, in one line, a pipeline that is not text to image by a UNet with cross-attention to CLIP text encoders.
+    """Reject pipelines other than text-to-image with a UNet that has cross-attention to a text encoder.
 
     Raises:
-        UserError: the pipeline's parts, not its name, show another family.
+        UserError: the components are those of another kind of model.
     """
     unet = pipe.components.get("unet")
     has_text = unet is not None and pipe.components.get("text_encoder") is not None
@@ -144,6 +148,6 @@ def check_family(pipe: DiffusionPipeline) -> None:
         )
     if unet.config.in_channels != unet.config.out_channels:
         raise UserError(
-            f"base.model: its UNet takes {unet.config.in_channels} channels and gives {unet.config.out_channels}, as "
-            "for inpainting or editing; use the text-to-image model that it was made from"
+            f"base.model: its UNet has {unet.config.in_channels} input and {unet.config.out_channels} output channels, "
+            "as for inpainting or editing; use the text-to-image model that it was derived from"
         )

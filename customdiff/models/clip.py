@@ -1,4 +1,4 @@
-"""A CLIP model as two functions: texts to unit vectors, images to unit vectors of the same space."""
+"""CLIP embeddings: texts and images as unit vectors of one space."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,14 +11,14 @@ from transformers.utils import logging as transformers_logging
 
 from customdiff.errors import UserError
 
-try:  # the processor that works on PIL images: figures then do not depend on torchvision being installed
+try:  # the processor for PIL images, so that results do not depend on whether torchvision is installed
     from transformers import CLIPImageProcessorPil as CLIPImageProcessor
-except ImportError:  # transformers before 5.4 has one class, and it is that one
+except ImportError:  # before transformers 5.4 this is the only class
     from transformers import CLIPImageProcessor
 
 
 class Clip:
-    """A frozen CLIP (Radford et al. 2021) in fp32. Its cosines are dot products: every vector has norm 1."""
+    """A frozen CLIP model (Radford et al. 2021) in fp32. Embeddings have norm 1, so cosines are dot products."""
 
     def __init__(
         self,
@@ -36,15 +36,15 @@ class Clip:
     def load(
         cls, name_or_path: str | Path, device: str | torch.device = "cpu", *, key: str = "evaluate.clip"
     ) -> "Clip":
-        """Load from a folder or a Hub repository; weights from safetensors only, held as fp32.
+        """Load a CLIP model, its tokenizer and its image processor, from safetensors files only, in fp32.
 
         Args:
-            name_or_path: a folder that `CLIPModel.save_pretrained` wrote, with tokenizer and image processor.
-            device: where the model runs.
-            key: the key of params.yaml that names the model, for the message of an error.
+            name_or_path: folder or Hub repository.
+            device: device of the model.
+            key: key of params.yaml that names the model, for error messages.
 
         Raises:
-            UserError: nothing there can be loaded as a whole CLIP.
+            UserError: no complete CLIP model can be loaded.
         """
         name = str(name_or_path)
         transformers_logging.set_verbosity_error()
@@ -58,21 +58,21 @@ class Clip:
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{key}: no CLIP can be loaded from {name!r}; give a folder or a Hub repository that holds "
-                f"a CLIPModel in safetensors, its tokenizer and its image processor ({reason})"
+                f"{key}: {name!r} cannot be loaded; use a folder or Hub repository with a CLIPModel in safetensors, "
+                f"its tokenizer and its image processor ({reason})"
             ) from error
-        if loading["missing_keys"]:  # transformers would fill them at random
+        if loading["missing_keys"]:  # transformers initializes them at random
             raise UserError(
                 f"{key}: {name!r} lacks {len(loading['missing_keys'])} weights of a CLIPModel, such as "
-                f"{sorted(loading['missing_keys'])[0]}; give a whole CLIP, text and vision"
+                f"{sorted(loading['missing_keys'])[0]}; use a complete CLIP model with text and vision encoders"
             )
         return cls(model.to(device), tokenizer, processor)
 
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed texts, cut to the model's length: (N, D) float32, each row of norm 1."""
+        """Embeddings of texts, truncated to the model's length: (N, D) float32, each of norm 1."""
         length = self.model.config.text_config.max_position_embeddings
-        rows = []
+        embeddings = []
         for batch in _batches(texts, self.batch_size):
             tokens = self.tokenizer(
                 list(batch), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
@@ -81,23 +81,23 @@ class Clip:
                 input_ids=tokens.input_ids.to(self.model.device),
                 attention_mask=tokens.attention_mask.to(self.model.device),
             ).pooler_output
-            rows.append(self.model.text_projection(pooled))
-        return self._unit(rows)
+            embeddings.append(self.model.text_projection(pooled))
+        return self._unit(embeddings)
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Embed images of any size and mode: (N, D) float32, each row of norm 1."""
-        rows = []
+        """Embeddings of images of any size and mode: (N, D) float32, each of norm 1."""
+        embeddings = []
         for batch in _batches(images, self.batch_size):
             pixels = self.processor(images=[image.convert("RGB") for image in batch], return_tensors="pt")
             pooled = self.model.vision_model(pixel_values=pixels.pixel_values.to(self.model.device)).pooler_output
-            rows.append(self.model.visual_projection(pooled))
-        return self._unit(rows)
+            embeddings.append(self.model.visual_projection(pooled))
+        return self._unit(embeddings)
 
-    def _unit(self, rows: list[torch.Tensor]) -> np.ndarray:
-        if not rows:
+    def _unit(self, embeddings: list[torch.Tensor]) -> np.ndarray:
+        if not embeddings:
             return np.zeros((0, self.model.config.projection_dim), np.float32)
-        return torch.nn.functional.normalize(torch.cat(rows), dim=-1).cpu().numpy()
+        return torch.nn.functional.normalize(torch.cat(embeddings), dim=-1).cpu().numpy()
 
 
 def _batches(items: Sequence, size: int) -> Iterator[Sequence]:

@@ -1,11 +1,15 @@
-"""Memory-efficient layers for the frozen part of a UNet.
+"""Memory-efficient replacements for the frozen layers of a UNet.
 
-The frozen layers do not train, but gradients flow through them to the attention that does. PyTorch keeps more for that
-than it needs: a convolution keeps its input for the gradient of a weight that has none, and normalization and
-activation each keep a tensor that is one cheap step from one kept anyway (Bhatia and Dangel 2024, "Lowering PyTorch's
-memory consumption for selective differentiation"). With these layers a residual block keeps two tensors instead of
-six, and a gated feed-forward layer one instead of two. They compute what diffusers' layers do, with the same kernels.
+Frozen layers have no weight gradients, but gradients flow through them to the trained attention layers. PyTorch saves
+more activations for this than necessary: a convolution saves its input for a weight gradient that is never computed,
+and normalization and activation each save a tensor that is cheap to recompute from another saved one (Bhatia and
+Dangel 2024, "Lowering PyTorch's memory consumption for selective differentiation"). With these layers a residual block
+saves two tensors instead of six, and a gated feed-forward layer one instead of two. Results equal those of diffusers'
+layers, because the same kernels run.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +17,19 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 from torch.utils.checkpoint import checkpoint
 
 
 def convert(unet: UNet2DConditionModel, *, transformers: bool = True) -> None:
-    """Turn the frozen layers of a UNet into memory-efficient ones; parameters and their names stay.
+    """Make the frozen layers of a UNet memory-efficient; parameters and their names stay the same.
 
     Args:
-        unet: changed in place. Layers that train, or are not of the plain kind, stay as they are.
+        unet: changed in place. Layers with trainable parameters and unusual variants stay unchanged.
         transformers: False skips the layers of transformer blocks, which torch.compile optimizes itself.
     """
-    for layer in unet.modules():  # a layer gets another class with the same attributes: hooks and names stay
+    for layer in unet.modules():  # only the class of a layer changes, so its hooks and parameter names stay
         if any(weight.requires_grad for weight in layer.parameters()):
             continue
         if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
@@ -49,7 +53,7 @@ def _is_plain(block: ResnetBlock2D) -> bool:
 
 
 class FrozenConv2d(nn.Conv2d):
-    """A convolution that keeps only its weight for the backward pass."""
+    """A convolution that saves only its weight for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to (B, D, h', w')."""
@@ -58,7 +62,7 @@ class FrozenConv2d(nn.Conv2d):
 
 
 class FrozenGEGLU(GEGLU):
-    """A gated GELU that keeps only its projection, and computes the GELU again in the backward pass."""
+    """A gated GELU that saves only its projection and recomputes the GELU in the backward pass."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, N, C) to (B, N, D)."""
@@ -70,7 +74,7 @@ class FrozenGEGLU(GEGLU):
 
 
 class FrozenResnetBlock2D(ResnetBlock2D):
-    """A residual block that keeps only the inputs of its two normalizations, and computes the rest again."""
+    """A residual block that saves only the inputs of its two normalizations and recomputes the rest."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
         """Image features (B, C, h, w) and the timestep embedding (B, T) to (B, D, h, w)."""
@@ -82,22 +86,22 @@ class FrozenResnetBlock2D(ResnetBlock2D):
         return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
 
 
-def _recomputed(function, x: Tensor) -> Tensor:
-    """`function(x)`, of which only x is kept; it has no randomness whose state would have to be kept."""
+def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`, recomputed from x in the backward pass; it is deterministic, so no RNG state is saved."""
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 class _Convolution(torch.autograd.Function):
-    """Keeps the weight, for the gradient of the input; the input would serve only the gradient of the weight."""
+    """Convolution that saves its weight for the input gradient, but not its input for a weight gradient."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x, weight, bias, stride, padding, dilation, groups) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.options = x.shape, (stride, padding, dilation, groups)
-        return F.conv2d(x, weight, bias, *ctx.options)
+        ctx.shape, ctx.options = x.shape, options  # stride, padding, dilation, groups
+        return F.conv2d(x, weight, bias, *options)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         return conv2d_input(ctx.shape, weight, gradient, *ctx.options), *[None] * 6

@@ -1,30 +1,31 @@
-"""Modifier tokens: new vocabulary entries whose embeddings are the only part of the text encoder that trains.
+"""Modifier tokens: new vocabulary entries whose embeddings are the only trained part of the text encoder.
 
-The embeddings of the new tokens are a small parameter of their own beside the frozen table. The table is not a
-parameter, so no gradient, optimizer state or weight decay reaches any other token. (The reference script keeps all
-three for all 49,408 tokens and zeroes the gradients.)
+The embeddings of the new tokens are a small parameter beside the frozen embedding table. No gradient, optimizer state
+or weight decay reaches any other token. (The reference script keeps all three for all 49,408 tokens and zeroes the
+gradients of the others.)
 """
-
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from customdiff.errors import UserError
 from customdiff.models.text import text_encoders
 
-TokenEmbedding = dict[str, Tensor]  # the embedding (D,) of one token, by text encoder
+TokenEmbedding = dict[str, Tensor]  # embedding (D,) of one token by text encoder
 
 
 class ModifierEmbedding(nn.Module):
-    """An embedding layer with trained entries: ids (B, L) int64 to vectors (B, L, D) in the table's dtype.
+    """Embedding layer with some trained entries: ids (B, L) int64 to vectors (B, L, D) in the table's dtype.
 
     Attributes:
         table: the frozen vocabulary (V, D).
-        trained: the trained entries (T, D), fp32 whatever the dtype of the table.
+        trained: the trained entries (T, D), always fp32.
         ids: (T,) token ids of the trained entries.
     """
+
+    ids: Tensor
 
     def __init__(self, table: nn.Embedding, ids: list[int], embeddings: Tensor):
         super().__init__()
@@ -50,37 +51,38 @@ def add_tokens(pipe: DiffusionPipeline, embeddings: dict[str, TokenEmbedding]) -
     """Add tokens to every tokenizer and their embeddings to every text encoder; the pipeline is changed in place.
 
     Args:
-        embeddings: for each new token, such as `<new1>`, its embedding (D,) by text encoder: `text_encoder`, and in
-            SDXL `text_encoder_2` too.
+        embeddings: embedding (D,) of each new token, such as `<new1>`, by text encoder: `text_encoder`, and also
+            `text_encoder_2` in SDXL.
 
     Returns:
-        The embedding layer now in place, by text encoder.
+        The new embedding layer of each text encoder.
 
     Raises:
-        UserError: a token is in the vocabulary already, or its embedding does not have the text encoder's width.
+        UserError: a token is already in the vocabulary, or its embedding does not have the text encoder's width.
     """
     layers = {}
     for name, (tokenizer, encoder) in text_encoders(pipe).items():
         table = encoder.get_input_embeddings()
         if isinstance(table, ModifierEmbedding):
-            raise UserError("the pipeline has modifier tokens already; load the base model again")
+            raise UserError("the pipeline already has modifier tokens; load the base model again")
         for token, embedding in embeddings.items():
             width = len(embedding[name]) if name in embedding else 0
             if width != table.weight.shape[1]:
                 raise UserError(
-                    f"modifier token {token}: its embedding for {name} has width {width}, the base model needs "
+                    f"modifier token {token}: its embedding for {name} has width {width} instead of "
                     f"{table.weight.shape[1]}; it was trained on another base model"
                 )
         check_new(tokenizer, list(embeddings))
         tokenizer.add_tokens(list(embeddings))
         ids = tokenizer.convert_tokens_to_ids(list(embeddings))
-        layers[name] = ModifierEmbedding(table, ids, torch.stack([each[name] for each in embeddings.values()]))
+        vectors = torch.stack([embedding[name] for embedding in embeddings.values()])
+        layers[name] = ModifierEmbedding(table, ids, vectors)
         encoder.set_input_embeddings(layers[name])
     return layers
 
 
 def learned_embeddings(pipe: DiffusionPipeline) -> dict[str, TokenEmbedding]:
-    """Copies of the current trained embeddings, fp32 on the CPU, by token and text encoder."""
+    """Copies of the trained embeddings, fp32 on the CPU, by token and text encoder."""
     embeddings: dict[str, TokenEmbedding] = {}
     for name, (tokenizer, encoder) in text_encoders(pipe).items():
         layer = encoder.get_input_embeddings()
@@ -90,30 +92,32 @@ def learned_embeddings(pipe: DiffusionPipeline) -> dict[str, TokenEmbedding]:
     return embeddings
 
 
-def check_new(tokenizer: Any, tokens: list[str]) -> None:
-    """Refuse a modifier token that the vocabulary has already: training it would change its meaning.
+def check_new(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+    """Reject modifier tokens that are already in the vocabulary, because training would change their meaning.
 
     Raises:
-        UserError: names the token.
+        UserError: a token is in the vocabulary.
     """
     vocabulary = tokenizer.get_vocab()
     for token in tokens:
         if token in vocabulary or f"{token}</w>" in vocabulary:
-            raise UserError(f"modifier_token {token}: is in the base model's vocabulary already; use one like <new1>")
+            raise UserError(f"modifier_token {token}: already in the base model's vocabulary; use one such as <new1>")
 
 
 def initial_embedding(pipe: DiffusionPipeline, words: str) -> TokenEmbedding:
-    """The embedding (D,) that a modifier token starts from: the mean over the tokens of `words`.
+    """Initial embedding (D,) of a modifier token, by text encoder: the mean embedding of the tokens of `words`.
 
-    The reference accepts single tokens only; a single token gives its own embedding exactly.
+    The reference accepts a single token only, for which the mean is its embedding exactly.
 
     Raises:
-        UserError: a tokenizer finds no token in `words`.
+        UserError: `words` contains no token.
     """
     embedding = {}
     for name, (tokenizer, encoder) in text_encoders(pipe).items():
         ids = tokenizer(words, add_special_tokens=False).input_ids
         if not ids:
-            raise UserError(f"initializer_token {words!r}: contains no token of the base model's vocabulary")
+            raise UserError(
+                f"initializer_token {words!r}: has no token in the base model's vocabulary; use a word such as cat"
+            )
         embedding[name] = encoder.get_input_embeddings().weight[torch.tensor(ids)].detach().float().mean(0)
     return embedding

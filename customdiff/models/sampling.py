@@ -1,4 +1,4 @@
-"""Draw images in batches, each from a seed of its own, so that an image does not depend on its neighbours."""
+"""Batched image generation with one seed per image, so that an image does not depend on the rest of its batch."""
 
 import hashlib
 import inspect
@@ -26,21 +26,21 @@ SCHEDULERS = {
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
-    """Give `pipe` the scheduler `name`, with the noise schedule and prediction type of its model.
+    """Set the scheduler of a pipeline, with the noise schedule and prediction type of its model.
 
     Args:
         pipe: changed in place.
-        name: ddim, ddpm, dpmsolver++, euler, or base: the model's own, left as it is.
+        name: ddim, ddpm, dpmsolver++ or euler; base keeps the model's own scheduler.
 
     Raises:
-        UserError: there is no scheduler of that name.
+        UserError: the name is not one of these.
     """
     if name == "base":
         return
     if name not in SCHEDULERS:
-        raise UserError(f"scheduler: {name!r} is not known; use one of {', '.join([*SCHEDULERS, 'base'])}")
+        raise UserError(f"scheduler: unknown name {name!r}; use one of {', '.join([*SCHEDULERS, 'base'])}")
     config = dict(pipe.scheduler.config)
-    # Latents are not bound to -1..1, so the classes' default, to clip, is wrong where the config is silent.
+    # Latents are not limited to [-1, 1], so the classes' default of clipping is wrong if the config does not set it.
     changes = {"clip_sample": config.get("clip_sample", False)} if name in ("ddim", "ddpm") else {}
     if name == "dpmsolver++":
         changes["algorithm_type"] = "dpmsolver++"
@@ -48,9 +48,9 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
 
 
 def image_seed(seed: int, *names: object) -> int:
-    """A seed below 2**32 for one image, from the run's seed and whatever names the image.
+    """Seed below 2**32 of one image: a hash of the run's seed and of names that identify the image.
 
-    Named, not counted: an image stays the same when other prompts or concepts are added before it.
+    Names rather than a counter, so that an image stays the same when prompts or concepts are added before it.
     """
     text = "\0".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
@@ -68,23 +68,23 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     negative_prompt: str | None = None,
-    progress: str | None = "drawing",
+    progress: str | None = "generate",
 ) -> list[Image.Image]:
-    """Draw one image for each prompt and seed.
+    """Generate one image for each pair of prompt and seed.
 
-    Every image has a generator on the CPU, so that its noise is the same on every device and in every batch;
-    what remains are rounding differences of the arithmetic.
+    Every image has its own generator on the CPU, so its noise is the same on every device and in every batch. Results
+    differ only by rounding.
 
     Args:
-        pipe: a Stable Diffusion (1.x, 2.x, XL) pipeline, on its device.
-        prompts, seeds: as many of the one as of the other.
+        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline.
+        prompts, seeds: one seed per prompt.
         steps: sampler steps.
-        guidance_scale: of classifier-free guidance; 1 and below turn it off.
-        eta: noise of DDIM, 0 to 1; schedulers without it ignore it.
-        batch_size: images drawn at a time.
-        height, width: px; None: what the model was made for.
-        negative_prompt: the same for all images.
-        progress: label of the progress bar over images; None: no bar.
+        guidance_scale: scale of classifier-free guidance; 1 or less turns it off.
+        eta: noise of DDIM, 0 to 1; other schedulers ignore it.
+        batch_size: images generated at a time.
+        height, width: px; None: the model's default.
+        negative_prompt: negative prompt of all images.
+        progress: label of the progress bar; None: no bar.
 
     Raises:
         ValueError: `prompts` and `seeds` differ in length.

@@ -1,7 +1,7 @@
-"""The paper's augmentation (section 4, implementation details): an image becomes a view of it at a random size.
+"""The paper's augmentation (section 4, implementation details): views of an image at random scales.
 
-Shrunk views lie on a grey canvas with a mask of the valid region, so that the loss never learns the canvas, and their
-captions say "very small" or "far away"; enlarged ones are cropped, and say "zoomed in" or "close up".
+A shrunk image is placed on a grey canvas, with a mask that excludes the canvas from the loss; its caption says "very
+small" or "far away". An enlarged image is cropped, and its caption says "zoomed in" or "close up".
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ NEAR = ("zoomed in ", "close up ")
 
 @dataclass(frozen=True)
 class View:
-    """One draw of an image.
+    """One augmented view of an image.
 
     Attributes:
         pixels: (3, size, size) float32 in [-1, 1]; the canvas is 0, mid-grey.
-        mask: (size // factor, size // factor) bool, True on the latent pixels that show the image.
-        prefix: words that go before the caption; empty, or with a space at the end.
-        framing: px: height and width of the image as it came, then top and left of the view's corner in the image as
-            it was scaled for the view; 0 where the view holds all of it. SDXL is told (Podell et al. 2023, 2.2).
+        mask: (size // factor, size // factor) bool, True on latent pixels that show the image.
+        prefix: words to put before the caption, with a trailing space; may be empty.
+        framing: px: height and width of the original image, then top and left of the crop in the scaled image; 0 if
+            nothing is cropped. Conditions SDXL (Podell et al. 2023, section 2.2).
     """
 
     pixels: np.ndarray
@@ -35,15 +35,16 @@ class View:
 def resized_view(
     image: Image.Image, size: int, factor: int, rng: np.random.Generator, center_crop: bool = False
 ) -> View:
-    """Draw a view of an instance image at a random scale.
+    """A view of an instance image at a random scale.
 
     With probability 0.66 the scale is uniform in [size / 3, size], else in [1.2 size, 1.4 size), as in the paper's and
     the reference's code. Below 0.6 size the prefix is one of `FAR`, above size one of `NEAR`.
 
     Args:
-        image: RGB, any size and shape.
+        image: RGB, any size and aspect ratio.
         size: side of the view, px.
-        factor: px a latent pixel, the VAE's scale factor.
+        factor: px per latent pixel, the VAE's scale factor.
+        center_crop: crop a non-square image at its center instead of at a random place.
     """
     if rng.uniform() < SHRINK_PROBABILITY:
         scale = int(rng.integers(size // 3, size + 1))
@@ -58,7 +59,7 @@ def resized_view(
 
 
 def plain_view(image: Image.Image, size: int, factor: int, rng: np.random.Generator, center_crop: bool = False) -> View:
-    """A square crop of the image at `size`, all of it valid: class images, and instance images without augmentation."""
+    """A square crop scaled to `size`, valid everywhere, for class images and without augmentation."""
     return _view(image, size, size, factor, rng, center_crop)
 
 
@@ -70,13 +71,14 @@ def flipped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def place(
     image: Image.Image, scale: int, size: int, factor: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Scale a square image to `scale` px and put it at a random place on, or crop it from, `size` px.
+    """Scale a square image to `scale` px; place it randomly on a canvas of `size` px, or crop it randomly to `size` px.
+
+    As in the reference, the mask of a shrunk image excludes a border of one latent pixel, which mixes image and canvas.
+    Unlike in the reference, an image that fills the canvas is valid up to its edge, because there is nothing to mix.
 
     Returns:
-        Pixels (3, size, size) float32 in [-1, 1]; mask (size // factor, size // factor) bool; top and left of the crop,
-        px. As in the reference, the mask of a shrunk image leaves out a border of one latent pixel, which mixes image
-        and canvas. Differently from it, an image that fills the canvas is valid to its edge: there is no canvas to mix
-        with.
+        Pixels (3, size, size) float32 in [-1, 1]; mask (size // factor, size // factor) bool; top and left of the
+        crop, px.
     """
     pixels = np.asarray(image.resize((scale, scale), Image.Resampling.BILINEAR), dtype=np.float32) / 127.5 - 1
     top, left = (int(x) for x in rng.integers(0, abs(size - scale) + 1, 2))
@@ -91,10 +93,18 @@ def place(
     return np.ascontiguousarray(canvas.transpose(2, 0, 1)), mask, (0, 0)
 
 
-def _view(image: Image.Image, scale: int, size: int, factor: int, rng, center_crop: bool, prefix: str = "") -> View:
-    """The largest square of the image, at its centre or at random, scaled and placed.
+def _view(
+    image: Image.Image,
+    scale: int,
+    size: int,
+    factor: int,
+    rng: np.random.Generator,
+    center_crop: bool,
+    prefix: str = "",
+) -> View:
+    """The largest square crop of the image, at its center or a random place, scaled and placed.
 
-    The reference squashes an instance image to a square instead, and with it the subject; we keep its proportions.
+    The reference squashes an instance image to a square instead, which distorts the subject.
     """
     side = min(image.size)
     slack = np.array(image.size) - side
@@ -106,6 +116,6 @@ def _view(image: Image.Image, scale: int, size: int, factor: int, rng, center_cr
 
 
 def _inside(start: int, length: int, factor: int) -> slice:
-    """Latent pixels inside [start, start + length) px without its border; at least one."""
+    """Latent pixels that lie inside [start, start + length) px, without a border of one; at least one pixel."""
     first, end = start // factor + 1, (start + length) // factor - 1
     return slice(first, max(end, first + 1))

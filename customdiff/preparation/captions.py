@@ -11,10 +11,10 @@ from customdiff.errors import UserError
 
 
 def instance_captions(paths: list[Path], concept: Concept, settings: Prepare, device: torch.device) -> list[str]:
-    """Captions of a concept's instance images, each with the modifier token, as `prepare.captions` says.
+    """Captions of a concept's instance images by the method `prepare.captions`; each contains the modifier token.
 
     Raises:
-        UserError: `captions: sidecar` and an image has no caption file, or the captioner cannot be loaded.
+        UserError: the method is sidecar and an image has no caption file, or the captioner cannot be loaded.
     """
     if settings.captions == "sidecar":
         return [sidecar_caption(path, concept) for path in paths]
@@ -24,40 +24,41 @@ def instance_captions(paths: list[Path], concept: Concept, settings: Prepare, de
 
 
 def with_token(description: str, concept: Concept) -> str:
-    """Insert the modifier token before the class; a description without the class follows the instance prompt.
+    """Insert the modifier token before the class; if the class is missing, append the text to the instance prompt.
 
     `a cat on a sofa` becomes `a <new1> cat on a sofa`; `an animal` becomes `photo of a <new1> cat, an animal`.
     """
     words = description.split()
-    wanted = concept.class_prompt.lower().split()
-    for start in range(len(words) - len(wanted) + 1):
-        found = [word.lower().strip(",.") for word in words[start : start + len(wanted)]]
-        if found == wanted:
+    class_words = concept.class_prompt.lower().split()
+    for start in range(len(words) - len(class_words) + 1):
+        candidate = [word.lower().strip(",.") for word in words[start : start + len(class_words)]]
+        if candidate == class_words:
             return " ".join([*words[:start], concept.modifier_token, *words[start:]])
     return f"{concept.caption}, {description}"
 
 
 def sidecar_caption(path: Path, concept: Concept) -> str:
-    """The caption in the .txt file beside an image, {} replaced by the modifier token.
+    """The caption in the .txt file beside an image, with {} replaced by the modifier token.
 
     Raises:
-        UserError: there is no such file, or its caption contains neither {} nor the token.
+        UserError: the file is missing, or its caption contains neither {} nor the token.
     """
     sidecar = path.with_suffix(".txt")
     try:
         caption = " ".join(sidecar.read_text(encoding="utf-8").split())
     except OSError as error:
         raise UserError(
-            f"prepare.captions: sidecar, but {path.name} has no caption file; add a .txt beside it in the source"
+            f"prepare.captions: {path.name} has no caption file; add a .txt file beside it in the source, "
+            "or use captions: template"
         ) from error
     caption = caption.replace("{}", concept.modifier_token)
     if concept.modifier_token not in caption:
-        raise UserError(f"{sidecar}: the caption contains neither {{}} nor {concept.modifier_token}")
+        raise UserError(f"{sidecar}: the caption must contain {{}} or {concept.modifier_token}")
     return caption
 
 
 def describe(paths: list[Path], captioner: str, device: torch.device) -> list[str]:
-    """Captions by a BLIP model.
+    """Captions of images by a BLIP model.
 
     Args:
         captioner: folder or Hub repository.

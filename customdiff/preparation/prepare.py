@@ -1,4 +1,4 @@
-"""Prepared sets of instance and class images: captions, augmented views and their VAE moments."""
+"""Preparation of instance and class images: captions, augmented views and VAE moments."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class Example:
 
 
 def instance_examples(folder: Path, concept: Concept, settings: Prepare, device: torch.device) -> list[Example]:
-    """The instance images in `folder` (data/instances/<concept>) with captions that contain the modifier token.
+    """Instance images in `folder` (data/instances/<concept>), with captions that contain the modifier token.
 
     Raises:
         UserError: there are no images, or a caption is missing.
@@ -41,16 +41,17 @@ def instance_examples(folder: Path, concept: Concept, settings: Prepare, device:
 
 
 def class_examples(folder: Path, concept: Concept, settings: Prepare) -> list[Example]:
-    """The class images in `folder` (data/classes/<concept>, the reference's layout) with their captions.
+    """Class images in `folder` (data/classes/<concept>, in the reference's layout), with their captions.
 
     Raises:
-        UserError: images.txt and caption.txt do not have the same number of lines.
+        UserError: images.txt and caption.txt differ in their number of lines.
     """
     names = (folder / "images.txt").read_text(encoding="utf-8").splitlines()
     captions = (folder / "caption.txt").read_text(encoding="utf-8").splitlines()
     if len(names) != len(captions):
         raise UserError(
-            f"{folder}: images.txt has {len(names)} lines and caption.txt {len(captions)}; retrieve them again"
+            f"{folder}: images.txt has {len(names)} lines and caption.txt {len(captions)}; "
+            "run `dvc repro -f retrieve-class-images`"
         )
     if settings.class_captions == "prompt":
         captions = [concept.class_prompt] * len(names)
@@ -58,18 +59,23 @@ def class_examples(folder: Path, concept: Concept, settings: Prepare) -> list[Ex
 
 
 def prepare_instances(examples: list[Example], settings: Prepare, vae: AutoencoderKL, seed: list[int]) -> PreparedSet:
-    """`views` views of each instance image, resized as in the paper unless `augmentation` is off."""
+    """`prepare.views` views of each instance image, randomly resized as in the paper if `augmentation` is on."""
     draw = augmentation.resized_view if settings.augmentation else augmentation.plain_view
     return _prepare(examples, settings, settings.views, draw, vae, seed, "instance views")
 
 
 def prepare_classes(examples: list[Example], settings: Prepare, vae: AutoencoderKL, seed: list[int]) -> PreparedSet:
-    """`class_views` plain views of each class image."""
+    """`prepare.class_views` square crops of each class image."""
     return _prepare(examples, settings, settings.class_views, augmentation.plain_view, vae, seed, "class views")
 
 
 def seed_of(seed: int, concept: str, kind: str) -> list[int]:
-    """Seed of a concept's draws, from `base.seed`: adding a concept changes no other's."""
+    """Seed for the views of one concept, independent of the other concepts.
+
+    Args:
+        seed: `base.seed`.
+        kind: instance or class.
+    """
     return [seed, zlib.crc32(f"{concept}/{kind}".encode())]
 
 
@@ -85,7 +91,8 @@ def _prepare(
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if settings.resolution % factor or settings.resolution // factor < 4:
         raise UserError(
-            f"prepare.resolution: {settings.resolution} px does not suit the model's VAE; use a multiple of {factor}"
+            f"prepare.resolution: {settings.resolution} px does not fit the VAE; use a multiple of {factor}, "
+            f"at least {4 * factor}"
         )
     moments, masks, framing, captions = [], [], [], []
     bar = tqdm(total=len(examples) * count, desc=what, unit="view")
@@ -117,5 +124,5 @@ def _views(
             image = file.convert("RGB")
         for number in range(count):
             rng = np.random.default_rng([*seed, index, number])
-            turned = augmentation.flipped(image, rng) if settings.hflip else image
-            yield draw(turned, settings.resolution, factor, rng, settings.center_crop), example.caption
+            oriented = augmentation.flipped(image, rng) if settings.hflip else image
+            yield draw(oriented, settings.resolution, factor, rng, settings.center_crop), example.caption

@@ -1,7 +1,7 @@
-"""The prepared set of one concept: VAE moments, masks and captions, on disk and in memory.
+"""Prepared set of one concept: VAE moments, masks and captions, in memory and on disk.
 
-The reference encodes every image again at every step, which is 40 % of the step's arithmetic. The VAE is frozen, so
-the mean and deviation of its posterior are kept instead, and a latent is drawn from them afresh at every step.
+The reference encodes every image at every step, which is 40 % of the step's arithmetic. The VAE is frozen, so the mean
+and standard deviation of its posterior are stored instead, and each step draws a new latent from them.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,10 +24,10 @@ class PreparedSet:
     """Views of N images with their captions.
 
     Attributes:
-        mean, std: (N, C, h, w) float32, moments of the VAE's posterior, unscaled; None where pixels are kept.
-        pixels: (N, 3, H, W) uint8, in place of the moments with `cache_latents: false`.
+        mean, std: (N, C, h, w) float32, moments of the VAE's posterior, unscaled; None if pixels are stored.
+        pixels: (N, 3, H, W) uint8, instead of the moments with `cache_latents: false`.
         mask: (N, 1, h, w) bool, the valid region.
-        framing: (N, 4) int32, px: height and width of the photo, top and left of the view in it; see `views.View`.
+        framing: (N, 4) int32, px: height and width of the photo, top and left of the view; see `augmentation.View`.
         captions: N strings.
     """
 
@@ -41,8 +42,8 @@ class PreparedSet:
         return len(self.captions)
 
 
-def encode(vae: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the VAE's posterior for pixels (B, 3, H, W) in [-1, 1]: two (B, C, h, w) float32."""
+def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (B, C, h, w) float32, of the VAE's posterior for pixels (B, 3, H, W) in [-1, 1]."""
     with torch.inference_mode():
         posterior = vae.encode(pixels.to(vae.device, vae.dtype, memory_format=torch.channels_last)).latent_dist
     return posterior.mean.float().cpu().contiguous(), posterior.std.float().cpu().contiguous()
@@ -54,7 +55,7 @@ def sample(mean: Tensor, std: Tensor, scaling_factor: float, noise: Tensor) -> T
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Pixels float in [-1, 1] as uint8."""
+    """Float pixels in [-1, 1] as uint8."""
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -64,7 +65,7 @@ def to_pixels(values: Tensor) -> Tensor:
 
 
 def save(prepared: PreparedSet, path: Path) -> None:
-    """Write a prepared set as `path`.safetensors and `path`.json (its captions)."""
+    """Write a prepared set to `path`.safetensors, and its captions to `path`.json."""
     tensors = {name: getattr(prepared, name) for name in TENSORS}
     save_file(
         {name: tensor for name, tensor in tensors.items() if tensor is not None},
@@ -79,13 +80,13 @@ def load(path: Path) -> PreparedSet:
     """Read what `save` wrote.
 
     Raises:
-        UserError: the files are missing or do not belong together.
+        UserError: the files are missing, damaged, or of different lengths.
     """
     try:
         tensors = load_file(path.with_suffix(".safetensors"))
         captions = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no prepared set ({error}); run `dvc repro prepare`") from error
+        raise UserError(f"{path}: cannot be read ({error}); run `dvc repro prepare`") from error
     if len(captions) != len(tensors["mask"]):
         raise UserError(
             f"{path}: {len(captions)} captions for {len(tensors['mask'])} views; run `dvc repro -f prepare`"
@@ -94,11 +95,11 @@ def load(path: Path) -> PreparedSet:
 
 
 def join(sets: list[PreparedSet]) -> PreparedSet:
-    """The sets of several concepts as one, in order."""
+    """Concatenate the sets of several concepts."""
     return PreparedSet(
-        captions=[caption for one in sets for caption in one.captions],
+        captions=[caption for prepared in sets for caption in prepared.captions],
         **{
-            name: torch.cat([getattr(one, name) for one in sets])
+            name: torch.cat([getattr(prepared, name) for prepared in sets])
             for name in TENSORS
             if getattr(sets[0], name) is not None
         },
@@ -106,14 +107,14 @@ def join(sets: list[PreparedSet]) -> PreparedSet:
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of `range(length)` that depends on nothing but its arguments, so that a resumed run repeats it."""
+    """A permutation of `range(length)` that depends only on the arguments, so that a resumed run repeats it."""
     return np.random.default_rng([seed, epoch]).permutation(length)
 
 
 def batch_indices(length: int, batch_size: int, seed: int, batch: int) -> list[int]:
-    """Indices of the `batch`-th batch in an endless run of shuffled epochs.
+    """Indices of batch number `batch` in an endless sequence of shuffled epochs.
 
-    Batches are cut from the joined epochs, so none is short: every image is seen once before any is seen twice.
+    A batch may span two epochs, so all batches have the same size. Every image is seen once before any is seen twice.
     """
     positions = range(batch * batch_size, (batch + 1) * batch_size)
     orders = {epoch: epoch_order(length, seed, epoch) for epoch in {position // length for position in positions}}

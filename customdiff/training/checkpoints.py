@@ -1,4 +1,4 @@
-"""Run folders: the checkpoints of a training run, and the results it hands to the pipeline.
+"""Run folders: checkpoints and results of a training run.
 
 A run folder is not a DVC output, because DVC deletes a stage's outputs before it runs the stage. Its name is a hash of
 the run's identity, so a run with other parameters, data or code never continues from its checkpoints.
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from customdiff.adapters import adapter
 from customdiff.adapters.adapter import Adapter
@@ -29,11 +31,11 @@ RUN_ID = "run.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
-        step: steps done.
-        seconds: time they took, over all parts of an interrupted run.
+        step: completed steps.
+        seconds: training time, including that before an interruption.
         rows: metrics of each step; see `step_log.StepLog`.
         speeds: images per second of each step.
     """
@@ -48,17 +50,17 @@ class Progress:
 class RunFolder:
     """The folder of one run.
 
-    It holds identity.json, run.json (the MLflow run), step-000100/ (an adapter and state.pt), validation/, and at the
-    end adapter/, steps.csv, metrics.json, performance.json and the empty file `complete`.
+    It contains identity.json, run.json (the MLflow run), step-000100/ (an adapter and state.pt) and validation/. A
+    complete run also has adapter/, steps.csv, metrics.json, performance.json and the empty file `complete`.
     """
 
     path: Path
 
     @classmethod
     def open(cls, runs: Path, identity: dict, accelerator: Accelerator) -> "RunFolder":
-        """The folder of the run with this identity. Complete runs are removed: DVC's cache has their results.
+        """Open the folder of the run with this identity, and remove complete runs, whose results are in DVC's cache.
 
-        A complete run with this identity is run again from the start.
+        A complete run with this identity is removed as well, so it starts again from step 0.
         """
         folder = cls(runs / _name(identity))
         with accelerator.main_process_first():
@@ -71,12 +73,12 @@ class RunFolder:
 
     @classmethod
     def finished(cls, runs: Path, identity: dict) -> "RunFolder | None":
-        """The complete run with this identity, where there is one."""
+        """The complete run with this identity, or None."""
         folder = cls(runs / _name(identity))
         return folder if (folder.path / COMPLETE).exists() else None
 
     def metrics(self) -> dict:
-        """Metrics, time and memory of the complete run."""
+        """Metrics, time and memory of a complete run."""
         paths = [self.path / "metrics.json", self.path / "performance.json"]
         return {key: value for path in paths for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
 
@@ -85,23 +87,30 @@ class RunFolder:
         return max(self.checkpoints(), default=None)
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
+        """Checkpoints, oldest first."""
         return sorted(path for path in self.path.glob("step-*") if path.name.removeprefix("step-").isdigit())
 
     def checkpoint(self, step: int) -> Path:
-        """The checkpoint of that step.
+        """The checkpoint of a step.
 
         Raises:
-            UserError: there is none; names those there are.
+            UserError: there is none; the message lists the steps that have one.
         """
-        found = {step_of(path): path for path in self.checkpoints()}
-        if step not in found:
-            there = ", ".join(map(str, found)) or "none yet"
-            raise UserError(f"{self.path}: has no checkpoint of step {step}; it has {there}")
-        return found[step]
+        by_step = {step_of(path): path for path in self.checkpoints()}
+        if step not in by_step:
+            existing = ", ".join(map(str, by_step)) or "none"
+            raise UserError(f"{self.path}: has no checkpoint of step {step}; it has {existing}")
+        return by_step[step]
 
-    def save(self, progress: Progress, learned: Adapter, optimizer, schedule, accelerator: Accelerator) -> None:
-        """Write a checkpoint atomically: an adapter that can be sampled from, and the state needed to continue."""
+    def save(
+        self,
+        progress: Progress,
+        learned: Adapter,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        accelerator: Accelerator,
+    ) -> None:
+        """Write a checkpoint atomically: an adapter, and the state needed to continue the run."""
         scaler = accelerator.scaler
         state = {
             "step": progress.step,
@@ -116,8 +125,10 @@ class RunFolder:
             adapter.save(learned, out, with_pickle=False)
             torch.save(state, out / "state.pt")
 
-    def restore(self, checkpoint: Path, optimizer, schedule, accelerator: Accelerator) -> Progress:
-        """Load optimizer, schedule and scaler in place; returns how far the checkpoint's run had come."""
+    def restore(
+        self, checkpoint: Path, optimizer: Optimizer, schedule: LRScheduler, accelerator: Accelerator
+    ) -> Progress:
+        """Load optimizer, schedule and gradient scaler in place; returns the progress at the checkpoint."""
         state = torch.load(checkpoint / "state.pt", map_location=accelerator.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -126,32 +137,32 @@ class RunFolder:
         return Progress(state["step"], state["seconds"], state["rows"], state["speeds"])
 
     def prune(self, limit: int | None) -> None:
-        """Keep the newest `limit` checkpoints; all where None."""
+        """Remove all but the newest `limit` checkpoints; None keeps all."""
         for old in self.checkpoints()[: -limit if limit else 0]:
             shutil.rmtree(old)
 
     def run_id(self) -> str | None:
-        """The MLflow run that this training belongs to, where it was begun before."""
+        """Id of the MLflow run that an earlier start of this training opened, or None."""
         path = self.path / RUN_ID
         return json.loads(path.read_text())["run_id"] if path.exists() else None
 
     def save_run_id(self, tracker: Tracker) -> None:
-        """Record the MLflow run, so that a continued training continues it too."""
+        """Store the id of the MLflow run, so that a continued training logs to it."""
         if tracker.run_id:
             tracker.write_run_id(self.path / RUN_ID)
 
     def add_image(self, image: Any, name: str) -> None:
-        """Keep a validation image."""
+        """Save a validation image."""
         (self.path / "validation").mkdir(exist_ok=True)
         image.save(self.path / "validation" / name)
 
     def finish(self, learned: Adapter, rows: list[dict], summary: dict, performance: dict) -> None:
-        """Write adapter/, steps.csv, metrics.json and performance.json; then mark the run complete.
+        """Write adapter/, steps.csv, metrics.json and performance.json, then mark the run as complete.
 
         Args:
             rows: metrics of each step.
-            summary: metrics that two equal runs share.
-            performance: time and memory, which differ from run to run.
+            summary: reproducible metrics of the run.
+            performance: time and memory, which differ between equal runs.
         """
         with atomic_directory(self.path / "adapter") as out:
             adapter.save(learned, out)
@@ -178,18 +189,18 @@ class RunFolder:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of steps after which a checkpoint was written, by its folder's name."""
+    """Step of a checkpoint, from its folder's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def find_runs(runs: Path = RUNS) -> list[RunFolder]:
-    """Runs that have a checkpoint; first the one that was begun or continued last."""
-    found = [RunFolder(path) for path in runs.glob("*") if RunFolder(path).last_checkpoint()]
-    return sorted(found, key=last_opened, reverse=True)
+    """Runs that have a checkpoint, the most recently started or continued first."""
+    with_checkpoints = [RunFolder(path) for path in runs.glob("*") if RunFolder(path).last_checkpoint()]
+    return sorted(with_checkpoints, key=last_opened, reverse=True)
 
 
 def find_run(path: Path | None = None, runs: Path = RUNS) -> RunFolder:
-    """The run at `path`; None: the one below `runs` that was begun or continued last.
+    """The run at `path`; None: the run below `runs` that was started or continued most recently.
 
     Raises:
         UserError: there is no run with a checkpoint.
@@ -197,37 +208,35 @@ def find_run(path: Path | None = None, runs: Path = RUNS) -> RunFolder:
     if path is not None and RunFolder(path).last_checkpoint():
         return RunFolder(path)
     if path is not None:
-        raise UserError(f"{path}: is no run with checkpoints; `customdiff checkpoints` lists those there are")
-    found = find_runs(runs)
-    if not found:
-        raise UserError(
-            f"{runs}: holds no checkpoints; `dvc repro` trains, and train.checkpointing_steps says how often"
-        )
-    return found[0]
+        raise UserError(f"{path}: is no run with checkpoints; `customdiff checkpoints` lists existing ones")
+    existing = find_runs(runs)
+    if not existing:
+        raise UserError(f"{runs}: no checkpoints; `dvc repro` writes one every train.checkpointing_steps steps")
+    return existing[0]
 
 
 def find(name: str, runs: Path = RUNS) -> Path:
-    """The checkpoint that a user names.
+    """The checkpoint for a value of --checkpoint.
 
     Args:
-        name: its folder; a run's folder, for the last one in it; or a step, or `latest`, of `find_run()`. A folder
-            whose own name is a number is written as `./100`.
+        name: folder of a checkpoint; folder of a run, for its last checkpoint; or a step or `latest`, for the most
+            recent run. A folder whose name is a number must be written as `./100`.
 
     Raises:
         UserError: there is no such checkpoint.
     """
     if name == "latest":
-        return find_run(runs=runs).last_checkpoint()
+        return find_run(runs=runs).checkpoints()[-1]
     if name.isdecimal():
         return find_run(runs=runs).checkpoint(int(name))
     path = RunFolder(Path(name)).last_checkpoint() or Path(name)
     if not (path / CONFIG_FILE).is_file():
-        raise UserError(f"{name}: is no checkpoint; `customdiff checkpoints` lists those there are")
+        raise UserError(f"{name}: not a checkpoint; `customdiff checkpoints` lists existing ones")
     return path
 
 
 def last_opened(run: RunFolder) -> float:
-    """When a training last opened the folder: it writes identity.json anew each time."""
+    """Time at which a training last opened the folder, which rewrites identity.json."""
     identity = run.path / "identity.json"
     return (identity if identity.exists() else run.path).stat().st_mtime
 

@@ -1,6 +1,7 @@
 """The training objective and its optimizer (Kumari et al. 2023, sections 3.1 and 3.2)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +14,17 @@ from customdiff.training.batches import Batch
 
 
 def losses(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Instance loss over the valid region, and prior loss over the class images that follow the instance images.
+    """Masked instance loss and prior loss.
+
+    The instance loss is summed over channels and averaged over valid pixels; the prior loss is averaged over both. The
+    instance loss therefore weighs C times more, as in the paper's and the reference's code.
 
     Args:
-        prediction, target: (B, C, h, w), any dtype; compared in fp32.
-        mask: (I, 1, h, w), I <= B.
+        prediction, target: (B, C, h, w), any dtype, compared in fp32; the I instance images come first.
+        mask: (I, 1, h, w), I <= B, 1 on the valid region.
 
     Returns:
-        Two scalars. The instance loss is summed over channels and averaged over valid pixels, the prior loss is
-        averaged over both, as in the paper's and the reference's code, so the first weighs C times more. The prior
-        loss is None without class images.
+        Two scalars; the prior loss is None without class images.
     """
     count = mask.shape[0]
     error = F.mse_loss(prediction.float(), target.float(), reduction="none")
@@ -31,10 +33,10 @@ def losses(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Te
 
 
 def target_of(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
-    """What the model should predict by the scheduler's configuration: the noise, or the velocity (SD 2.x 768).
+    """The prediction target (B, C, h, w) for the scheduler's prediction type: noise, or velocity (SD 2.x at 768 px).
 
     Raises:
-        UserError: the scheduler has another prediction type.
+        UserError: another prediction type.
     """
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
@@ -47,7 +49,11 @@ def target_of(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
 
 
 def learning_rate(train: Train, num_processes: int) -> float:
-    """The optimizer's learning rate; `scale_lr` multiplies as the reference does, by 2 more with class images."""
+    """The optimizer's learning rate.
+
+    With `scale_lr` it is multiplied by accumulation steps, batch size and processes, and by 2 with class images, as in
+    the reference.
+    """
     if not train.scale_lr:
         return train.learning_rate
     factor = train.gradient_accumulation_steps * train.batch_size * num_processes
@@ -59,17 +65,17 @@ def optimizer_for(
 ) -> torch.optim.Optimizer:
     """AdamW over the UNet's trained weights and the token embeddings.
 
-    Embeddings do not decay: the reference decays the whole token table, so every token shrinks a little at each step.
+    Embeddings have no weight decay. The reference decays the whole token table, so all tokens shrink at each step.
 
     Raises:
-        UserError: adamw_8bit without bitsandbytes.
+        UserError: the optimizer is adamw_8bit and bitsandbytes is not installed.
     """
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": list(weights), "weight_decay": train.adam_weight_decay},
         {"params": list(embeddings), "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    options = {"lr": rate, "betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
+    options: dict[str, Any] = {"lr": rate, "betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
     if train.optimizer == "adamw_8bit":
         try:
             from bitsandbytes.optim import AdamW8bit

@@ -12,16 +12,18 @@ import torch
 from customdiff.tracking import Tracker
 
 LOSSES = ("loss", "instance_loss", "prior_loss")
-SPEED = ("images_per_second", "peak_memory_mb")
 
 
 @dataclass
 class StepLog:
-    """Metrics of each step. They stay on the device until `every` steps are due, so the loop never waits for them.
+    """Log of the metrics of each step.
+
+    Metrics stay on the device until `every` steps have accumulated, so the training loop rarely waits for the device.
 
     Attributes:
-        rows: what has been logged: `step`, losses, `grad_norm` and `learning_rate`; equal in two equal runs.
+        rows: logged metrics of each step: `step`, losses, `grad_norm` and `learning_rate`; identical in equal runs.
         speeds: `images_per_second` of each row.
+        pending: metrics of steps that are not logged yet.
     """
 
     tracker: Tracker
@@ -33,7 +35,7 @@ class StepLog:
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, row: dict) -> None:
-        """Take one step's metrics, tensors or numbers; log them once `every` steps have accumulated."""
+        """Add the metrics of one step, tensors or numbers; log pending steps once there are `every` of them."""
         self.pending.append(row)
         if len(self.pending) >= self.every:
             self.flush()
@@ -55,12 +57,12 @@ class StepLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Exclude from the speed what happened since the last step: validation images, a checkpoint."""
+        """Exclude the time since the last step, spent on validation images or a checkpoint, from the speed."""
         self.started = time.perf_counter()
 
 
 def peak_memory_mb() -> float:
-    """Peak memory so far, MB: of the GPU's allocator, or of the process where there is no GPU."""
+    """Peak memory so far in MB: of the GPU allocator, or of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
@@ -68,14 +70,14 @@ def peak_memory_mb() -> float:
 
 
 def summary(rows: Sequence[Mapping], trained_parameters: int) -> dict[str, float]:
-    """Reproducible metrics of a run; losses are means over its last tenth, because single steps scatter."""
+    """Reproducible metrics of a run; losses are means over the last tenth of its steps, because they vary."""
     last = rows[-max(1, len(rows) // 10) :]
     final = {f"final_{key}": sum(row[key] for row in last) / len(last) for key in LOSSES if key in last[0]}
     return final | {"steps": len(rows), "trained_parameters": trained_parameters}
 
 
 def performance(log: StepLog, seconds: float) -> dict[str, float]:
-    """Seconds, images per second and peak memory (MB) of a run; they differ from one run to the next."""
+    """Time and memory of a run, which differ between equal runs."""
     return {
         "seconds": round(seconds, 2),
         "images_per_second": round(statistics.median(log.speeds), 2),

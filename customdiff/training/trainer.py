@@ -1,7 +1,7 @@
 """Custom Diffusion training (Kumari et al. 2023, sections 3.1 and 3.2).
 
-Everything random in step n depends on (base.seed, n) alone. A killed run therefore continues from its last checkpoint
-to the same weights, bit for bit on a CPU, as an uninterrupted one.
+All random numbers of step n depend only on (base.seed, n). A killed run that continues from its last checkpoint
+therefore ends with the same weights as an uninterrupted one, bit-identical on a CPU.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, set_seed
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -36,13 +36,13 @@ from customdiff.training.identity import library_versions, run_identity
 from customdiff.training.objective import learning_rate, losses, optimizer_for, target_of
 from customdiff.training.step_log import StepLog
 
-MEMORY_EFFICIENT_FROM = 256  # px; below, memory-efficient layers cost some time and save almost no memory
+MEMORY_EFFICIENT_FROM = 256  # px; below this, memory-efficient layers are slower and save almost no memory
 
 
 class Denoiser(nn.Module):
     """Text encoders and UNet as one module, so that Accelerate wraps them together."""
 
-    def __init__(self, unet: nn.Module, text_encoders: Iterable[nn.Module]):
+    def __init__(self, unet: UNet2DConditionModel, text_encoders: Iterable[nn.Module]):
         super().__init__()
         self.unet = unet
         self.text_encoders = nn.ModuleList(text_encoders)
@@ -54,11 +54,14 @@ class Denoiser(nn.Module):
 
         Args:
             timesteps: (B,) int64.
-            ids: (I, L) token ids of the instance captions, which come first in the batch, for each text encoder.
-            class_text: encoded class captions; None where B equals I.
-            time_ids: (B, 6), SDXL's size and crop conditioning; other models ignore it.
+            ids: (I, L) int64 token ids of the instance captions, which come first in the batch, for each text encoder.
+            class_text: B - I encoded class captions; None if B equals I.
+            time_ids: (B, 6) fp32, SDXL's size and crop conditioning; other models ignore it.
+
+        Returns:
+            (B, C, h, w) in the dtype of the UNet.
         """
-        text = encode_text(self.text_encoders, ids)
+        text = encode_text(list(self.text_encoders), ids)
         if class_text is not None:
             text = text.followed_by(class_text)
         dtype = self.unet.dtype
@@ -68,7 +71,7 @@ class Denoiser(nn.Module):
 
 
 class Trained(NamedTuple):
-    """The parameters that train: weights of the UNet, and the token embeddings of each text encoder."""
+    """The trained parameters: weights of the UNet, and the token embeddings of each text encoder."""
 
     weights: list[nn.Parameter]
     embeddings: list[nn.Parameter]
@@ -76,7 +79,7 @@ class Trained(NamedTuple):
 
 @dataclass
 class Trainer:
-    """Everything that a training step needs."""
+    """Model, data, optimizer and settings of a run, and its training step."""
 
     pipe: DiffusionPipeline
     denoiser: nn.Module
@@ -96,7 +99,11 @@ class Trainer:
         return per_batch * train.gradient_accumulation_steps
 
     def step(self, number: int) -> dict[str, Tensor]:
-        """Optimizer step `number`, counted from 0, over all its micro-batches; returns metrics of the last one."""
+        """Run optimizer step `number`, counted from 0.
+
+        Returns:
+            Losses of the last micro-batch and the gradient norm, scalars on the device.
+        """
         train, accelerator = self.train, self.accelerator
         for micro in range(train.gradient_accumulation_steps):
             batch = self.batches.draw(number * train.gradient_accumulation_steps + micro)
@@ -121,19 +128,19 @@ class Trainer:
 
 
 def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str | None], Tracker]) -> RunFolder:
-    """Train on the prepared sets of all concepts; an interrupted run with the same identity is continued.
+    """Train on the prepared sets of all concepts, or continue an interrupted run with the same identity.
 
     Args:
         params: all of params.yaml.
         prepared: folder of the prepared sets, one per concept (data/prepared).
-        runs: folder of the run folders with their checkpoints, which DVC does not track.
-        tracker_for: called in the main process with the id of the tracked run to continue, or None.
+        runs: folder of the run folders, which DVC does not track.
+        tracker_for: called in the main process with the id of the MLflow run to continue, or None.
 
     Returns:
         The run's folder with its adapter, steps.csv, metrics.json, performance.json and validation images.
 
     Raises:
-        UserError: the base model, the prepared sets or the options do not fit together.
+        UserError: the base model, the prepared sets or the options are invalid or do not fit together.
     """
     train = params.train
     accelerator = _accelerator(params)
@@ -166,7 +173,7 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
 
 
 def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolder, log: StepLog) -> float:
-    """Train to the last step, with checkpoints and validation images; returns the seconds of the whole run."""
+    """Train to the last step, with checkpoints and validation images; returns the run's training time in seconds."""
     train, accelerator = trainer.train, trainer.accelerator
     first, is_main = progress.step, accelerator.is_main_process
     bar = tqdm(total=train.max_steps, initial=first, desc="train", unit="step", disable=not is_main)
@@ -208,23 +215,24 @@ def _accelerator(params: Params) -> Accelerator:
         mixed_precision=params.train.mixed_precision,
         gradient_accumulation_steps=params.train.gradient_accumulation_steps,
         cpu=device.type == "cpu",
-        # Weights are in the compute dtype already; autocast would compute norms in fp32 and keep a third more.
+        # Weights are already in the compute dtype. Autocast would compute norms in fp32 and use a third more memory.
         kwargs_handlers=[AutocastKwargs(enabled=False)],
     )
     check_distributed_type(accelerator.distributed_type)
     set_seed(params.base.seed)
     if accelerator.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # no uninitialized memory is read here
+        # No uninitialized memory is read, so filling it would only cost time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set at run time
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = params.train.allow_tf32
     return accelerator
 
 
 def check_distributed_type(kind: DistributedType) -> None:
-    """Refuse sharded training: checkpoints are gathered in the main process alone.
+    """Reject sharded training, because checkpoints are written from the main process's weights only.
 
     Raises:
-        UserError: the Accelerate config asks for FSDP, DeepSpeed or Megatron-LM.
+        UserError: the Accelerate config selects FSDP, DeepSpeed or Megatron-LM.
     """
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
@@ -260,8 +268,8 @@ def _trainer(
         num_training_steps=train.max_steps,
     )
     encoders = [encoder.train() for _, encoder in text_encoders(pipe).values()]
-    # In train mode diffusers copies the input of each shortcut out of channels_last; a UNet without dropout has no
-    # other use for the mode. The encoders need it for gradient checkpointing.
+    # In train mode diffusers copies the input of each shortcut out of channels_last, and without dropout the mode has
+    # no other effect on the UNet. The encoders need train mode for gradient checkpointing.
     pipe.unet.train(pipe.unet.config.dropout > 0)
     if params.prepare.resolution >= MEMORY_EFFICIENT_FROM:
         memory_efficient.convert(pipe.unet, transformers=not train.compile)
@@ -281,15 +289,15 @@ def _trainer(
     )
 
 
-def _compile(unet: nn.Module) -> None:
-    """Compile the transformer blocks: blocks of equal size share one compilation."""
+def _compile(unet: UNet2DConditionModel) -> None:
+    """Compile the transformer blocks; blocks of equal size share one compilation."""
     if unet.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "cl"))):
-        raise UserError("train.compile: needs a C++ compiler on a CPU; install g++, or set it to false")
+        raise UserError("train.compile: needs a C++ compiler on a CPU; install g++ or set it to false")
     unet.compile_repeated_blocks(fullgraph=True)
 
 
 def _load_base(params: Params, device: torch.device) -> tuple[DiffusionPipeline, AutoencoderKL | None, float]:
-    """The base model in the compute dtype; its VAE only where something needs it."""
+    """The base model in the compute dtype, its VAE if validation or pixels need it, and the latents' scale."""
     train = params.train
     dtype = base.DTYPES[train.mixed_precision]
     needs_vae = bool(train.validation.prompts) or not params.prepare.cache_latents
@@ -331,7 +339,7 @@ def _make_trainable(pipe: DiffusionPipeline, params: Params, checkpoint: Path | 
 
 
 def _validate(pipe: DiffusionPipeline, params: Params, folder: RunFolder, tracker: Tracker, step: int) -> None:
-    """Generate the validation prompts with the current weights, from the same seeds every time."""
+    """Generate images of the validation prompts with the current weights, always from the same seeds."""
     settings = params.train.validation
     prompts = [prompt for prompt in settings.prompts for _ in range(settings.num_images)]
     training = pipe.unet.training

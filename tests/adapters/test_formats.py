@@ -110,7 +110,7 @@ def load_tokens(pipe, rows: dict):
 
 
 @pytest.mark.parametrize(("family", "freeze_model"), CASES)
-def test_a_whole_pipeline_needs_nothing_of_ours(learned, tmp_path, family, freeze_model):
+def test_an_exported_pipeline_works_without_customdiff(learned, tmp_path, family, freeze_model):
     folder, _, images = learned(family, freeze_model=freeze_model)
     formats.export_adapter("pipeline", folder, tmp_path / "out")
     assert_same_images(plain(tmp_path / "out"), images)
@@ -151,7 +151,7 @@ def with_lora(model, out):
 
 
 @pytest.mark.parametrize(("family", "freeze_model"), CASES)
-def test_diffusers_draws_the_same_with_the_lora(learned, tmp_path, family, freeze_model):
+def test_an_exported_lora_generates_the_same_image_in_diffusers(learned, tmp_path, family, freeze_model):
     folder, model, images = learned(family, freeze_model=freeze_model)
     assert formats.export_adapter("lora", folder, tmp_path / "out").error < 1e-6
     assert_same_images(with_lora(model, tmp_path / "out"), images)
@@ -184,7 +184,7 @@ def test_a_rank_keeps_the_largest_singular_values(learned, tmp_path, form):
     ("family", "form"),
     [("tiny_base", "lora"), ("tiny_base", "kohya"), ("tiny_base", "pipeline"), ("tiny_xl_base", "lora")],
 )
-def test_trained_loras_go_over_exactly(learned, tmp_path, family, form):
+def test_trained_loras_are_exported_exactly(learned, tmp_path, family, form):
     """Against PEFT, which computes our own image of an adapter of train.method lora."""
     folder, model, images = learned(family, "lora")
     out = tmp_path / "out"
@@ -203,7 +203,7 @@ def test_trained_loras_go_over_exactly(learned, tmp_path, family, form):
 
 
 @pytest.mark.parametrize("form", ["lora", "kohya", "pipeline", "delta"])
-def test_tokens_alone_go_over_alone(learned, tmp_path, form):
+def test_textual_inversion_exports_only_tokens(learned, tmp_path, form):
     folder, model, images = learned("tiny_base", "textual_inversion")
     out = tmp_path / "out"
     formats.export_adapter(form, folder, out)
@@ -240,13 +240,13 @@ def embedding(out, word):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_diffusers_reads_kohyas_names(learned, tmp_path, family):
+def test_diffusers_reads_kohya_key_names(learned, tmp_path, family):
     folder, model, images = learned(family)
     assert formats.export_adapter("kohya", folder, tmp_path / "out").error < 1e-6
     assert_same_images(with_kohya(model, tmp_path / "out"), images)
 
 
-def test_kohyas_names_are_those_of_the_programs(learned, tmp_path):
+def test_kohya_key_names_of_other_programs(learned, tmp_path):
     """A key written out by hand, as sd-scripts trains it on Stable Diffusion, and the header that web UIs read."""
     folder, _, _ = learned("tiny_xl_base")
     formats.export_adapter("kohya", folder, tmp_path / "out", rank=2)
@@ -305,7 +305,7 @@ def with_delta(model, file, compress=False):
 
 
 @pytest.mark.parametrize(("family", "freeze_model"), CASES)
-def test_a_delta_draws_the_same_and_comes_back(learned, tmp_path, family, freeze_model):
+def test_a_delta_generates_the_same_image_and_can_be_imported(learned, tmp_path, family, freeze_model):
     folder, model, images = learned(family, freeze_model=freeze_model)
     formats.export_adapter("delta", folder, tmp_path / "out")
     delta = torch.load(tmp_path / "out/delta.bin", weights_only=True)
@@ -356,14 +356,14 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("there", BLOCKS)
-def test_compvis_names_its_blocks_through(there):
+def test_compvis_block_names(there):
     end = "transformer_blocks.0.attn2.to_k.weight"
     here, there = f"{BLOCKS[there]}.{end}", f"model.diffusion_model.{there}.{end}"
     assert compvis.compvis_name(here, 2) == there
     assert compvis.diffusers_name(there, 2) == here
 
 
-def test_a_compvis_delta_comes_back(learned, tmp_path):
+def test_an_exported_compvis_delta_can_be_imported(learned, tmp_path):
     folder, model, _ = learned("tiny_base")
     formats.export_adapter("compvis", folder, tmp_path / "out")
     delta = torch.load(tmp_path / "out/delta.ckpt", weights_only=True)["state_dict"]
@@ -524,7 +524,7 @@ class Malice:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_runs_nothing(tiny_base, tmp_path):
+def test_pickles_execute_no_code(tiny_base, tmp_path):
     trap = tmp_path / "ran"
     torch.save({"unet": {}, "modifier_token": Malice(trap)}, tmp_path / "delta.bin")
     with pytest.raises(UserError, match=r"delta\.bin: a pickle.*--allow-pickle"):
@@ -551,34 +551,34 @@ def test_a_file_that_unpacks_to_more_than_the_model_is_not_opened(tiny_base, tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda delta: delta.pop("unet"), "no delta of the paper's"),
-        (lambda delta: delta.update(text_encoder={}), "holds a trained text encoder"),
-        (lambda delta: delta.update(unet=[1]), "no delta of the paper's"),
-        (lambda delta: delta["unet"].update({7: 1}), "holds no tensors by name"),
+        (lambda delta: delta.pop("unet"), "has no 'unet'"),
+        (lambda delta: delta.update(text_encoder={}), "text encoder"),
+        (lambda delta: delta.update(unet=[1]), "has no 'unet'"),
+        (lambda delta: delta["unet"].update({7: 1}), r"delta\.bin: .*by name"),
         (lambda delta: delta["modifier_token"].update({"<new2>": "row"}), "<new2> of text_encoder is str"),
-        (lambda delta: delta["unet"].update({MID: torch.zeros(32, 32, device="meta")}), "is not a plain tensor"),
-        (lambda delta: delta["unet"].update({MID: torch.eye(32).to_sparse()}), "is not a plain tensor"),
-        (lambda delta: delta["unet"].update({MID: torch.eye(32).long()}), "is not a plain tensor"),
+        (lambda delta: delta["unet"].update({MID: torch.zeros(32, 32, device="meta")}), "to_k.weight is not"),
+        (lambda delta: delta["unet"].update({MID: torch.eye(32).to_sparse()}), "to_k.weight is not"),
+        (lambda delta: delta["unet"].update({MID: torch.eye(32).long()}), "to_k.weight is not"),
         (lambda delta: delta["unet"].update({MID: {"u": torch.eye(32), "v": 3}}), "to_k.weight v is int"),
-        (lambda delta: delta["unet"].update({MID: {"u": torch.zeros(32, 40), "v": 3}}), "a rank of 40, more than"),
+        (lambda delta: delta["unet"].update({MID: {"u": torch.zeros(32, 40), "v": 3}}), "to_k.weight has rank 40"),
         (lambda delta: delta["unet"].update({MID: {"up": torch.eye(32)}}), "to_k.weight is dict"),
-        (lambda delta: delta["modifier_token"].pop("<new2>"), "no embedding of <new2>.*its tokens: <new1>"),
+        (lambda delta: delta["modifier_token"].pop("<new2>"), "embedding of <new2>.*<new1>"),
         (
             lambda delta: delta["modifier_token"].update({"<new2>": torch.zeros(48)}),
             r"<new2> of text_encoder is \(48,\)",
         ),
-        (lambda delta: delta["unet"].popitem(), r"has no .*to_v\.weight; was it learned on"),
-        (lambda delta: delta["unet"].update(strange=torch.zeros(1)), "has a strange strange"),
-        (lambda delta: delta["unet"].update({MID: torch.zeros(32, 48)}), r"to_k.weight is \(32, 48\), the base"),
+        (lambda delta: delta["unet"].popitem(), r"lacks .*to_v\.weight"),
+        (lambda delta: delta["unet"].update(strange=torch.zeros(1)), "weight strange"),
+        (lambda delta: delta["unet"].update({MID: torch.zeros(32, 48)}), r"to_k.weight is \(32, 48\)"),
         (
             lambda delta: delta["unet"].update({MID: torch.zeros(1).expand(10**6, 10**6)}),
-            r"is \(1000000, 1000000\), the",
+            r"to_k.weight is \(1000000, 1000000\)",
         ),
-        (lambda delta: delta["unet"].update({MID: torch.full((32, 32), torch.nan)}), "values that are not finite"),
-        (lambda delta: delta["unet"].update({MID: [1.0]}), "is list, the base model's"),
+        (lambda delta: delta["unet"].update({MID: torch.full((32, 32), torch.nan)}), "to_k.weight has non-finite"),
+        (lambda delta: delta["unet"].update({MID: [1.0]}), "to_k.weight is list"),
     ],
 )
-def test_a_delta_that_does_not_fit_is_refused_in_one_line(right_delta, tmp_path, change, message):
+def test_an_invalid_delta_is_a_one_line_error(right_delta, tmp_path, change, message):
     model, file = right_delta
     delta = torch.load(file, weights_only=True)
     change(delta)
@@ -592,29 +592,29 @@ def test_a_delta_that_does_not_fit_is_refused_in_one_line(right_delta, tmp_path,
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
 
-def test_the_two_forms_of_a_delta_are_told_apart(learned, right_delta, tmp_path):
+def test_the_two_delta_formats_are_distinguished(learned, right_delta, tmp_path):
     folder, model, _ = learned("tiny_base")
     formats.export_adapter("compvis", folder, tmp_path / "compvis")
-    with pytest.raises(UserError, match="--format delta reads it"):
+    with pytest.raises(UserError, match="--format delta"):
         bring(right_delta[1], tmp_path / "out", model, "compvis")
-    with pytest.raises(UserError, match="--format compvis reads it"):
+    with pytest.raises(UserError, match="--format compvis"):
         bring(tmp_path / "compvis/delta.ckpt", tmp_path / "out", model, "delta")
-    with pytest.raises(UserError, match="has 2 tokens of 32 values; --token names 1"):
+    with pytest.raises(UserError, match=r"2 tokens of 32 .*--token names 1"):
         bring(tmp_path / "compvis", tmp_path / "out", model, "compvis", ["<new1>"])
 
 
 @pytest.mark.parametrize(
     ("form", "options", "method", "message"),
     [
-        ("diffusers", {}, "custom_diffusion", "--format: diffusers is for import alone"),
-        ("onnx", {}, "custom_diffusion", "--format: there is no onnx; use one of pipeline, lora, kohya"),
-        ("pipeline", {"rank": 4}, "custom_diffusion", "--rank: a pipeline holds whole weights"),
-        ("delta", {"rank": 4}, "custom_diffusion", "--rank: a delta is written as it was learned"),
-        ("delta", {}, "lora", "a delta holds cross-attention alone"),
-        ("compvis", {}, "lora", "a delta holds cross-attention alone"),
+        ("diffusers", {}, "custom_diffusion", "--format: diffusers"),
+        ("onnx", {}, "custom_diffusion", "--format: .*onnx.*pipeline, lora, kohya"),
+        ("pipeline", {"rank": 4}, "custom_diffusion", "--rank: "),
+        ("delta", {"rank": 4}, "custom_diffusion", "--rank: "),
+        ("delta", {}, "lora", "--format: .*lora"),
+        ("compvis", {}, "lora", "--format: .*lora"),
     ],
 )
-def test_a_wrong_pairing_is_one_line(learned, tmp_path, form, options, method, message):
+def test_invalid_format_options_are_one_line_errors(learned, tmp_path, form, options, method, message):
     folder, _, _ = learned("tiny_base", method)
     with pytest.raises(UserError, match=message) as refusal:
         formats.export_adapter(form, folder, tmp_path / "out", **options)
@@ -622,37 +622,37 @@ def test_a_wrong_pairing_is_one_line(learned, tmp_path, form, options, method, m
     assert not (tmp_path / "out").exists()
 
 
-def test_compvis_code_knows_no_sdxl(learned, tmp_path):
+def test_compvis_rejects_sdxl(learned, tmp_path):
     folder, _, _ = learned("tiny_xl_base")
-    with pytest.raises(UserError, match="CompVis code loads no Stable Diffusion XL"):
+    with pytest.raises(UserError, match=r"--format: .*Stable Diffusion XL"):
         formats.export_adapter("compvis", folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_another_base_is_refused(learned, tiny_v_base, tmp_path):
+def test_another_base_model_is_rejected(learned, tiny_v_base, tmp_path):
     folder, _, _ = learned("tiny_base")
-    with pytest.raises(UserError, match="the pipeline is of another base model"):
+    with pytest.raises(UserError, match="another base model"):
         formats.export_adapter("pipeline", folder, tmp_path / "out", base=str(tiny_v_base))
 
 
-def test_what_is_there_is_never_replaced(learned, tmp_path):
+def test_existing_folders_are_not_replaced(learned, tmp_path):
     folder, model, _ = learned("tiny_base")
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="--out: "):
         formats.export_adapter("delta", folder, tmp_path)
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="--out: "):
         bring(folder, tmp_path, model, "diffusers")
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("form", ["lora", "kohya"])
-def test_files_that_do_not_give_back_what_was_learned_are_not_left(learned, tmp_path, monkeypatch, form):
+def test_exports_that_do_not_reproduce_the_adapter_are_removed(learned, tmp_path, monkeypatch, form):
     """A wrong scale, as a mistake about alpha makes it, is seen when the file is loaded again."""
     folder, _, _ = learned("tiny_base")
-    right = lora.one_rank
+    right = lora.equal_rank_factors
     wrong = lambda found: {name: 0.99 * weight for name, weight in right(found).items()}  # noqa: E731
-    monkeypatch.setattr({"lora": lora, "kohya": kohya}[form], "one_rank", wrong)
-    with pytest.raises(UserError, match=r"do not give back what was learned: .*attn2\.to_. *differs|differs most"):
+    monkeypatch.setattr({"lora": lora, "kohya": kohya}[form], "equal_rank_factors", wrong)
+    with pytest.raises(UserError, match=r".*attn2\.to_. *differs|differs most"):
         formats.export_adapter(form, folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -668,16 +668,16 @@ def test_help_lists_each_format_with_a_sentence():
     for command in ("export", "import"):
         told = " ".join(run(command, "--help").output.split())
         for name, form in formats.FORMATS.items():
-            assert (f"{name} {form.sentence}" in told) == (command in form.ways)
+            assert (f"{name} {form.description}" in told) == (command in form.directions)
 
 
-def test_commands_say_what_opens_the_files(learned, right_delta, tmp_path):
+def test_commands_print_how_to_open_the_files(learned, right_delta, tmp_path):
     folder, model, _ = learned("tiny_base")
     delta = right_delta[1]
     told = run("export", "--format", "lora", "--rank", "2", "--adapter", folder, "--out", tmp_path / "lora").output
     assert f'pipe.load_lora_weights("{tmp_path / "lora"}")' in told
     assert f'pipe.load_textual_inversion("{tmp_path / "lora" / "<new2>.safetensors"}")' in told
-    assert "rank 2 leaves out" in told
+    assert "rank 2" in told
     one = ("--token", "<new1>", "--class-prompt", "cat")
     two = ("--token", "<new2>", "--class-prompt", "dog", "--out", tmp_path / "back", "--allow-pickle")
     told = run("import", delta, "--format", "delta", "--base", model, *one, *two).output
@@ -685,8 +685,8 @@ def test_commands_say_what_opens_the_files(learned, right_delta, tmp_path):
     assert_same_adapter(adapter.read(tmp_path / "back"), adapter.read(folder))
 
 
-def test_as_many_class_prompts_as_tokens(tiny_base, tmp_path):
+def test_each_token_needs_a_class_prompt(tiny_base, tmp_path):
     told = run("import", tmp_path, "--format", "delta", "--base", tiny_base, "--token", "<new1>", "--token", "<new2>",
                "--class-prompt", "cat")  # fmt: skip
     assert isinstance(told.exception, UserError)
-    assert "2 tokens need as many" in str(told.exception)
+    assert "--class-prompt: 2 tokens" in str(told.exception)

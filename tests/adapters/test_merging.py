@@ -108,7 +108,7 @@ def test_the_solution_is_that_of_the_kkt_equations(fidelity):
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
 
 
-def test_a_case_worked_by_hand():
+def test_a_case_solved_by_hand():
     """G = [[1, 1/2], [1/2, 1]] and the ridge on its diagonal, 1.1 with it; the change of (1, 0)' is held at 3.
 
     1.1 a^2 + a b + 1.1 b^2 with a = 3 is least at b = -3 / 2.2.
@@ -335,10 +335,10 @@ def test_captions_are_read_from_a_file_a_folder_or_a_pool(tmp_path):
     drawn = merging.read_captions(tmp_path / "classes", limit=3)
     assert len(set(drawn)) == 3
     assert drawn == merging.read_captions(tmp_path / "classes", limit=3)
-    with pytest.raises(UserError, match=r"--captions: .*nowhere does not exist"):
+    with pytest.raises(UserError, match=r"--captions: .*nowhere"):
         merging.read_captions(tmp_path / "nowhere")
     file.write_text("\n", encoding="utf-8")
-    with pytest.raises(UserError, match="holds no captions"):
+    with pytest.raises(UserError, match=r"--captions: .*captions"):
         merging.read_captions(file)
 
 
@@ -352,15 +352,15 @@ def of_method(method):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (of_method("lora"), "is of method lora; only adapters of custom_diffusion"),
-        (of_method("textual_inversion"), "is of method textual_inversion"),
+        (of_method("lora"), "other: method lora.*custom_diffusion"),
+        (of_method("textual_inversion"), "other: method textual_inversion"),
         (
             lambda part: replace(part, config=part.config.with_changes(**{"freeze_model": "crossattn"})),
-            "learned queries and outputs too",
+            "other: freeze_model crossattn .*crossattn_kv",
         ),
         (
             lambda part: replace(part, embeddings={"<new1>": part.embeddings["<new2>"]}),
-            "has the token <new1>, and so has one",
+            "other: token <new1> .*one",
         ),
         (
             lambda part: replace(
@@ -370,14 +370,14 @@ def of_method(method):
         ),
     ],
 )
-def test_what_cannot_be_merged_is_refused_by_name(tiny_base, changed, message):
+def test_adapters_that_cannot_be_merged_are_rejected_by_name(tiny_base, changed, message):
     parts = two(tiny_base)
     with pytest.raises(UserError, match=message):
         merging.merge(plain(tiny_base), parts | {"other": changed(parts["other"])}, CAPTIONS)
 
 
-def test_captions_of_the_new_words_alone_are_refused(tiny_base):
-    with pytest.raises(UserError, match="there is none without the new words"):
+def test_captions_with_only_modifier_tokens_are_rejected(tiny_base):
+    with pytest.raises(UserError, match="--captions: "):
         merging.merge(plain(tiny_base), two(tiny_base), ["a <new1> cat", "<new2>"])
 
 
@@ -399,7 +399,7 @@ def test_the_command_writes_what_the_library_makes(folders, tiny_base):
     out = folders / "both"
     done = run(folders / "one", folders / "other", "--captions", folders / "captions.txt", "--out", out)
     assert done.exit_code == 0, done.output
-    assert f"{out}: <new1>, <new2> by 5 captions; 12 states of target words, 12 of them independent" in done.output
+    assert f"{out}: <new1>, <new2>; 5 captions, 12 target states of rank 12" in done.output
     expected = merging.merge(plain(tiny_base), two(tiny_base), CAPTIONS).adapter
     found = adapter.read(out)
     assert found.config == expected.config
@@ -413,24 +413,24 @@ def test_the_command_writes_what_the_library_makes(folders, tiny_base):
         torch.testing.assert_close(weight, expected.weights[name])
     (folders / "others.txt").write_text("the dog", encoding="utf-8")
     done = run(folders / "one", folders / "other", "--captions", folders / "others.txt", "--out", folders / "again")
-    assert "note: no caption names a cat;" in done.output
-    assert "names a dog" not in done.output
+    assert "'cat'" in done.output
+    assert "'dog'" not in done.output
 
 
-def test_the_command_s_mistakes_are_one_line_and_write_nothing(folders, tiny_v_base):
+def test_command_errors_are_one_line_and_write_nothing(folders, tiny_v_base):
     adapter.save(learned(tiny_v_base, "<new3>", "pot"), folders / "stranger")
     captions = ["--captions", folders / "captions.txt"]
     for arguments, message in (
-        ([folders / "one"], "merge: name two adapters or more"),
-        ([folders / "one", folders / "one"], "merge: name two adapters or more, each once"),
+        ([folders / "one"], "ADAPTER: .*one"),
+        ([folders / "one", folders / "one"], "ADAPTER: .*one, .*one"),
         ([folders / "one", folders / "stranger", *captions], "stranger: .*trained on .*tiny-v"),
         ([folders / "one", folders / "nowhere"], "no adapter found"),
-        ([folders / "one", folders / "other", *["--fidelity", 1] * 3], "--fidelity: 3 given for 2 adapters"),
-        ([folders / "one", folders / "other", "--captions", folders / "none.txt"], "none.txt does not exist"),
+        ([folders / "one", folders / "other", *["--fidelity", 1] * 3], "--fidelity: 3 .*2 adapters"),
+        ([folders / "one", folders / "other", "--captions", folders / "none.txt"], "--captions: .*none.txt"),
     ):
         done = run(*arguments, "--out", folders / "out")
         assert isinstance(done.exception, UserError)
         assert re.search(message, str(done.exception))
         assert not list(folders.glob("out*"))
     done = run(folders / "one", folders / "other", *captions, "--out", folders / "stranger")
-    assert "exists already" in str(done.exception)
+    assert "--out: " in str(done.exception)

@@ -93,7 +93,7 @@ def test_gradients_of_a_step_equal_those_of_diffusers_with_a_full_table(request,
         assert embedding.table.weight.grad is None
 
 
-def test_putting_processors_in_changes_no_output(tiny_base):
+def test_injecting_processors_does_not_change_the_output(tiny_base):
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
     noisy, states = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 32)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_an_attention_mask_is_respected(tiny_base):
         torch.testing.assert_close(layer(image, changed, mask), layer(image, text, mask), rtol=1e-5, atol=1e-6)
 
 
-def test_xformers_without_it_or_a_gpu_is_one_line(tiny_base):
+def test_missing_xformers_or_gpu_is_a_one_line_error(tiny_base):
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
     with pytest.raises(UserError, match=r"train\.attention"):
         attention.inject_processors(pipe.unet, backend="xformers")

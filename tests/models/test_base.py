@@ -26,13 +26,13 @@ def test_a_part_is_frozen(tiny_base):
     assert vae.dtype == torch.float32
 
 
-def test_a_missing_model_is_one_line(tmp_path):
+def test_a_missing_model_is_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match=r"^base\.model: .* cannot be loaded") as caught:
         base.load_pipeline(Base(model=str(tmp_path / "nothing")))
     assert "\n" not in str(caught.value)
 
 
-def test_pickled_weights_are_refused(tiny_base, tmp_path):
+def test_pickled_weights_are_rejected(tiny_base, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(tiny_base, folder)
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
@@ -55,7 +55,7 @@ def test_a_model_without_text_is_refused(tmp_path):
 def test_a_model_for_inpainting_is_refused(tiny_base):
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
     pipe.unet.register_to_config(in_channels=9)
-    with pytest.raises(UserError, match="takes 9 channels and gives 4, as for inpainting"):
+    with pytest.raises(UserError, match=r"base.model: .*9 input and 4 output"):
         base.check_family(pipe)
 
 
@@ -76,14 +76,14 @@ def test_text_is_encoded_as_diffusers_encodes_it(request, model):
         assert text.pooled is None
 
 
-def test_a_device_that_is_not_here_is_refused():
+def test_a_missing_device_is_rejected():
     assert base.device("cpu").type == "cpu"
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match=r"base\.device: cuda:3 is not on this machine"):
+        with pytest.raises(UserError, match=r"base\.device: .*cuda:3"):
             base.device("cuda:3")
 
 
-def test_captions_are_cut_to_the_tokenizers_length(tiny_base):
+def test_captions_are_truncated_to_the_tokenizers_length(tiny_base):
     pipe = base.load_pipeline(Base(model=str(tiny_base)))
     states = text_of(pipe, ["cat", "a cat on the grass " * 20]).states
     assert states.shape == (2, 16, 32)

@@ -55,7 +55,7 @@ def step(unet):
     [KEYS_AND_VALUES, Train(freeze_model="crossattn"), Train(method="lora", lora_rank=2)],
     ids=["crossattn_kv", "crossattn", "lora"],
 )
-def test_a_memory_efficient_unet_predicts_and_learns_the_same_and_keeps_less(request, model, trained):
+def test_a_memory_efficient_unet_gives_equal_gradients_and_saves_less(request, model, trained):
     plain, efficient = two_unets(request.getfixturevalue(model), trained, torch.float64)
     assert [name for name, _ in efficient.named_parameters()] == [name for name, _ in plain.named_parameters()]
     expected, gradients, kept = step(plain.double())
@@ -115,14 +115,14 @@ def test_a_convolution_of_any_kind_computes_what_torch_computes(options):
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
-def test_layers_that_train_are_left_as_they_are(tiny_base):
+def test_trained_layers_are_not_converted(tiny_base):
     unet = base.load_pipeline(Base(model=str(tiny_base))).unet
     unet.requires_grad_(True)
     memory_efficient.convert(unet)
     assert not any(type(layer).__module__ == memory_efficient.__name__ for layer in unet.modules())
 
 
-def test_gradient_checkpointing_goes_with_it(tiny_base):
+def test_gradient_checkpointing_is_supported(tiny_base):
     _, efficient = two_unets(tiny_base, KEYS_AND_VALUES)
     _, gradients, kept = step(efficient)
     efficient.zero_grad(set_to_none=True)
@@ -132,7 +132,7 @@ def test_gradient_checkpointing_goes_with_it(tiny_base):
     assert all(torch.equal(again[name], gradient) for name, gradient in gradients.items())
 
 
-def test_features_of_any_layout_pass(tiny_base):
+def test_any_memory_format_is_supported(tiny_base):
     """As diffusers' layers do, where a transpose has left the features in no layout of their own."""
     plain, efficient = two_unets(tiny_base, KEYS_AND_VALUES)
     x = torch.randn(2, 16, 8, 8).transpose(2, 3)[:, :, ::2]

@@ -51,7 +51,7 @@ def test_the_mask_lies_wholly_on_the_image():
         assert view.mask.any()
 
 
-def test_a_middling_view_has_no_prefix():
+def test_a_medium_view_has_no_prefix():
     rng = Scripted(uniform=[0.65], integers=[39, (0, 0)])
     assert augmentation.resized_view(WHITE, 64, 4, rng, center_crop=True).prefix == ""  # 39 >= 0.6 * 64
 
@@ -84,7 +84,7 @@ def test_without_augmentation_the_whole_square_is_shown():
     assert view.prefix == ""
 
 
-def test_proportions_are_kept():
+def test_the_aspect_ratio_is_preserved():
     """A disc on a wide photo stays a disc; the reference would squash it."""
     wide = Image.new("RGB", (200, 100), "black")
     wide.paste("white", (75, 25, 125, 75))
@@ -92,7 +92,7 @@ def test_proportions_are_kept():
     assert shown.any(0).sum() == shown.any(1).sum() == 32
 
 
-def test_framing_is_what_sdxl_is_told():
+def test_framing_for_sdxl():
     """A photo 100 high and 200 wide: its middle square starts at 50 px, 32 px at 64 for 100; a zoom adds its crop."""
     wide = Image.new("RGB", (200, 100))
     plain = augmentation.plain_view(wide, 64, 4, np.random.default_rng(0), center_crop=True)
@@ -103,7 +103,7 @@ def test_framing_is_what_sdxl_is_told():
     assert far.framing == (100, 200, 0, 16), "the corner of the canvas is no crop"
 
 
-def test_flips_are_even():
+def test_half_of_the_views_are_flipped():
     left = Image.new("RGB", (10, 10))
     left.paste("white", (0, 0, 1, 10))
     flips = [

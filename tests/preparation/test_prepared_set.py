@@ -34,7 +34,7 @@ def test_moments_and_samples_are_those_of_the_vae(tiny_base, tmp_path):
     torch.testing.assert_close(found, drawn, rtol=1e-4, atol=1e-5)
 
 
-def test_pixels_are_kept_where_latents_are_not(tiny_base, tmp_path):
+def test_pixels_are_stored_without_cached_latents(tiny_base, tmp_path):
     params = tiny_params(tiny_base, prepare={"cache_latents": False})
     cached = tiny_params(tiny_base)
     vae = base.load_part(params.base, "vae", AutoencoderKL)
@@ -48,7 +48,7 @@ def test_pixels_are_kept_where_latents_are_not(tiny_base, tmp_path):
     assert kept.captions == encoded.captions
 
 
-def test_a_set_survives_the_disk_and_is_the_same_again(tiny_base, tmp_path):
+def test_saved_sets_are_loaded_unchanged(tiny_base, tmp_path):
     params = tiny_params(tiny_base, concepts={"cat": concept_values(), "dog": concept_values("<new2>", "dog")})
     first, again = (write_prepared(tmp_path / name / "prepared", params) for name in ("a", "b"))
     for path in sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file()):
@@ -61,11 +61,11 @@ def test_a_set_survives_the_disk_and_is_the_same_again(tiny_base, tmp_path):
     assert all("<new2> dog" in caption for caption in joined.captions[16:])
 
 
-def test_a_damaged_set_is_refused(tiny_base, tmp_path):
+def test_a_damaged_set_is_rejected(tiny_base, tmp_path):
     folder = write_prepared(tmp_path / "prepared", tiny_params(tiny_base))
     captions = folder / "cat/instance.json"
     captions.write_text(json.dumps(json.loads(captions.read_text())[:-1]))
-    with pytest.raises(UserError, match="15 captions for 16 views"):
+    with pytest.raises(UserError, match=r"15 .*16"):
         prepared_set.load(folder / "cat/instance")
 
 
@@ -98,17 +98,17 @@ def test_sidecar_captions(tmp_path, tiny_base):
     params = tiny_params(tiny_base, prepare={"captions": "sidecar"})
     concept = params.concepts["cat"]
     path = noisy_images(tmp_path, 1)[0]
-    with pytest.raises(UserError, match=r"000\.png has no caption file"):
+    with pytest.raises(UserError, match=r"000\.png"):
         prepare.instance_examples(tmp_path, concept, params.prepare, torch.device("cpu"))
     path.with_suffix(".txt").write_text("a cat on red\n")
-    with pytest.raises(UserError, match="names no subject"):
+    with pytest.raises(UserError, match=r"000.txt: .*<new1>"):
         prepare.instance_examples(tmp_path, concept, params.prepare, torch.device("cpu"))
     path.with_suffix(".txt").write_text("a {} cat\n  on red\n")
     found = prepare.instance_examples(tmp_path, concept, params.prepare, torch.device("cpu"))
     assert [example.caption for example in found] == ["a <new1> cat on red"]
 
 
-def test_a_captioners_words_take_the_token_in(tiny_base):
+def test_the_token_is_inserted_into_a_description(tiny_base):
     concept = tiny_params(tiny_base).concepts["cat"]
     assert captions.with_token("a Cat, on red", concept) == "a <new1> Cat, on red"
     assert captions.with_token("an animal", concept) == "photo of a <new1> cat, an animal"

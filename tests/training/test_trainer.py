@@ -84,7 +84,7 @@ def test_the_rate_is_scaled_as_in_the_reference(options, processes, expected):
     assert objective.learning_rate(Train(**options), processes) == pytest.approx(expected)
 
 
-def test_a_first_step_against_adamw_by_hand(tiny_base, tmp_path):
+def test_the_first_step_equals_adamw_by_hand(tiny_base, tmp_path):
     """One step of the whole trainer, then AdamW's first update worked out in float64 from the logged gradient norm.
 
     At its first step Adam moves each weight by rate * g / (|g| + eps'), which is the rate itself wherever the
@@ -108,7 +108,7 @@ def test_a_first_step_against_adamw_by_hand(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
-def test_only_what_should_train_moves(tiny_base, tmp_path, freeze_model):
+def test_only_trained_weights_change(tiny_base, tmp_path, freeze_model):
     params = tiny_params(tiny_base, freeze_model=freeze_model, max_steps=3)
     write_prepared(tmp_path / "prepared", params)
     accelerator = trainer._accelerator(params)
@@ -135,7 +135,7 @@ def test_only_what_should_train_moves(tiny_base, tmp_path, freeze_model):
     assert len(weights) == 7 * (2 if freeze_model == "crossattn_kv" else 5)
 
 
-def test_the_same_run_ends_with_the_same_bits_and_another_seed_does_not(tiny_base, tmp_path):
+def test_equal_runs_give_equal_bits_and_another_seed_does_not(tiny_base, tmp_path):
     params = tiny_params(tiny_base)
     first, again = (learned(train(params, tmp_path, name)) for name in ("a", "b"))
     assert first == again
@@ -172,7 +172,7 @@ def test_a_killed_run_continues_to_the_same_bits(request, tmp_path, model, optio
     assert 0 < before < continued.metrics()["seconds"]
 
 
-def test_an_edited_parameter_never_continues_a_strangers_run(tiny_base, tmp_path):
+def test_an_edited_parameter_starts_a_new_run(tiny_base, tmp_path):
     params = tiny_params(tiny_base)
     first = train(params, tmp_path)
     (first.path / "complete").unlink()
@@ -185,7 +185,7 @@ def test_an_edited_parameter_never_continues_a_strangers_run(tiny_base, tmp_path
     assert run_identity(more_images, prepared, 1) == run_identity(params, prepared, 1)
 
 
-def test_an_edit_of_the_code_is_another_run(tiny_base, tmp_path, monkeypatch):
+def test_edited_code_starts_a_new_run(tiny_base, tmp_path, monkeypatch):
     params = tiny_params(tiny_base)
     prepared = write_prepared(tmp_path / "prepared", params)
     before = run_identity(params, prepared, 1)
@@ -196,7 +196,7 @@ def test_an_edit_of_the_code_is_another_run(tiny_base, tmp_path, monkeypatch):
     assert run_identity(params, prepared, 1) != before
 
 
-def test_one_gpu_by_name_and_several_processes_contradict(tiny_base, monkeypatch):
+def test_a_named_gpu_excludes_several_processes(tiny_base, monkeypatch):
     monkeypatch.setattr(base, "device", torch.device)
     params = tiny_params(tiny_base, launch={"num_processes": 2})
     params = params.model_copy(update={"base": params.base.model_copy(update={"device": "cuda:1"})})
@@ -211,7 +211,7 @@ def test_sharded_training_is_refused(kind):
     trainer.check_distributed_type(DistributedType.MULTI_GPU)
 
 
-def test_a_base_that_changed_under_its_name_is_another_run(tiny_base, tmp_path):
+def test_a_changed_base_model_starts_a_new_run(tiny_base, tmp_path):
     model = shutil.copytree(tiny_base, tmp_path / "base")
     params = tiny_params(model)
     prepared = write_prepared(tmp_path / "prepared", params)
@@ -224,7 +224,7 @@ def test_a_base_that_changed_under_its_name_is_another_run(tiny_base, tmp_path):
     assert run_identity(params, prepared, 1) != before
 
 
-def test_a_complete_run_is_run_anew(tiny_base, tmp_path):
+def test_a_complete_run_starts_again(tiny_base, tmp_path):
     params = tiny_params(tiny_base)
     first = train(params, tmp_path)
     marks = {path.stat().st_mtime_ns for path in first.path.glob("step-*/state.pt")}
@@ -237,7 +237,7 @@ def test_old_checkpoints_are_removed(tiny_base, tmp_path):
     assert [path.name for path in run.checkpoints()] == ["step-000005", "step-000006"]
 
 
-def test_the_results_are_handed_over_whole(tiny_base, tmp_path):
+def test_results_are_copied_completely(tiny_base, tmp_path):
     params = tiny_params(tiny_base, validation={"prompts": ["a <new1> cat"], "every": 3, "steps": 2})
     run = train(params, tmp_path)
     run.copy_results(tmp_path / "models/adapter", tmp_path / "results/train")
@@ -304,7 +304,7 @@ def test_every_method_learns_on_every_family(request, tmp_path, model, method):
     assert ("prior_loss" in rows) == (method != "textual_inversion"), "a frozen UNet has no prior to preserve"
 
 
-def test_sdxl_is_told_each_views_size_and_crop(tiny_xl_base, tmp_path):
+def test_sdxl_gets_the_size_and_crop_of_each_view(tiny_xl_base, tmp_path):
     """The photos of the prepared set are 50 x 40; a view of 32 px of their 40 px square starts at most 8 px in."""
     params = tiny_params(tiny_xl_base, prepare={"augmentation": False})
     write_prepared(tmp_path / "prepared", params)
@@ -373,7 +373,7 @@ def test_compiling_needs_a_compiler(tiny_base, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-def test_compiled_blocks_learn_the_same(tiny_base, tmp_path, monkeypatch):
+def test_compiled_blocks_train_the_same_weights(tiny_base, tmp_path, monkeypatch):
     """Layers that are not compiled are memory-efficient; and a run that was killed ends with the same bits."""
     monkeypatch.setattr(trainer, "MEMORY_EFFICIENT_FROM", 8)
     plain = train(tiny_params(tiny_base, max_steps=2), tmp_path / "a")
@@ -388,12 +388,12 @@ def test_compiled_blocks_learn_the_same(tiny_base, tmp_path, monkeypatch):
     assert learned(train(params, tmp_path / "b")) == whole
 
 
-def test_a_missing_option_package_is_one_line(tiny_base, tmp_path):
+def test_a_missing_optional_package_is_a_one_line_error(tiny_base, tmp_path):
     with pytest.raises(UserError, match=r"train\.optimizer: adamw_8bit needs bitsandbytes"):
         train(tiny_params(tiny_base, optimizer="adamw_8bit"), tmp_path)
 
 
-def test_two_processes_learn_what_one_does(tiny_base, tmp_path, monkeypatch):
+def test_two_processes_train_the_same_weights_as_one(tiny_base, tmp_path, monkeypatch):
     """The same global batch in one process and in two that `accelerate launch` starts: the same losses."""
     params = tiny_params(tiny_base, max_steps=2, batch_size=2, scale_lr=False)
     one = train(params, tmp_path, "one")
@@ -421,7 +421,7 @@ def test_two_processes_learn_what_one_does(tiny_base, tmp_path, monkeypatch):
     np.testing.assert_allclose(second, first, rtol=1e-5)
 
 
-def test_launching_asks_no_question(tiny_base, tmp_path, monkeypatch):
+def test_launching_is_not_interactive(tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = tiny_params(tiny_base, launch={"num_processes": 3})
     command = launch.command(params.train, "train.py")

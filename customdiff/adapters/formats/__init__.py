@@ -1,13 +1,14 @@
-"""Adapters in the forms that other programs read, and back: the formats by name, `export_adapter`, `import_adapter`.
+"""Export and import of adapters in other programs' formats.
 
-Light to import: torch and a format's own module are loaded when they are used. A module that exports has
+torch and the module of a format are imported on first use, so that the command line starts fast. A format with export
+has the functions
 
-    check(config, rank)                     refuses what the format cannot hold
-    write(source, folder, rank) -> error    writes its files; the share of the change that a lower rank leaves out
-    verify(source, folder, error)           loads them again as the other program does, and compares
-    instructions(config, folder) -> str     says which program opens them, by which call
+    check(config, rank)                     raises an error if the format cannot hold the adapter
+    write(source, folder, rank) -> error    writes the files; returns the relative error of the change
+    verify(source, folder, error)           loads the files as the other program does and compares weights
+    instructions(config, folder) -> str     how to open the files
 
-and one that imports has `read(path, request) -> foreign.ImportedWeights`.
+and a format with import has `read(path, request) -> foreign.ImportedWeights`.
 """
 
 import importlib
@@ -25,22 +26,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """One form that an adapter can take.
+    """A file format of another program.
 
     Attributes:
-        module: of this package.
-        sentence: what it is, for the screen.
-        ways: where it can go.
+        module: module of this package that implements it.
+        description: one line for help texts.
+        directions: supported conversions.
     """
 
     module: str
-    sentence: str
-    ways: tuple[Literal["export", "import"], ...] = ("export",)
+    description: str
+    directions: tuple[Literal["export", "import"], ...] = ("export",)
 
 
 FORMATS = {
-    "pipeline": Format("pipeline", "a whole diffusers pipeline; DiffusionPipeline.from_pretrained loads it alone"),
-    "lora": Format("lora", "a LoRA for diffusers' load_lora_weights, and each token as a textual inversion"),
+    "pipeline": Format("pipeline", "a complete diffusers pipeline for DiffusionPipeline.from_pretrained"),
+    "lora": Format("lora", "a LoRA for diffusers' load_lora_weights, and a textual inversion per token"),
     "kohya": Format("kohya", "a LoRA and embeddings for AUTOMATIC1111, Forge, ComfyUI and sd-scripts"),
     "delta": Format("delta", "delta.bin of the paper's diffusers code", ("export", "import")),
     "compvis": Format("compvis", "delta.ckpt of the paper's CompVis code", ("export", "import")),
@@ -49,11 +50,11 @@ FORMATS = {
 
 
 class Exported(NamedTuple):
-    """What `export_adapter` wrote.
+    """Result of `export_adapter`.
 
     Attributes:
-        instructions: which program opens it, by which call; several lines.
-        error: norm of what the files leave out of the UNet's change, over the norm of the change.
+        instructions: how to open the files; several lines.
+        error: norm of the error of the UNet's change over the norm of the change.
     """
 
     instructions: str
@@ -61,7 +62,7 @@ class Exported(NamedTuple):
 
 
 class ImportedConcept(NamedTuple):
-    """What an imported token means, for the adapter's config; `instance_prompt` has {} where the token goes."""
+    """Concept of an imported token; `instance_prompt` has {} where the token goes."""
 
     token: str
     class_prompt: str
@@ -71,18 +72,18 @@ class ImportedConcept(NamedTuple):
 def export_adapter(
     name: str, folder: Path | str, out: Path, *, base: str | None = None, rank: int | None = None
 ) -> Exported:
-    """Write the adapter in `folder` in another program's form into a new folder, load it again and compare.
+    """Export the adapter in `folder` to another program's format, and check that the files reproduce it.
 
     Args:
-        name: of a format.
-        folder: the adapter's.
-        out: folder to make; whatever is there already is left alone.
-        base: base model, folder or Hub name; None: the one that the adapter names.
-        rank: for `lora` and `kohya`, the most that a layer's change may have; None: all of the change.
+        name: name of the format.
+        folder: folder of the adapter.
+        out: new folder; an existing one is not changed.
+        base: folder or Hub name of the base model; None: that of the adapter.
+        rank: maximum rank of a layer's change, for `lora` and `kohya`; None: no limit.
 
     Raises:
-        UserError: the format cannot hold this adapter, the base is another one, `out` is taken, or the written files
-            do not give back what was learned.
+        UserError: the format cannot hold the adapter, the base model is another one, `out` exists, or the files do not
+            reproduce the adapter.
     """
     form = _module(name, "export")
     from customdiff.adapters import adapter
@@ -104,18 +105,18 @@ def export_adapter(
 def import_adapter(
     name: str, path: Path, out: Path, *, base: str, concepts: list[ImportedConcept], allow_pickle: bool = False
 ) -> "Adapter":
-    """Make an adapter in a new folder of what another program wrote, once it is seen to fit its base model.
+    """Import an adapter of another program into a new folder, after checking that it fits its base model.
 
     Args:
-        name: of a format.
-        path: the other program's file or folder.
-        out: folder to make; whatever is there already is left alone.
-        base: the base model that it was learned on, folder or Hub name.
-        concepts: what each token means.
-        allow_pickle: read pickles too, though nothing but tensors and plain containers in them.
+        name: name of the format.
+        path: file or folder to import.
+        out: new folder; an existing one is not changed.
+        base: folder or Hub name of the base model.
+        concepts: concept of each token.
+        allow_pickle: read pickled files, restricted to tensors and plain containers.
 
     Raises:
-        UserError: the file is not of this format, is a pickle and not allowed, lacks a token, or does not fit the base.
+        UserError: the file has another format, is a pickle that is not allowed, lacks a token, or does not fit `base`.
     """
     form = _module(name, "import")
     from customdiff.adapters import adapter
@@ -126,28 +127,30 @@ def import_adapter(
     check_free(out)
     tokens = [concept.token for concept in concepts]
     if len(set(tokens)) < len(tokens):
-        raise UserError(f"--token: each once (here: {', '.join(tokens)})")
+        raise UserError(f"--token: give each token once (here: {', '.join(tokens)})")
     if not path.exists():
-        raise UserError(f"{path}: there is no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     chosen = Base(model=base)
     pipe = base_model.load_pipeline(chosen, vae=None)
-    found = form.read(path, foreign.ImportRequest(tokens, pipe, allow_pickle))
-    imported = foreign.adapter_from(found, pipe, chosen, concepts, name)
+    weights = form.read(path, foreign.ImportRequest(tokens, pipe, allow_pickle))
+    imported = foreign.adapter_from(weights, pipe, chosen, concepts, name)
     adapter.inject(pipe, imported)
     with atomic_directory(out) as incoming:
         adapter.save(imported, incoming)
     return imported
 
 
-def listed(way: str) -> str:
-    """The formats that go one way, a line each."""
-    return "\n".join(f"  {name:<11}{form.sentence}" for name, form in FORMATS.items() if way in form.ways)
+def format_list(direction: str) -> str:
+    """The formats of one direction with their descriptions, one per line."""
+    return "\n".join(
+        f"  {name:<11}{form.description}" for name, form in FORMATS.items() if direction in form.directions
+    )
 
 
-def _module(name: str, way: str) -> ModuleType:
-    possible = ", ".join(each for each, form in FORMATS.items() if way in form.ways)
+def _module(name: str, direction: str) -> ModuleType:
+    valid = ", ".join(known for known, form in FORMATS.items() if direction in form.directions)
     if name not in FORMATS:
-        raise UserError(f"--format: there is no {name}; use one of {possible}")
-    if way not in FORMATS[name].ways:
-        raise UserError(f"--format: {name} is for {FORMATS[name].ways[0]} alone; {way} takes one of {possible}")
+        raise UserError(f"--format: unknown format {name}; use one of {valid}")
+    if direction not in FORMATS[name].directions:
+        raise UserError(f"--format: {name} does not support {direction}; use one of {valid}")
     return importlib.import_module(f"customdiff.adapters.formats.{FORMATS[name].module}")

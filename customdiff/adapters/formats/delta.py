@@ -1,9 +1,10 @@
-"""delta.bin, as the paper's diffusers code writes and loads it (`src/diffusers_model_pipeline.py`).
+"""Format `delta`: delta.bin of the paper's diffusers code (`src/diffusers_model_pipeline.py`).
 
-{"unet": {"down_blocks....attn2.to_k.weight": (out, in), ...},    or {"u": (out, r), "v": (r, in)} for a change
- "modifier_token": {"<new1>": (D,)}}                              in SDXL a list of two
+{"unet": {"down_blocks....attn2.to_k.weight": (out, in), ...},    compressed: {"u": (out, r), "v": (r, in)}
+ "modifier_token": {"<new1>": (D,)}}                              SDXL: a list of two embeddings
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from customdiff.adapters.config import AdapterConfig
 from customdiff.adapters.formats.changes import ExportSource, LowRankFactors, low_rank
-from customdiff.adapters.formats.foreign import ImportedWeights, ImportRequest, named, read_pickle
+from customdiff.adapters.formats.foreign import ImportedWeights, ImportRequest, read_pickle, section
 from customdiff.errors import UserError
 from customdiff.models.modifier_tokens import TokenEmbedding
 
@@ -20,72 +21,72 @@ FILE = "delta.bin"
 
 
 def check(config: AdapterConfig, rank: int | None) -> None:
-    """Refuse a rank, and what is not of cross-attention.
+    """Check that the format can hold the adapter.
 
     Raises:
-        UserError: names what would hold it.
+        UserError: a rank is given, or the adapter changes weights outside of cross-attention.
     """
     if rank is not None:
-        raise UserError("--rank: a delta is written as it was learned; --format lora and kohya have a rank")
+        raise UserError("--rank: not available for this format; use --format lora or kohya")
     if config.method == "lora":
         raise UserError(
-            "--format: a delta holds cross-attention alone, and train.method lora changes self-attention too; use "
-            "pipeline, lora or kohya"
+            "--format: a delta can hold only cross-attention, but method lora also changes self-attention; "
+            "use pipeline, lora or kohya"
         )
 
 
 def write(source: ExportSource, folder: Path, rank: int | None) -> float:
-    """Write delta.bin; that of a compressed adapter is compressed."""
+    """Write delta.bin, compressed if the adapter is."""
     torch.save(content(source), folder / FILE)
     return 0.0
 
 
 def verify(source: ExportSource, folder: Path, error: float) -> None:
-    """Read the file again, and compare."""
+    """Read the file again and compare it with the adapter."""
     check_same(torch.load(folder / FILE, weights_only=True), content(source))
 
 
 def instructions(config: AdapterConfig, folder: Path) -> str:
-    """The paper's own command."""
+    """The sampling command of the paper's repository."""
     options = " --compress" if config.compressed else ""
     options += " --sdxl" if config.family == "Stable Diffusion XL" else ""
     return (
         "in the paper's repository (adobe-research/custom-diffusion):\n"
         f"  python src/diffusers_sample.py --ckpt {config.base.model} --delta_ckpt {folder / FILE}{options} "
-        f'--prompt "{example(config)}"'
+        f'--prompt "{example_prompt(config)}"'
     )
 
 
 def read(path: Path, request: ImportRequest) -> ImportedWeights:
-    """Read a delta.bin, or the one in a folder; a trained text encoder is refused, for adapters here have none.
+    """Read a delta.bin, or the one in a folder.
 
     Raises:
-        UserError: it is not of this form.
+        UserError: the file has another format, or contains a trained text encoder, which is not supported.
     """
     path = path / FILE if path.is_dir() else path
-    found = read_pickle(path, request)
-    if isinstance(found, dict) and "state_dict" in found:
-        raise UserError(f"{path}: of the paper's CompVis code; --format compvis reads it")
-    weights = named(found, "unet", path)
-    if "text_encoder" in found:
-        raise UserError(f"{path}: holds a trained text encoder, which an adapter here has no place for")
-    rows = {token: _rows(row) for token, row in named(found, "modifier_token", path).items()}
-    return ImportedWeights({name: learned(weight) for name, weight in weights.items()}, rows, path)
+    contents = read_pickle(path, request)
+    if isinstance(contents, dict) and "state_dict" in contents:
+        raise UserError(f"{path}: from the paper's CompVis code; --format compvis reads it")
+    weights = section(contents, "unet", path)
+    if "text_encoder" in contents:
+        raise UserError(f"{path}: contains a trained text encoder, which adapters do not support")
+    embeddings = {token: _embedding(vectors) for token, vectors in section(contents, "modifier_token", path).items()}
+    return ImportedWeights({name: learned(weight) for name, weight in weights.items()}, embeddings, path)
 
 
 def content(source: ExportSource) -> dict:
-    """What delta.bin holds."""
-    rows = {token: list(row.values()) for token, row in source.adapter.embeddings.items()}
+    """Contents of delta.bin."""
+    vectors = {token: list(embedding.values()) for token, embedding in source.adapter.embeddings.items()}
     return {
         "unet": weights(source),
-        "modifier_token": {token: row[0] if len(row) == 1 else row for token, row in rows.items()},
+        "modifier_token": {token: parts[0] if len(parts) == 1 else parts for token, parts in vectors.items()},
     }
 
 
-def weights(source: ExportSource) -> dict[str, Tensor | dict[str, Tensor]]:
-    """Weights by the UNet's own names; of a compressed adapter, keys and values as factors of their change.
+def weights(source: ExportSource) -> Mapping[str, Tensor | dict[str, Tensor]]:
+    """Weights by their names in the UNet; for a compressed adapter, keys and values as factors of their change.
 
-    The paper's loader wants factors for all keys and values or for none, and for nothing else.
+    The paper's loader requires factors for either all or none of the keys and values, and never for other weights.
     """
     if not source.adapter.config.compressed:
         return source.after
@@ -97,30 +98,30 @@ def weights(source: ExportSource) -> dict[str, Tensor | dict[str, Tensor]]:
 
 
 def learned(weight: Any) -> Any:
-    """A weight of a delta, {"u", "v"} of a compressed one as `LowRankFactors`."""
-    return (
-        LowRankFactors(weight["u"], weight["v"]) if isinstance(weight, dict) and weight.keys() == {"u", "v"} else weight
-    )
+    """A weight of a delta; compressed ones, {"u", "v"}, as `LowRankFactors`."""
+    if isinstance(weight, dict) and weight.keys() == {"u", "v"}:
+        return LowRankFactors(weight["u"], weight["v"])
+    return weight
 
 
-def check_same(found: Any, written: Any) -> None:
-    """Check that nested dicts and lists of tensors hold the same, bit for bit.
+def check_same(loaded: Any, written: Any) -> None:
+    """Check that nested dicts and lists of tensors are equal, bit for bit.
 
     Raises:
-        UserError: they do not.
+        UserError: they differ.
     """
     if isinstance(written, Tensor):
-        same = isinstance(found, Tensor) and torch.equal(found, written)
+        same = isinstance(loaded, Tensor) and torch.equal(loaded, written)
     else:
-        same = type(found) is type(written) and len(found) == len(written)
+        same = type(loaded) is type(written) and len(loaded) == len(written)
     if not same:
-        raise UserError("the written file does not give back what was learned")
+        raise UserError("the exported file does not reproduce the adapter")
     if isinstance(written, dict):
         for key, part in written.items():
-            check_same(found.get(key), part)
+            check_same(loaded.get(key), part)
     elif isinstance(written, list):
-        for one, part in zip(found, written, strict=True):
-            check_same(one, part)
+        for loaded_part, part in zip(loaded, written, strict=True):
+            check_same(loaded_part, part)
 
 
 def _factors(factors: dict[str, LowRankFactors], name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -129,12 +130,12 @@ def _factors(factors: dict[str, LowRankFactors], name: str, weight: Tensor) -> d
     return {"u": up, "v": down}
 
 
-def _rows(row: Any) -> TokenEmbedding:
-    parts = row if isinstance(row, list) else [row]
+def _embedding(vectors: Any) -> TokenEmbedding:
+    parts = vectors if isinstance(vectors, list) else [vectors]
     return dict(zip(("text_encoder", "text_encoder_2"), parts, strict=False))
 
 
-def example(config: AdapterConfig) -> str:
-    """A prompt for the first of an adapter's concepts."""
+def example_prompt(config: AdapterConfig) -> str:
+    """The instance prompt of an adapter's first concept."""
     concept = next(iter(config.concepts.values()))
     return concept.instance_prompt.replace("{}", concept.modifier_token)

@@ -1,8 +1,9 @@
-"""What comes from other programs: read without trust, seen to fit the base model, and made an adapter of ours."""
+"""Import of untrusted files of other programs: safe reading, validation against the base model, and conversion."""
 
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,17 +21,18 @@ from customdiff.config import Base
 from customdiff.errors import UserError
 from customdiff.files import sha256
 from customdiff.models import attention, base
+from customdiff.models.attention import FreezeModel
 from customdiff.models.modifier_tokens import TokenEmbedding
 from customdiff.models.text import text_encoders
 
 
 class ImportRequest(NamedTuple):
-    """What a reader is asked for.
+    """Arguments of a format's `read`.
 
     Attributes:
-        tokens: in order.
-        pipe: of the base model.
-        allow_pickle: whether pickles are read at all.
+        tokens: modifier tokens, in order.
+        pipe: pipeline of the base model.
+        allow_pickle: whether to read pickles.
     """
 
     tokens: list[str]
@@ -39,34 +41,34 @@ class ImportRequest(NamedTuple):
 
 
 class ImportedWeights(NamedTuple):
-    """What a file of another program holds, not yet looked at.
+    """Contents of another program's file before validation.
 
     Attributes:
-        weights: by the UNet's own names, whole or as factors of a change; the tensors are of any shape and dtype.
-        embeddings: by token and text encoder.
-        file: the one with the weights.
+        weights: full weights or factors of their change, by their names in the UNet, of any shape and dtype.
+        embeddings: embeddings by token and text encoder.
+        file: file of the weights.
     """
 
-    weights: dict[str, Tensor | LowRankFactors]
+    weights: Mapping[str, Tensor | LowRankFactors]
     embeddings: dict[str, TokenEmbedding]
     file: Path
 
 
 def read_pickle(path: Path, request: ImportRequest) -> Any:
-    """Read a file of `torch.save` that holds tensors and plain containers.
+    """Read a `torch.save` file of tensors and plain containers with torch's restricted unpickler.
 
-    torch's reader of weights makes nothing else and calls nothing; sizes are added up before it starts.
+    The uncompressed size is checked before reading.
 
     Raises:
-        UserError: pickles are not allowed; it is too large, or damaged, or holds anything else.
+        UserError: pickles are not allowed; or the file is too large, damaged, or contains other objects.
     """
     if not request.allow_pickle:
-        raise UserError(f"{path}: a pickle, which can carry a program; --allow-pickle reads the tensors in it alone")
+        raise UserError(f"{path}: a pickle, which may contain code; --allow-pickle reads only the tensors in it")
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        if size > _most(request.pipe):
-            raise UserError(f"{path}: {size:,} bytes, more than its base model has ({_most(request.pipe):,})")
+        if size > _max_bytes(request.pipe):
+            raise UserError(f"{path}: {size:,} bytes, more than its base model has ({_max_bytes(request.pipe):,})")
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200]
@@ -77,56 +79,56 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it cannot be read.
     """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+        raise UserError(f"{path}: not a valid safetensors file ({error})") from error
 
 
-def by_name(found: Any, path: Path) -> dict[str, Any]:
-    """What was found, once it is seen to be a dict of names.
+def string_keyed(contents: Any, path: Path) -> dict[str, Any]:
+    """Return a file's contents after checking that they are a dict with string keys.
 
     Raises:
-        UserError: it is something else.
+        UserError: they are something else.
     """
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise UserError(f"{path}: holds no tensors by name")
-    return found
+    if not isinstance(contents, dict) or not all(isinstance(name, str) for name in contents):
+        raise UserError(f"{path}: contains no tensors by name")
+    return contents
 
 
-def named(found: Any, key: str, path: Path) -> dict[str, Any]:
-    """A part of what was found, a dict of names too.
+def section(contents: Any, key: str, path: Path) -> dict[str, Any]:
+    """The dict with string keys under `key` of a file's contents.
 
     Raises:
         UserError: there is none.
     """
-    part = by_name(found, path).get(key)
+    part = string_keyed(contents, path).get(key)
     if not isinstance(part, dict):
-        raise UserError(f"{path}: no delta of the paper's, for it has no {key!r}")
-    return by_name(part, path)
+        raise UserError(f"{path}: not a delta of the paper's code, because it has no {key!r}")
+    return string_keyed(part, path)
 
 
 def adapter_from(
     found: ImportedWeights, pipe: DiffusionPipeline, chosen: Base, concepts: list[ImportedConcept], form: str
 ) -> Adapter:
-    """Make an adapter of what was found, once every tensor of it is seen to be one of the base model's.
+    """Make an adapter of imported weights after validating every tensor against the base model.
 
     Args:
-        pipe: of the base model, which `chosen` names.
+        pipe: pipeline of the base model `chosen`.
         form: name of the format, for the config.
 
     Raises:
-        UserError: names the first weight or token that is missing, unknown, of another shape, or not finite.
+        UserError: a weight or token is missing, unknown, of another shape, or not finite.
     """
-    freeze_model = "crossattn" if any(".to_q." in name for name in found.weights) else "crossattn_kv"
+    freeze_model: FreezeModel = "crossattn" if any(".to_q." in name for name in found.weights) else "crossattn_kv"
     originals = {unet_name(name): (name, own) for name, own in attention.originals(pipe.unet, freeze_model).items()}
-    strange = sorted(found.weights.keys() ^ originals.keys()) if found.weights else []
-    if strange:
-        what = "has no" if strange[0] in originals else "has a strange"
-        raise UserError(f"{found.file}: {what} {strange[0]}; was it learned on {chosen.model}?")
-    weights = {}
+    unmatched = sorted(found.weights.keys() ^ originals.keys()) if found.weights else []
+    if unmatched:
+        problem = "lacks" if unmatched[0] in originals else "has an unknown weight"
+        raise UserError(f"{found.file}: {problem} {unmatched[0]}; check that it was trained on {chosen.model}")
+    weights: dict[str, Tensor] = {}
     for own_name, weight in found.weights.items():
         name, original = originals[own_name]
         if isinstance(weight, LowRankFactors) and original.ndim == 2:
@@ -134,20 +136,20 @@ def adapter_from(
             weights |= {f"{stem}{key}": part for key, part in _factors(weight, original, own_name, found.file).items()}
         else:
             weights[name] = _plain(weight, tuple(original.shape), own_name, found.file)
-    rows = {concept.token: _row(found, concept.token, pipe) for concept in concepts}
-    return Adapter(weights, rows, _config(found, pipe, chosen, concepts, form, freeze_model))
+    embeddings = {concept.token: _embedding(found, concept.token, pipe) for concept in concepts}
+    return Adapter(weights, embeddings, _config(found, pipe, chosen, concepts, form, freeze_model))
 
 
-def _row(found: ImportedWeights, token: str, pipe: DiffusionPipeline) -> TokenEmbedding:
-    """A token's embedding for each text encoder of the base model, and no other."""
-    row, encoders = found.embeddings.get(token, {}), text_encoders(pipe)
-    if row.keys() != encoders.keys():
+def _embedding(found: ImportedWeights, token: str, pipe: DiffusionPipeline) -> TokenEmbedding:
+    """The validated embedding of a token for each text encoder of the base model."""
+    embedding, encoders = found.embeddings.get(token, {}), text_encoders(pipe)
+    if embedding.keys() != encoders.keys():
         raise UserError(
-            f"{found.file}: has no embedding of {token} for each of {', '.join(encoders)}; "
+            f"{found.file}: lacks an embedding of {token} for each of {', '.join(encoders)}; "
             f"its tokens: {', '.join(found.embeddings) or 'none'}"
         )
     return {
-        name: _plain(_flat(row[name]), (encoder.config.hidden_size,), f"{token} of {name}", found.file)
+        name: _plain(_flat(embedding[name]), (encoder.config.hidden_size,), f"{token} of {name}", found.file)
         for name, (_, encoder) in encoders.items()
     }
 
@@ -183,48 +185,48 @@ def _config(
     return AdapterConfig.model_validate(values)
 
 
-def _most(pipe: DiffusionPipeline) -> int:
-    """Bytes of a base model's UNet and text encoders in fp32, and a little: no adapter of it has a use for more."""
+def _max_bytes(pipe: DiffusionPipeline) -> int:
+    """Maximum size of an adapter file: that of the base model's UNet and text encoders in fp32, plus 1 MiB."""
     parts = [pipe.unet, *(encoder for _, encoder in text_encoders(pipe).values())]
     return 4 * sum(parameter.numel() for part in parts for parameter in part.parameters()) + 2**20
 
 
 def _names(concepts: list[ImportedConcept]) -> list[str]:
-    """A concept's name from its class: `wooden pot` is wooden-pot, a second one wooden-pot-2."""
+    """Names of concepts from their classes: wooden-pot for `wooden pot`, wooden-pot-2 for a second one."""
     names: list[str] = []
     for concept in concepts:
         name = re.sub(r"[^a-z0-9]+", "-", concept.class_prompt.lower()).strip("-") or "concept"
-        taken = sum(other == name or other.startswith(f"{name}-") for other in names)
-        names.append(f"{name}-{taken + 1}" if taken else name)
+        used = sum(other == name or other.startswith(f"{name}-") for other in names)
+        names.append(f"{name}-{used + 1}" if used else name)
     return names
 
 
 def _factors(factors: LowRankFactors, original: Tensor, name: str, file: Path) -> dict[str, Tensor]:
     out, width = original.shape
     rank = factors.up.shape[-1] if isinstance(factors.up, Tensor) and factors.up.ndim == 2 else -1
-    if rank == 0:  # the paper's compression keeps nothing of a layer whose first singular value exceeds the share
+    if rank == 0:  # the paper's compression stores rank 0 if the first singular value alone exceeds the share
         return {"up": torch.zeros(out, 1), "down": torch.zeros(1, width)}
     if rank > min(out, width):
-        raise UserError(f"{file}: {name} has a rank of {rank}, more than its sides")
+        raise UserError(f"{file}: {name} has rank {rank}; at most {min(out, width)} is possible")
     return {
         "up": _plain(factors.up, (out, rank), f"{name} u", file),
         "down": _plain(factors.down, (rank, width), f"{name} v", file),
     }
 
 
-def _flat(row: Any) -> Any:
-    """A row (1, D), as web UIs have it, as (D,)."""
-    return row[0] if isinstance(row, Tensor) and row.ndim == 2 and len(row) == 1 else row
+def _flat(vector: Any) -> Any:
+    """An embedding (1, D), as web UIs store it, as (D,)."""
+    return vector[0] if isinstance(vector, Tensor) and vector.ndim == 2 and len(vector) == 1 else vector
 
 
 def _plain(tensor: Any, shape: tuple[int, ...], name: str, file: Path) -> Tensor:
-    """A tensor in fp32 and in memory of its own; its shape is seen before any memory is asked for."""
+    """A copy of a tensor in fp32; its shape is checked before memory is allocated."""
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-        here = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise UserError(f"{file}: {name} is {here}, the base model's {shape}: it was learned on another base model")
+        actual = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise UserError(f"{file}: {name} is {actual} instead of {shape}; it was trained on another base model")
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
-        raise UserError(f"{file}: {name} is not a plain tensor of floating point numbers")
+        raise UserError(f"{file}: {name} is not a dense floating-point tensor")
     plain = tensor.detach().to(torch.float32, copy=True).contiguous()
     if not plain.isfinite().all():
-        raise UserError(f"{file}: {name} has values that are not finite")
+        raise UserError(f"{file}: {name} has non-finite values")
     return plain

@@ -1,7 +1,7 @@
-"""A LoRA under kohya's key names, and embeddings: what AUTOMATIC1111, Forge, ComfyUI and sd-scripts read.
+"""Format `kohya`: a LoRA with kohya's key names, and embeddings, for AUTOMATIC1111, Forge, ComfyUI and sd-scripts.
 
-Blocks keep diffusers' numbers (`down_blocks_1_attentions_0`) for SDXL too. sd-scripts itself writes `input_blocks_4_1`
-there, yet reads both, as do the other three and diffusers.
+Blocks have diffusers' numbers (`down_blocks_1_attentions_0`), also for SDXL. sd-scripts writes `input_blocks_4_1` for
+SDXL but reads both, as do the other programs and diffusers.
 """
 
 import re
@@ -11,15 +11,15 @@ from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from customdiff.adapters.adapter import SDXL_KEYS
+from customdiff.adapters.adapter import embedding_tensors
 from customdiff.adapters.config import AdapterConfig
 from customdiff.adapters.formats.changes import ExportSource, LowRank, check_embeddings, check_weights, low_rank
-from customdiff.adapters.formats.lora import load_embedding, load_lora, one_rank
+from customdiff.adapters.formats.lora import equal_rank_factors, load_embedding, load_lora
 from customdiff.errors import UserError
 
 LORAS, EMBEDDINGS = "loras", "embeddings"
 BIAS = ".diff_b"
-# sd-scripts' names of base models, by which web UIs show a LoRA with the models that it fits
+# sd-scripts' names of base models, by which web UIs group LoRAs
 FAMILIES = {
     "Stable Diffusion 1.x": {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
     "Stable Diffusion 2.x": {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
@@ -28,42 +28,41 @@ FAMILIES = {
 
 
 def check(config: AdapterConfig, rank: int | None) -> None:
-    """Refuse tokens that come to the same word.
+    """Check that the tokens give distinct file names.
 
     Raises:
-        UserError: names them.
+        UserError: they do not.
     """
     words = _words(config)
     if not all(words.values()) or len(set(words.values())) < len(words):
         raise UserError(
-            f"--format kohya: web UIs call an embedding by its file's name, and {', '.join(words)} make no names of "
-            "their own without their signs; train with tokens such as <new1> and <new2>"
+            f"--format kohya: {', '.join(words)} do not give distinct file names without special characters; "
+            "train with tokens such as <new1> and <new2>"
         )
 
 
 def write(source: ExportSource, folder: Path, rank: int | None) -> float:
-    """Write loras/<concepts>.safetensors, if anything of the UNet was learned, and embeddings/<word>.safetensors."""
-    found = low_rank(source, rank)
-    if found.layers:
+    """Write loras/<concepts>.safetensors, if the UNet changed, and embeddings/<word>.safetensors."""
+    change = low_rank(source, rank)
+    if change.layers:
         (folder / LORAS).mkdir()
-        save_file(tensors(found), folder / _lora(source.adapter.config), _metadata(source.adapter.config, found))
+        save_file(tensors(change), folder / _lora(source.adapter.config), _metadata(source.adapter.config, change))
     (folder / EMBEDDINGS).mkdir()
     for token, word in _words(source.adapter.config).items():
-        rows = {key: row[None] for key, row in source.adapter.embeddings[token].items()}
-        named = {"emb_params": rows["text_encoder"]} if len(rows) == 1 else {SDXL_KEYS[key]: rows[key] for key in rows}
-        save_file(named, folder / _embedding(word))
-    return found.error
+        vectors = embedding_tensors("emb_params", source.adapter.embeddings[token])
+        save_file({key: vector[None] for key, vector in vectors.items()}, folder / _embedding(word))
+    return change.error
 
 
 def verify(source: ExportSource, folder: Path, error: float) -> None:
-    """Load all files through diffusers' own converter of kohya's keys, fold them in, and compare."""
+    """Load all files with diffusers' converter of kohya's keys and compare the resulting weights with the adapter."""
     if (folder / _lora(source.adapter.config)).exists():
-        found = load_file(folder / _lora(source.adapter.config))
-        load_lora(source.pipe, {name: tensor for name, tensor in found.items() if not name.endswith(BIAS)})
+        loaded = load_file(folder / _lora(source.adapter.config))
+        load_lora(source.pipe, {name: tensor for name, tensor in loaded.items() if not name.endswith(BIAS)})
         for name, weight in source.pipe.unet.named_parameters():
             key = _module(name.removesuffix(".bias")) + BIAS
-            if name.endswith(".bias") and key in found:
-                weight.data += found[key]  # diffusers knows no such entry; ComfyUI adds it so
+            if name.endswith(".bias") and key in loaded:
+                weight.data += loaded[key]  # as ComfyUI does; diffusers ignores these entries
     check_weights(source.pipe.unet, source, error)
     words = _words(source.adapter.config)
     for word in words.values():
@@ -72,7 +71,7 @@ def verify(source: ExportSource, folder: Path, error: float) -> None:
 
 
 def instructions(config: AdapterConfig, folder: Path) -> str:
-    """Where the files go in each program, and what to write in a prompt."""
+    """Folders for the files in each program, and prompts."""
     words = zip(_words(config).values(), config.concepts.values(), strict=True)
     named = [(word, concept.class_prompt) for word, concept in words]
     lora = folder / _lora(config)
@@ -84,22 +83,22 @@ def instructions(config: AdapterConfig, folder: Path) -> str:
         f"  strength 1; prompt: {', '.join(f'embedding:{word} {kind}' for word, kind in named)}",
     ]
     if lora.exists() and any(key.endswith(BIAS) for key in load_file(lora)):
-        lines.append("the changes of output biases (.diff_b) are applied by ComfyUI and Forge; others pass over them")
+        lines.append("ComfyUI and Forge apply the changes of output biases (.diff_b); other programs ignore them")
     return "\n".join(lines)
 
 
-def tensors(found: LowRank) -> dict[str, Tensor]:
+def tensors(change: LowRank) -> dict[str, Tensor]:
     """Factors under kohya's names: .lora_down.weight (r, in), .lora_up.weight (out, r), .alpha (r), .diff_b."""
-    peft = {f"unet.{name}": tensor for name, tensor in one_rank(found).items()}
+    peft = {f"unet.{name}": tensor for name, tensor in equal_rank_factors(change).items()}
     named = convert_state_dict_to_kohya({name: tensor for name, tensor in peft.items() if not name.endswith(".bias")})
     named = {key: tensor.float() if key.endswith(".alpha") else tensor for key, tensor in named.items()}
-    return named | {_module(layer) + BIAS: change for layer, change in found.biases.items()}
+    return named | {_module(layer) + BIAS: bias for layer, bias in change.biases.items()}
 
 
-def _metadata(config: AdapterConfig, found: LowRank) -> dict[str, str]:
-    rank = str(max(len(down) for _, down in found.layers.values()))
+def _metadata(config: AdapterConfig, change: LowRank) -> dict[str, str]:
+    rank = str(max(len(down) for _, down in change.layers.values()))
     names = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    return {"format": "pt"} | names | FAMILIES[config.family]
+    return {"format": "pt"} | names | FAMILIES.get(config.family or "", {})
 
 
 def _module(layer: str) -> str:
@@ -107,7 +106,7 @@ def _module(layer: str) -> str:
 
 
 def _words(config: AdapterConfig) -> dict[str, str]:
-    """Word by token: `<new1>` is new1, for a file's name, which not every system lets hold < and >."""
+    """Word by token: new1 for `<new1>`, because not every file system allows < and > in names."""
     tokens = [concept.modifier_token for concept in config.concepts.values()]
     return {token: re.sub(r"[^\w.-]", "", token) for token in tokens}
 

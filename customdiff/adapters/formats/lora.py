@@ -1,4 +1,4 @@
-"""A LoRA as diffusers' `load_lora_weights` reads it, by way of PEFT; each token as a textual inversion beside it."""
+"""Format `lora`: a LoRA for diffusers' `load_lora_weights`, and a textual inversion per token."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from customdiff.adapters.adapter import LORA_WEIGHTS, SDXL_KEYS, token_file
+from customdiff.adapters.adapter import LORA_WEIGHTS, SDXL_KEYS, embedding_tensors, token_file
 from customdiff.adapters.config import AdapterConfig
 from customdiff.adapters.formats.changes import ExportSource, LowRank, check_embeddings, check_weights, low_rank
 from customdiff.errors import UserError
@@ -16,22 +16,21 @@ from customdiff.models.text import text_encoders
 
 
 def check(config: AdapterConfig, rank: int | None) -> None:
-    """Every adapter can be a LoRA."""
+    """Accept every adapter."""
 
 
 def write(source: ExportSource, folder: Path, rank: int | None) -> float:
-    """Write pytorch_lora_weights.safetensors, if anything of the UNet was learned, and <token>.safetensors."""
-    found = low_rank(source, rank)
-    if found.layers:
-        source.pipe.save_lora_weights(folder, unet_lora_layers=one_rank(found))
-    for token, rows in source.adapter.embeddings.items():
-        named = {token: rows["text_encoder"]} if len(rows) == 1 else {SDXL_KEYS[key]: row for key, row in rows.items()}
-        save_file(named, folder / f"{token_file(token)}.safetensors")
-    return found.error
+    """Write pytorch_lora_weights.safetensors, if the UNet changed, and <token>.safetensors."""
+    change = low_rank(source, rank)
+    if change.layers:
+        source.pipe.save_lora_weights(folder, unet_lora_layers=equal_rank_factors(change))
+    for token, embedding in source.adapter.embeddings.items():
+        save_file(embedding_tensors(token, embedding), folder / f"{token_file(token)}.safetensors")
+    return change.error
 
 
 def verify(source: ExportSource, folder: Path, error: float) -> None:
-    """Load all files as diffusers' documentation does, fold them in, and compare."""
+    """Load all files with diffusers and compare the resulting weights with the adapter."""
     if (folder / f"{LORA_WEIGHTS}.safetensors").exists():
         load_lora(source.pipe, folder)
     check_weights(source.pipe.unet, source, error)
@@ -41,7 +40,7 @@ def verify(source: ExportSource, folder: Path, error: float) -> None:
 
 
 def instructions(config: AdapterConfig, folder: Path) -> str:
-    """The calls that open it."""
+    """The calls that load the files."""
     lines = ["in diffusers, on a pipeline of the base model:"]
     if (folder / f"{LORA_WEIGHTS}.safetensors").exists():
         lines.append(f'pipe.load_lora_weights("{folder}")')
@@ -51,36 +50,36 @@ def instructions(config: AdapterConfig, folder: Path) -> str:
         if config.family != "Stable Diffusion XL":
             lines.append(f'pipe.load_textual_inversion("{path}")')
         else:
-            lines.append(f'rows = safetensors.torch.load_file("{path}")')
+            lines.append(f'embeddings = safetensors.torch.load_file("{path}")')
             lines += [
-                f'pipe.load_textual_inversion(rows["{key}"], token="{token}", '
+                f'pipe.load_textual_inversion(embeddings["{key}"], token="{token}", '
                 f"text_encoder=pipe.{name}, tokenizer=pipe.{name.replace('text_encoder', 'tokenizer')})"
                 for name, key in SDXL_KEYS.items()
             ]
     if config.method == "custom_diffusion" and config.freeze_model == "crossattn":
-        lines.append("# its changes of biases cannot be fused by fuse_lora; --format pipeline is fused")
+        lines.append("# fuse_lora does not support its changes of biases; use --format pipeline for merged weights")
     return "\n  ".join(lines)
 
 
-def one_rank(found: LowRank) -> dict[str, Tensor]:
-    """Factors by PEFT's names, all of one rank, with zeros where a layer needs less of it.
+def equal_rank_factors(change: LowRank) -> dict[str, Tensor]:
+    """Factors under PEFT's names, padded with zeros to one rank.
 
-    Every reader then multiplies by 1; where kohya's alphas differ, diffusers 0.42 gives some layers those of others.
+    All scales are then 1. With different alphas in kohya's format, diffusers 0.42 assigns some to the wrong layers.
     """
-    rank = max(len(down) for _, down in found.layers.values())
+    rank = max(len(down) for _, down in change.layers.values())
     tensors = {}
-    for layer, (up, down) in found.layers.items():
+    for layer, (up, down) in change.layers.items():
         tensors[f"{layer}.lora_A.weight"] = pad(down, (0, 0, 0, rank - len(down))).contiguous()
         tensors[f"{layer}.lora_B.weight"] = pad(up, (0, rank - len(down))).contiguous()
-        if found.biases:  # PEFT knows them for all layers or for none
-            tensors[f"{layer}.lora_B.bias"] = found.biases.get(layer, torch.zeros(len(up)))
+        if change.biases:  # PEFT supports biases for all layers or none
+            tensors[f"{layer}.lora_B.bias"] = change.biases.get(layer, torch.zeros(len(up)))
     return tensors
 
 
 def load_lora(pipe: DiffusionPipeline, file: Path | dict[str, Tensor]) -> None:
-    """Load a LoRA by diffusers' own call, and fold what PEFT computes with it into the UNet.
+    """Load a LoRA with diffusers and add the changes that PEFT computes to the UNet's weights.
 
-    Not by `fuse_lora`, which refuses changes of biases where any of the layers has none.
+    `fuse_lora` is not used, because it rejects changes of biases if a layer has no bias.
 
     Raises:
         UserError: PEFT is not installed.
@@ -92,16 +91,16 @@ def load_lora(pipe: DiffusionPipeline, file: Path | dict[str, Tensor]) -> None:
     pipe.load_lora_weights(file)
     for layer in [module for module in pipe.unet.modules() if isinstance(module, LoraLayer)]:
         (name,) = layer.active_adapters
-        own, bias = layer.get_base_layer(), layer.lora_B[name].bias
-        own.weight.data += layer.get_delta_weight(name)
-        if own.bias is not None and bias is not None:
-            own.bias.data += bias.detach() * layer.scaling[name]
+        linear, bias = layer.get_base_layer(), layer.lora_B[name].bias
+        linear.weight.data += layer.get_delta_weight(name)
+        if linear.bias is not None and bias is not None:
+            linear.bias.data += bias.detach() * layer.scaling[name]
     pipe.unload_lora_weights()
 
 
 def load_embedding(pipe: DiffusionPipeline, path: Path, word: str) -> None:
-    """Load a textual inversion by diffusers' own call, into both text encoders where there are two."""
-    found = load_file(path)
+    """Load a textual inversion into all text encoders with diffusers."""
+    tensors = load_file(path)
     for name, (tokenizer, encoder) in text_encoders(pipe).items():
-        row = found[SDXL_KEYS[name]] if SDXL_KEYS[name] in found else next(iter(found.values()))
-        pipe.load_textual_inversion(row, token=word, tokenizer=tokenizer, text_encoder=encoder)
+        vector = tensors[SDXL_KEYS[name]] if SDXL_KEYS[name] in tensors else next(iter(tensors.values()))
+        pipe.load_textual_inversion(vector, token=word, tokenizer=tokenizer, text_encoder=encoder)

@@ -1,6 +1,6 @@
-"""The folder that diffusers' `train_custom_diffusion.py` writes, with its own `save_attn_procs`.
+"""Format `diffusers`: the folder that diffusers' `train_custom_diffusion.py` writes with `save_attn_procs`.
 
-pytorch_custom_diffusion_weights.safetensors or .bin    the former without an entry for self-attention
+pytorch_custom_diffusion_weights.safetensors or .bin    only the .bin has entries for self-attention
 <new1>.safetensors or .bin                              {"<new1>": (D,)}
 """
 
@@ -10,28 +10,36 @@ from torch import Tensor
 
 from customdiff.adapters.adapter import WEIGHTS, token_file
 from customdiff.adapters.formats.changes import unet_name
-from customdiff.adapters.formats.foreign import ImportedWeights, ImportRequest, by_name, read_pickle, read_safetensors
+from customdiff.adapters.formats.foreign import (
+    ImportedWeights,
+    ImportRequest,
+    read_pickle,
+    read_safetensors,
+    string_keyed,
+)
 from customdiff.errors import UserError
+from customdiff.models.modifier_tokens import TokenEmbedding
 
 
 def read(path: Path, request: ImportRequest) -> ImportedWeights:
-    """Read the folder; of two files with the same tensors the safetensors.
+    """Read the folder; safetensors files take precedence over .bin files.
 
     Raises:
         UserError: a file is missing, damaged, or a pickle that is not allowed.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: not a folder; give the one that holds {WEIGHTS} and each token's file")
+        raise UserError(f"{path}: not a folder; give the folder of {WEIGHTS} and the tokens' files")
     file = _either(path, WEIGHTS)
-    found = _read(file, request)
-    rows = {}
+    tensors = _read(file, request)
+    embeddings: dict[str, TokenEmbedding] = {}
     for token in request.tokens:
-        named = _read(_either(path, token_file(token)), request)
-        rows |= {word: {"text_encoder": row} for word, row in named.items()}
-    # Self-attention trains nothing: its entries are empty dicts in the script's .bin, and empty tensors in ours.
-    full = {name: weight for name, weight in found.items() if isinstance(weight, Tensor) and weight.numel()}
-    weights = {unet_name(name): weight for name, weight in full.items()}
-    return ImportedWeights(weights, rows, file)
+        vectors = _read(_either(path, token_file(token)), request)
+        embeddings |= {name: {"text_encoder": vector} for name, vector in vectors.items()}
+    # Entries of self-attention, which does not train, are empty: dicts in the script's .bin, tensors in our files.
+    weights = {
+        unet_name(name): weight for name, weight in tensors.items() if isinstance(weight, Tensor) and weight.numel()
+    }
+    return ImportedWeights(weights, embeddings, file)
 
 
 def _either(folder: Path, name: str) -> Path:
@@ -42,4 +50,4 @@ def _either(folder: Path, name: str) -> Path:
 
 
 def _read(path: Path, request: ImportRequest) -> dict:
-    return read_safetensors(path) if path.suffix == ".safetensors" else by_name(read_pickle(path, request), path)
+    return read_safetensors(path) if path.suffix == ".safetensors" else string_keyed(read_pickle(path, request), path)
