@@ -75,16 +75,16 @@ def missing(files: set[str], deps: set[str]) -> list[str]:
     return sorted(file for file in files if not any(parent in deps for parent in (file, *map(str, Path(file).parents))))
 
 
-@pytest.mark.parametrize(
-    ("name", "script", "deps"), stages("."), ids=lambda value: value if isinstance(value, str) else ""
-)
+def stage_id(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+@pytest.mark.parametrize(("name", "script", "deps"), [*stages("."), *stages("world")], ids=stage_id)
 def test_a_stage_depends_on_all_code_that_it_imports(name, script, deps):
     assert missing(closure(script), deps) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "script", "deps"), stages("."), ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize(("name", "script", "deps"), [*stages("."), *stages("world")], ids=stage_id)
 def test_a_stage_depends_on_no_code_that_it_does_not_import(name, script, deps):
     files = closure(script)
     code = {dep for dep in deps if dep.startswith(PACKAGES)}
