@@ -95,7 +95,7 @@ def instance_images(folder: Path) -> list[Image.Image]:
     Raises:
         UserError: there are none.
     """
-    paths = sorted(folder.glob("*.png"))
+    paths = sorted(path for path in folder.glob("*.png") if not image_folder.is_mask(path.name))
     if not paths:
         raise UserError(f"{folder}: holds no instance images; run `dvc repro download-data@{folder.name}` first")
     return [images.open_rgb(path, max_megapixels=float("inf")) for path in paths]

@@ -1,4 +1,4 @@
-"""Unpack untrusted zip and tar archives: images and captions only, inside their folder, within counted limits."""
+"""Unpack untrusted zip and tar archives: images, masks and captions, inside their folder, within counted limits."""
 
 import bz2
 import gzip
@@ -24,7 +24,7 @@ DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOF
 
 
 def unpack(archive: Path, into: Path, max_megabytes: float, *, key: str, subfolder: str | None = None) -> list[Refused]:
-    """Unpack the images and `.txt` captions of a zip or tar archive, and nothing else, into a new folder.
+    """Unpack the images, masks and `.txt` captions of a zip or tar archive, and nothing else, into a new folder.
 
     Nothing is written outside `into`: a member whose name would lead there makes the whole archive refused.
     Links and devices are never made. What is unpacked is counted as it comes, whatever sizes headers claim.
@@ -130,7 +130,7 @@ class _Unpacking:
             if image:
                 self.outside.add("/".join(parts[:-1]) or "its top")
             return ()
-        return parts if image or parts[-1].lower().endswith(".txt") else ()
+        return parts if image or image_folder.is_mask(parts[-1]) or parts[-1].lower().endswith(".txt") else ()
 
     def refuse_special(self, parts: tuple[str, ...]) -> None:
         if image_folder.is_image(parts[-1]):

@@ -22,7 +22,7 @@ from customdiff import files, images
 from customdiff.config import Download, Source
 from customdiff.errors import UserError
 from customdiff.images import brief
-from customdiff.sources import archive, http, image_folder
+from customdiff.sources import archive, http, image_folder, masks
 from customdiff.sources.image_folder import Refused, SourceImage
 
 
@@ -46,9 +46,9 @@ def collect(
     """Gather a concept's instance images into a folder, whole or not at all.
 
     Writes `000.png`, `001.png`, ... (RGB, in natural order of their source names, no side above
-    `limits.max_side` px), `000.txt` where a caption lay beside an image, and `manifest.json`: file, source
-    name, SHA-256 of the source bytes and stored size [width, height] of each, and what was set aside with
-    the reason.
+    `limits.max_side` px), `000.txt` where a caption lay beside an image, `000.mask.png` where an image has
+    transparent parts or a mask lay beside it, and `manifest.json`: file, source name, SHA-256 of the source bytes
+    and stored size [width, height] of each, and what was set aside with the reason.
 
     Args:
         concept: its name in params.yaml, for the messages of errors.
@@ -75,6 +75,7 @@ def collect(
                 continue
             seen[digest] = item.name
             _keep(item, digest, images.limit_side(image, limits.max_side), folder, result)
+            _keep_mask(item, limits, folder, result)
         _check_count(key, limits, result)
         manifest = {"images": result.kept, "set_aside": [vars(refused) for refused in result.set_aside]}
         (folder / "manifest.json").write_text(
@@ -91,6 +92,20 @@ def _keep(item: SourceImage, digest: str, image: Image.Image, folder: Path, resu
         (folder / f"{stem}.txt").write_text(item.caption + "\n", encoding="utf-8")
         entry["caption"] = f"{stem}.txt"
     result.kept.append(entry)
+
+
+def _keep_mask(item: SourceImage, limits: Download, folder: Path, result: Collected) -> None:
+    """Store the subject mask of the image that was kept last, at the size that the image is stored at."""
+    entry = result.kept[-1]
+    try:
+        found = masks.mask_of(item, tuple(entry["size"]), limits.max_megapixels)
+    except images.ImageError as error:
+        result.notes.append(f"{error}; the photo is kept without it")
+        return
+    if found:
+        entry["mask"] = f"{entry['file'].removesuffix('.png')}{image_folder.MASK_SUFFIX}"
+        entry["mask_from"] = found.origin
+        found.image.save(folder / entry["mask"])
 
 
 def _check_count(key: str, limits: Download, result: Collected) -> None:
@@ -281,7 +296,11 @@ def instance_paths(folder: Path) -> list[Path]:
     Raises:
         UserError: there are none.
     """
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in images.SUFFIXES)
+    paths = sorted(
+        path
+        for path in folder.glob("*")
+        if path.suffix.lower() in images.SUFFIXES and not image_folder.is_mask(path.name)
+    )
     if not paths:
         raise UserError(f"{folder}: holds no instance images; run `dvc repro download-data@{folder.name}`")
     return paths
