@@ -22,9 +22,15 @@ def main(name: str) -> None:
     settings, seed = params.prepare, params.base.seed
     device = base.device(params.base.device)
     vae = base.load_part(params.base, "vae", AutoencoderKL, device=device).to(memory_format=torch.channels_last)
-    instances = prepare.instance_examples(Path("data/instances", name), concept, settings, device)
+    instances = prepare.instance_examples(
+        Path("data/instances", name), concept, settings, device, all_masks=params.train.mask_weight != 1
+    )
+    for example in instances:
+        print(f"  {example.path.name}: {example.notes}")
     with atomic_directory(Path("data/prepared", name)) as out:
-        sets = {"instance": prepare.prepare_instances(instances, settings, vae, prepare.seed_of(seed, name, "instance"))}
+        sets = {
+            "instance": prepare.prepare_instances(instances, settings, vae, prepare.seed_of(seed, name, "instance"))
+        }
         if params.train.preserves_prior:
             classes = prepare.class_examples(Path("data/classes", name), concept, settings)
             sets["class"] = prepare.prepare_classes(classes, settings, vae, prepare.seed_of(seed, name, "class"))

@@ -5,7 +5,7 @@ the mean and deviation of its posterior are kept instead, and a latent is drawn 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from customdiff.errors import UserError
 
-TENSORS = ("mean", "std", "pixels", "mask", "framing")
+TENSORS = ("mean", "std", "pixels", "mask", "framing", "subject")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class PreparedSet:
         mask: (N, 1, h, w) bool, the valid region.
         framing: (N, 4) int32, px: height and width of the photo, top and left of the view in it; see `views.View`.
         captions: N strings.
+        subject: (N, 1, h, w) float32, the subject's share of each latent pixel; None where no mask is known.
     """
 
     mask: Tensor
@@ -36,6 +37,7 @@ class PreparedSet:
     mean: Tensor | None = None
     std: Tensor | None = None
     pixels: Tensor | None = None
+    subject: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -61,6 +63,19 @@ def to_bytes(pixels: Tensor) -> Tensor:
 def to_pixels(values: Tensor) -> Tensor:
     """uint8 pixels as float32 in [-1, 1]."""
     return values.float() / 127.5 - 1
+
+
+def loss_weights(prepared: PreparedSet, index: list[int], outside: float) -> Tensor:
+    """Weights (B, 1, h, w) float32 of the loss: 1 on the subject, `outside` around it, 0 outside the valid region.
+
+    A view that shows nothing of its subject keeps the weight 1 everywhere, so that no weights are all 0.
+    """
+    valid = prepared.mask[index].float()
+    if prepared.subject is None or outside == 1:
+        return valid
+    subject = prepared.subject[index] * valid
+    shown = subject.amax((1, 2, 3), keepdim=True) > 0
+    return torch.where(shown, subject + outside * (valid - subject), valid)
 
 
 def save(prepared: PreparedSet, path: Path) -> None:
@@ -94,7 +109,9 @@ def load(path: Path) -> PreparedSet:
 
 
 def join(sets: list[PreparedSet]) -> PreparedSet:
-    """The sets of several concepts as one, in order."""
+    """The sets of several concepts as one, in order; a set without subject masks counts as all subject."""
+    if any(one.subject is not None for one in sets):
+        sets = [one if one.subject is not None else replace(one, subject=one.mask.float()) for one in sets]
     return PreparedSet(
         captions=[caption for one in sets for caption in one.captions],
         **{

@@ -17,11 +17,11 @@ def losses(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Te
 
     Args:
         prediction, target: (B, C, h, w), any dtype; compared in fp32.
-        mask: (I, 1, h, w), I <= B.
+        mask: (I, 1, h, w), weights of the instance loss, I <= B; of each image at least one is above 0.
 
     Returns:
-        Two scalars. The instance loss is summed over channels and averaged over valid pixels, the prior loss is
-        averaged over both, as in the paper's and the reference's code, so the first weighs C times more. The prior
+        Two scalars. The instance loss is summed over channels and averaged over pixels by their weights, the prior loss
+        is averaged over both, as in the paper's and the reference's code, so the first weighs C times more. The prior
         loss is None without class images.
     """
     count = mask.shape[0]
