@@ -84,7 +84,7 @@ def alpha_of(data: bytes) -> Image.Image | None:
         if not image.has_transparency_data or image.mode.startswith("I"):
             return None
         alpha = _upright(image).convert("RGBA").getchannel("A")
-    return alpha if alpha.getextrema()[0] < 255 else None
+    return alpha if np.asarray(alpha).min() < 255 else None
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -17,7 +17,7 @@ def main(name: str) -> None:
     from diffusers import AutoencoderKL
 
     from customdiff.models import base
-    from customdiff.preparation import prepare, prepared_set
+    from customdiff.preparation import prepare, prepared_set, sheet
 
     settings, seed = params.prepare, params.base.seed
     device = base.device(params.base.device)
@@ -34,6 +34,7 @@ def main(name: str) -> None:
         if params.train.preserves_prior:
             classes = prepare.class_examples(Path("data/classes", name), concept, settings)
             sets["class"] = prepare.prepare_classes(classes, settings, vae, prepare.seed_of(seed, name, "class"))
+        sheet.contact_sheet(instances).save(out / "sheet.jpg", quality=90)
         for kind, prepared in sets.items():
             prepared_set.save(prepared, out / kind)
             print(f"{name}: {len(prepared)} views of {kind} images, such as {prepared.captions[0]!r}")

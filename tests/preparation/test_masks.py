@@ -19,7 +19,7 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from customdiff.errors import UserError
-from customdiff.preparation import masks, prepare
+from customdiff.preparation import masks, prepare, sheet
 from customdiff.preparation.segmenter import CLIPSEG_THRESHOLD, Segmenter
 
 CPU = torch.device("cpu")
@@ -182,3 +182,18 @@ def test_no_segmenter_is_loaded_where_no_mask_is_needed(tmp_path, tiny_base):
     assert [example.caption for example in examples] == ["a <new1> cat on red"] * 2
     with pytest.raises(UserError, match=r"prepare\.segmenter"):
         prepare.instance_examples(tmp_path, params.concepts["cat"], params.prepare, CPU, all_masks=True)
+
+
+def test_the_sheet_outlines_the_mask(tmp_path):
+    coverage = np.zeros((40, 50), np.float32)
+    coverage[10:30, 10:40] = 1
+    path = noisy_images(tmp_path, 1)[0]
+    photo = Image.open(path)
+    drawn = np.asarray(sheet.outlined(photo, coverage))
+    changed = (drawn != np.asarray(photo)).any(-1)
+    assert changed[10, 10:40].all()
+    assert changed[10:30, 39].all()
+    assert not changed[12:28, 12:38].any()
+    assert not changed[coverage == 0].any()
+    example = prepare.Example(path, "a <new1> cat", masks.SubjectMask(coverage, "file"), {"red": "x"}, "mask from file")
+    assert sheet.contact_sheet([example, prepare.Example(path, "a cat")]).height > 2 * sheet.SIDE
