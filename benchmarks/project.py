@@ -101,6 +101,8 @@ class Project:
             },
             "prepare": {
                 "resolution": config.resolution,
+                "captions": "template",  # the reference's recipe
+                "masks": "none",
                 "augmentation": config.augmentation,
                 "hflip": config.hflip,
             },

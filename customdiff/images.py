@@ -73,6 +73,15 @@ def _decode(data: bytes, max_megapixels: float, name: str) -> Image.Image:
         raise ImageError(name, f"broken or truncated image ({brief(error)})") from error
 
 
+def alpha_of(data: bytes) -> Image.Image | None:
+    """The upright alpha channel (mode L) of an image that `open_rgb` accepts; None if the image is opaque."""
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if not image.has_transparency_data or image.mode.startswith("I"):
+            return None
+        alpha = _upright(image).convert("RGBA").getchannel("A")
+    return alpha if np.asarray(alpha).min() < 255 else None
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)

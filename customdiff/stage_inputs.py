@@ -87,6 +87,8 @@ def prepare(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:
         "prepare": params.prepare.model_dump(),
         "class images": params.train.preserves_prior,
         "captioner": captioner,
+        "segmenter": hashes.of(params.prepare.segmentation_model),
+        "masked loss": params.train.mask_weight != 1,
         **_base(params.base, hashes),
     }
 

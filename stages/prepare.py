@@ -17,12 +17,16 @@ def main(name: str) -> None:
     from diffusers import AutoencoderKL
 
     from customdiff.models import base
-    from customdiff.preparation import prepare, prepared_set
+    from customdiff.preparation import prepare, prepared_set, sheet
 
     settings, seed = params.prepare, params.base.seed
     device = base.device(params.base.device)
     vae = base.load_part(params.base, "vae", AutoencoderKL, device=device).to(memory_format=torch.channels_last)
-    instances = prepare.instance_examples(Path("data/instances", name), concept, settings, device)
+    instances = prepare.instance_examples(
+        Path("data/instances", name), concept, settings, device, all_masks=params.train.mask_weight != 1
+    )
+    for example in instances:
+        print(f"  {example.path.name}: {example.notes}")
     with atomic_directory(Path("data/prepared", name)) as out:
         sets = {
             "instance": prepare.prepare_instances(instances, settings, vae, prepare.seed_of(seed, name, "instance"))
@@ -30,6 +34,7 @@ def main(name: str) -> None:
         if params.train.preserves_prior:
             classes = prepare.class_examples(Path("data/classes", name), concept, settings)
             sets["class"] = prepare.prepare_classes(classes, settings, vae, prepare.seed_of(seed, name, "class"))
+        sheet.contact_sheet(instances).save(out / "sheet.jpg", quality=90)
         for kind, prepared in sets.items():
             prepared_set.save(prepared, out / kind)
             print(f"{name}: {len(prepared)} views of {kind} images, such as {prepared.captions[0]!r}")

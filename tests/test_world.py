@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from world import train_segmenter
 from world.backgrounds import bank
 from world.captions import named
 from world.catalogue import (
@@ -42,7 +43,7 @@ from world.individuals import (
     with_individuals,
     with_more_individuals,
 )
-from world.loop import fit, lr_share
+from world.loop import fit, load_params, lr_share
 from world.muon import orthogonalised
 from world.scenes import (
     BACKGROUNDS,
@@ -669,3 +670,37 @@ def test_tones_by_hand():
         found = np.asarray(toned(picture, tone))[0, 0]
         np.testing.assert_allclose(found[:3], colour, atol=2.5)
         assert found[3] == 77
+
+
+def test_a_segmenters_scene_shows_what_its_mask_says(sprites):
+    """The discs of the fixture have one color each: inside the mask there is that color alone."""
+    for index in range(20):
+        image, cover = train_segmenter.scene(sprites, index)
+        again, _ = train_segmenter.scene(sprites, index)
+        assert np.array_equal(image, again)
+        assert (image.shape, cover.shape) == ((SIDE, SIDE, 3), (SIDE, SIDE))
+        assert 0 <= cover.min() <= cover.max() <= 1
+        assert image[cover == 1].astype(float).std(axis=0).max() < 60
+    params = load_params("segmenter") | {"unseen_subjects": ["snail"], "unseen_colours": ["dark"]}
+    learned, recoloured, unseen = train_segmenter.split_individuals(sprites, params)
+    assert "snail" not in learned.pictures
+    assert set(unseen.pictures) == {"snail"}
+    names = {name for found in learned.pictures["cat"].values() for name, _ in found}
+    assert not any(name in names for found in recoloured.pictures["cat"].values() for name, _ in found)
+
+
+@pytest.mark.skipif(not (DATA / "segmenter/config.json").exists(), reason="data/segmenter is not exported yet")
+def test_the_segmenter_finds_the_example_concepts():
+    """On the photos of the example concepts, which no training saw, its area grows with the subject."""
+    from customdiff.preparation.masks import problem_of
+    from customdiff.preparation.segmenter import Segmenter
+
+    segmenter = Segmenter(str(DATA / "segmenter"), torch.device("cpu"))
+    for name in CONCEPTS:
+        paths = sorted((DATA / "concepts" / name).glob("*.png"))
+        images = [Image.open(path).convert("RGB") for path in paths]
+        scales = []
+        for shot, found in zip(SHOTS[name][0], segmenter.masks(images, name), strict=True):
+            assert problem_of(found) == ""
+            scales.append(found.mean() ** 0.5 / shot.share)
+        assert np.std(scales) / np.mean(scales) < 0.1

@@ -1,22 +1,46 @@
-"""Section `prepare` of params.yaml: captions, augmentation and VAE encoding."""
+"""Section `prepare` of params.yaml: captions, subject masks, backgrounds, augmentation and VAE encoding."""
 
 from typing import Literal
 
 from pydantic import Field
 
-from customdiff.config.section import Section
+from customdiff.config.section import Fraction, Section
+
+Color = Literal["white", "black", "grey", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"]
+
+
+class Backgrounds(Section):
+    """Views of a photo that show the masked subject on a plain background, which their caption names."""
+
+    share: Fraction = Field(0.75, description="Share of such views of each photo; 0: none.")
+    colors: list[Color] = Field(
+        ["white", "black", "grey", "yellow", "purple", "brown"], min_length=1, description="Background colors."
+    )
+    captioned: bool = Field(False, description="Also for photos with a sidecar caption.")
 
 
 class Prepare(Section):
     """prepare: captions, the paper's augmented views of each instance image, and their VAE moments."""
 
     resolution: int = Field(
-        512, ge=32, multiple_of=8, description="Height and width in px; 768 for SD 2.x, 64 for the embedded model."
+        512, ge=32, multiple_of=8, description="Height and width in px; 768 for SD 2.x, 128 for the embedded model."
     )
-    captions: Literal["template", "sidecar", "blip"] = Field(
-        "template", description="template: instance_prompt; sidecar: a .txt file per image; blip: a BLIP model."
+    captions: Literal["auto", "template", "sidecar", "blip"] = Field(
+        "auto",
+        description="template: instance_prompt; sidecar: a .txt file per image; auto: a sidecar if there is one, else "
+        "the template; blip: a BLIP model.",
     )
     captioner: str = Field("Salesforce/blip-image-captioning-base", description="Captioner folder or Hub repository.")
+    masks: str = Field(
+        "auto",
+        min_length=1,
+        description="Subject masks. auto: from a photo's alpha channel, else from a .mask.png beside it, else from "
+        "`segmenter`; none; or a segmenter's folder or Hub repository.",
+    )
+    segmenter: str = Field(
+        "data/segmenter", description="Segmentation model of masks: auto; folder or Hub repository, such as CLIPSeg."
+    )
+    backgrounds: Backgrounds = Backgrounds()
     class_captions: Literal["real", "prompt"] = Field(
         "real", description="real: the retrieved captions (the reference's real_prior); prompt: class_prompt."
     )
@@ -29,3 +53,8 @@ class Prepare(Section):
         True, description="Store VAE moments; false: store pixels and encode them at each step."
     )
     batch_size: int = Field(4, ge=1, description="Images that the VAE encodes at a time.")
+
+    @property
+    def segmentation_model(self) -> str | None:
+        """Folder or Hub repository of the segmenter; None if no masks are used."""
+        return None if self.masks == "none" else self.segmenter if self.masks == "auto" else self.masks

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from customdiff.config.section import Section
+from customdiff.config.section import Fraction, Section
 
 
 class Validation(Section):
@@ -50,6 +50,9 @@ class Train(Section):
     lr_warmup_steps: int = Field(0, ge=0, description="Warm-up steps of the schedule.")
     with_prior_preservation: bool = Field(True, description="Train on class images as well.")
     prior_loss_weight: float = Field(1.0, ge=0, description="Weight of the prior loss.")
+    mask_weight: Fraction = Field(
+        1.0, description="Weight of the instance loss outside the subject's mask; 1: the same everywhere."
+    )
     optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit needs the extra adam8bit.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta1.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta2.")

@@ -1,5 +1,6 @@
 """Captions of instance and class images: from the template, from sidecar files, or from a captioner."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,17 +11,30 @@ from customdiff.config import Concept, Prepare
 from customdiff.errors import UserError
 
 
-def instance_captions(paths: list[Path], concept: Concept, settings: Prepare, device: torch.device) -> list[str]:
+@dataclass(frozen=True)
+class Caption:
+    """A caption with the modifier token, and its origin: sidecar, template or blip."""
+
+    text: str
+    origin: str
+
+
+def instance_captions(paths: list[Path], concept: Concept, settings: Prepare, device: torch.device) -> list[Caption]:
     """Captions of a concept's instance images by the method `prepare.captions`; each contains the modifier token.
 
     Raises:
         UserError: the method is sidecar and an image has no caption file, or the captioner cannot be loaded.
     """
-    if settings.captions == "sidecar":
-        return [sidecar_caption(path, concept) for path in paths]
     if settings.captions == "blip":
-        return [with_token(text, concept) for text in describe(paths, settings.captioner, device)]
-    return [concept.caption] * len(paths)
+        described = describe(paths, settings.captioner, device)
+        return [Caption(with_token(text, concept), "blip") for text in described]
+    return [_caption(path, concept, settings.captions) for path in paths]
+
+
+def _caption(path: Path, concept: Concept, kind: str) -> Caption:
+    if kind == "sidecar" or (kind == "auto" and path.with_suffix(".txt").is_file()):
+        return Caption(sidecar_caption(path, concept), "sidecar")
+    return Caption(concept.caption, "template")
 
 
 def with_token(description: str, concept: Concept) -> str:

@@ -5,7 +5,7 @@ and standard deviation of its posterior are stored instead, and each step draws 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from customdiff.errors import UserError
 
-TENSORS = ("mean", "std", "pixels", "mask", "framing")
+TENSORS = ("mean", "std", "pixels", "mask", "framing", "subject")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class PreparedSet:
         mask: (N, 1, h, w) bool, the valid region.
         framing: (N, 4) int32, px: height and width of the photo, top and left of the view; see `augmentation.View`.
         captions: N strings.
+        subject: (N, 1, h, w) float32, the subject's share of each latent pixel; None where no mask is known.
     """
 
     mask: Tensor
@@ -37,6 +38,7 @@ class PreparedSet:
     mean: Tensor | None = None
     std: Tensor | None = None
     pixels: Tensor | None = None
+    subject: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -62,6 +64,19 @@ def to_bytes(pixels: Tensor) -> Tensor:
 def to_pixels(values: Tensor) -> Tensor:
     """uint8 pixels as float32 in [-1, 1]."""
     return values.float() / 127.5 - 1
+
+
+def loss_weights(prepared: PreparedSet, index: list[int], outside: float) -> Tensor:
+    """Weights (B, 1, h, w) float32 of the loss: 1 on the subject, `outside` around it, 0 outside the valid region.
+
+    A view that shows nothing of its subject keeps the weight 1 everywhere, so that no weights are all 0.
+    """
+    valid = prepared.mask[index].float()
+    if prepared.subject is None or outside == 1:
+        return valid
+    subject = prepared.subject[index] * valid
+    shown = subject.amax((1, 2, 3), keepdim=True) > 0
+    return torch.where(shown, subject + outside * (valid - subject), valid)
 
 
 def save(prepared: PreparedSet, path: Path) -> None:
@@ -95,7 +110,9 @@ def load(path: Path) -> PreparedSet:
 
 
 def join(sets: list[PreparedSet]) -> PreparedSet:
-    """Concatenate the sets of several concepts."""
+    """Concatenate the sets of several concepts; a set without subject masks counts as all subject."""
+    if any(one.subject is not None for one in sets):
+        sets = [one if one.subject is not None else replace(one, subject=one.mask.float()) for one in sets]
     return PreparedSet(
         captions=[caption for prepared in sets for caption in prepared.captions],
         **{

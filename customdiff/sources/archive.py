@@ -1,4 +1,4 @@
-"""Unpack untrusted zip and tar archives: images and captions only, inside one folder, within size limits."""
+"""Unpack untrusted zip and tar archives: images, masks and captions only, inside one folder, within size limits."""
 
 import bz2
 import gzip
@@ -23,7 +23,7 @@ DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOF
 
 
 def unpack(archive: Path, into: Path, max_megabytes: float, *, key: str, subfolder: str | None = None) -> list[Refused]:
-    """Unpack the images and `.txt` captions of a zip or tar archive, and nothing else, into a new folder.
+    """Unpack the images, masks and `.txt` captions of a zip or tar archive, and nothing else, into a new folder.
 
     An archive with a member whose name leads outside `into` is refused as a whole. Links and devices are never
     created. The number of bytes unpacked is limited, whatever sizes the headers claim.
@@ -135,7 +135,8 @@ class _Unpacking:
             if image:
                 self.outside.add("/".join(parts[:-1]) or "its top folder")
             return None
-        return path.as_posix() if image or path.suffix.lower() == ".txt" else None
+        wanted = image or image_folder.is_mask(path.name) or path.suffix.lower() == ".txt"
+        return path.as_posix() if wanted else None
 
     def refuse_special(self, name: str) -> None:
         if image_folder.is_image(name):

@@ -13,16 +13,18 @@ from customdiff import images
 
 MAX_CAPTION_BYTES = 64 * 1024
 IMAGE_SUFFIXES = images.SUFFIXES + images.OTHER_SUFFIXES
+MASK_SUFFIX = ".mask.png"
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One undecoded image: its name in the source, its bytes, and its caption."""
+    """One undecoded image: its name in the source, its bytes, its caption, and its subject mask."""
 
     name: str
     data: bytes
     caption: str | None = None
     problem: str | None = None  # why the bytes could not be read
+    mask: bytes | None = None  # of the mask file
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,13 @@ def natural(name: str) -> list[Any]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a name has an image suffix, including formats that `decode` refuses."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+    """Whether a name has an image suffix, including formats that `decode` refuses; masks are not images."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not is_mask(name)
+
+
+def is_mask(name: str) -> bool:
+    """Whether a name is that of a subject mask: `<photo>.mask.png`, with or without the photo's own suffix."""
+    return name.lower().endswith(MASK_SUFFIX)
 
 
 def walk(folder: Path) -> list[str]:
@@ -70,7 +77,7 @@ def is_hidden(part: str) -> bool:
 
 
 def folder_images(folder: Path, names: Iterable[str], max_megabytes: float) -> Iterator[SourceImage]:
-    """Read the named images of a folder one by one, each with the caption from the `.txt` file of the same stem."""
+    """Read the named images of a folder one by one, each with its caption (`.txt`) and subject mask (`.mask.png`)."""
     for name in names:
         path = folder / name
         try:
@@ -78,7 +85,7 @@ def folder_images(folder: Path, names: Iterable[str], max_megabytes: float) -> I
             if megabytes > max_megabytes:
                 yield SourceImage(name, b"", problem=f"file of {megabytes:.0f} MB, above {max_megabytes:g} MB")
             else:
-                yield SourceImage(name, path.read_bytes(), sidecar_caption(path))
+                yield SourceImage(name, path.read_bytes(), sidecar_caption(path), mask=mask_beside(path, max_megabytes))
         except OSError as error:
             yield SourceImage(name, b"", problem=f"cannot be read ({error.strerror or error})")
 
@@ -90,6 +97,14 @@ def sidecar_caption(image: Path) -> str | None:
         if path.is_file():
             with path.open("rb") as file:
                 return one_line(file.read(MAX_CAPTION_BYTES))
+    return None
+
+
+def mask_beside(image: Path, max_megabytes: float) -> bytes | None:
+    """The bytes of `a.jpg.mask.png` or `a.mask.png` beside `a.jpg`; None without one, or if it is too large."""
+    for path in (image.with_name(image.name + MASK_SUFFIX), image.with_name(image.stem + MASK_SUFFIX)):
+        if path.is_file() and path.stat().st_size <= max_megabytes * 1e6:
+            return path.read_bytes()
     return None
 
 

@@ -23,7 +23,7 @@ from customdiff import files, images
 from customdiff.config import Download, Source
 from customdiff.errors import UserError
 from customdiff.images import brief
-from customdiff.sources import archive, http, image_folder
+from customdiff.sources import archive, http, image_folder, masks
 from customdiff.sources.image_folder import Refused, SourceImage
 
 
@@ -47,9 +47,9 @@ def collect(
     """Gather a concept's instance images in a folder, which is replaced as a whole or left as it was.
 
     Writes `000.png`, `001.png`, ... (RGB, in natural order of their source names, no side above
-    `limits.max_side` px), `000.txt` for an image with a caption, and `manifest.json`: file, source
-    name, SHA-256 of the source bytes and stored size [width, height] of each image, and the images set aside
-    with the reason.
+    `limits.max_side` px), `000.txt` for an image with a caption, `000.mask.png` for an image with transparent parts or
+    a mask file, and `manifest.json`: file, source name, SHA-256 of the source bytes and stored size [width, height] of
+    each image, and the images set aside with the reason.
 
     Args:
         concept: its name in params.yaml, for error messages.
@@ -77,6 +77,7 @@ def collect(
                 continue
             seen[digest] = item.name
             _keep(item, digest, images.limit_side(image, limits.max_side), folder, result)
+            _keep_mask(item, limits, folder, result)
         _check_count(key, limits, result)
         manifest = {"images": result.kept, "set_aside": [vars(refused) for refused in result.set_aside]}
         (folder / "manifest.json").write_text(
@@ -92,7 +93,11 @@ def instance_paths(folder: Path | str) -> list[Path]:
         UserError: there are none.
     """
     folder = Path(folder)
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in images.SUFFIXES)
+    paths = sorted(
+        path
+        for path in folder.glob("*")
+        if path.suffix.lower() in images.SUFFIXES and not image_folder.is_mask(path.name)
+    )
     if not paths:
         raise UserError(f"{folder}: no instance images; run `dvc repro download-data@{folder.name}` first")
     return paths
@@ -116,6 +121,20 @@ def _keep(item: SourceImage, digest: str, image: Image.Image, folder: Path, resu
         (folder / f"{stem}.txt").write_text(item.caption + "\n", encoding="utf-8")
         entry["caption"] = f"{stem}.txt"
     result.kept.append(entry)
+
+
+def _keep_mask(item: SourceImage, limits: Download, folder: Path, result: Collected) -> None:
+    """Store the subject mask of the image that was kept last, at the size that the image is stored at."""
+    entry = result.kept[-1]
+    try:
+        found = masks.mask_of(item, tuple(entry["size"]), limits.max_megapixels)
+    except images.ImageError as error:
+        result.notes.append(f"{error}; the photo is kept without it")
+        return
+    if found:
+        entry["mask"] = f"{entry['file'].removesuffix('.png')}{image_folder.MASK_SUFFIX}"
+        entry["mask_from"] = found.origin
+        found.image.save(folder / entry["mask"])
 
 
 def _check_count(key: str, limits: Download, result: Collected) -> None:

@@ -25,7 +25,8 @@ class Batch:
         latents: (B, C, h, w) fp32, scaled.
         noise: (B, C, h, w) fp32, standard normal.
         timesteps: (B,) int64.
-        mask: (I, 1, h, w) fp32, 1 on the valid region.
+        mask: (I, 1, h, w) fp32, weights of the loss: 0 outside the valid region, else 1, or `train.mask_weight`
+            outside the subject.
         ids: (I, L) int64 token ids of the instance captions for each text encoder.
         class_text: B - I encoded class captions; None without class images.
         time_ids: (B, 6) fp32, SDXL's size and crop conditioning: height and width of the photo, top and left of the
@@ -64,6 +65,7 @@ class Batches:
         self.sets = sets
         self.vae, self.scaling_factor = vae, scaling_factor
         self.seed, self.batch_size = params.base.seed, params.train.batch_size
+        self.mask_weight = params.train.mask_weight
         self.num_timesteps = pipe.scheduler.config.num_train_timesteps
         self.processes, self.rank = accelerator.num_processes, accelerator.process_index
         self.device = accelerator.device
@@ -102,7 +104,7 @@ class Batches:
             latents=clean,
             noise=noise,
             timesteps=timesteps,
-            mask=self._to_device(self.sets[0].mask[chosen[0]].float()),
+            mask=self._to_device(prepared_set.loss_weights(self.sets[0], chosen[0], self.mask_weight)),
             ids=[ids[chosen[0]] for ids in self.ids],
             class_text=self.class_text.select(self.class_place[chosen[1]]) if len(chosen) > 1 else None,
             time_ids=time_ids,

@@ -21,7 +21,7 @@ def losses(prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Te
 
     Args:
         prediction, target: (B, C, h, w), any dtype, compared in fp32; the I instance images come first.
-        mask: (I, 1, h, w), I <= B, 1 on the valid region.
+        mask: (I, 1, h, w), I <= B, weights of the instance loss; of each image at least one is above 0.
 
     Returns:
         Two scalars; the prior loss is None without class images.

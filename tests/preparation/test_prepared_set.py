@@ -43,7 +43,7 @@ def test_pixels_are_stored_without_cached_latents(tiny_base, tmp_path):
     encoded = prepare.prepare_instances(examples, cached.prepare, vae, [0])
     assert kept.mean is None
     drawn = prepare._views(examples, params.prepare, 4, augmentation.resized_view, 4, [0])
-    exact = torch.stack([torch.from_numpy(view.pixels) for view, _ in drawn])
+    exact = torch.stack([torch.from_numpy(view.pixels) for view, *_ in drawn])
     torch.testing.assert_close(prepared_set.to_pixels(kept.pixels), exact, rtol=0, atol=0.5 / 127.5 + 1e-6)
     assert kept.captions == encoded.captions
 

@@ -1,0 +1,210 @@
+"""How much is learned from photos without captions: the template alone against masks with plain backgrounds.
+
+Concepts are painted variants of subjects that the embedded base model knows by class, photographed at 256 px on
+backgrounds of the world: five photos to learn from and three held out. Each is learned with the embedded defaults.
+The figure is the share of the way: (adapter - base) / (holdout photos - base) of image alignment.
+
+Needs the picture sources (`python -m world.sources`) and clip-retrieval (CUSTOMDIFF_CLIP_RETRIEVAL). Results are kept
+in `<work>/results.jsonl`, one line per run; a run that is there already is not repeated.
+
+    python -m benchmarks.photos_only --settings template 0.75 --seeds 42 43 44 --threads 1
+    python -m benchmarks.photos_only --table
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from customdiff import config
+from customdiff.evaluation.metrics import image_alignment, text_alignment
+from customdiff.models.clip import Clip
+from customdiff.retrieval import class_images, clip_index
+from customdiff.sources import instance_images
+from world.catalogue import background_phrase
+from world.exhibits import SHOTS, photograph
+from world.scenes import BACKGROUNDS
+from world.sprites import CONCEPT_SIDE, fluent, trimmed
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# class -> code point of the picture, and the colors that it is painted in: shadows, top, bottom
+CONCEPTS = {
+    "dog": ("1f415", ("#102040", "#30c8c0", "#7048d0")),
+    "car": ("1f699", ("#301808", "#f0a020", "#40b060")),
+    "fish": ("1f41f", ("#200820", "#f05090", "#f8e060")),
+    "mushroom": ("1f344", ("#082018", "#40d080", "#3060d0")),
+    "hat": ("1f3a9", ("#401010", "#f06040", "#f8f0d0")),
+    "umbrella": ("2602", ("#102010", "#a0d020", "#e03030")),
+}
+
+
+def painted(picture: Image.Image, colors: tuple[str, str, str]) -> Image.Image:
+    """An RGBA picture in other colors: its lightness leads from the shadow's color to that of its place."""
+    shadow, top, bottom = (np.asarray(Image.new("RGB", (1, 1), color), np.float32)[0, 0] for color in colors)
+    light = np.asarray(picture.convert("RGB").convert("L"), np.float32)[..., None] / 255
+    alpha = np.asarray(picture.getchannel("A"))
+    inside = light[alpha > 128]
+    low, high = np.percentile(inside, (2, 98))
+    light = np.clip((light - low) / max(high - low, 0.05), 0, 1)
+    lower = (np.arange(picture.height) > 0.55 * picture.height)[:, None, None]
+    rgb = shadow + (np.where(lower, bottom, top) - shadow) * (0.25 + 0.75 * light)
+    return Image.fromarray(np.dstack([np.clip(rgb, 0, 255).astype(np.uint8), alpha]))
+
+
+def write_photos(work: Path) -> None:
+    """photos/<class>: five photos; holdout/<class>: three, and their captions for the judge."""
+    for number, (name, (code, colors)) in enumerate(CONCEPTS.items()):
+        picture = painted(trimmed(fluent(ROOT / "world/build/sources", code), CONCEPT_SIDE), colors)
+        places = np.random.default_rng([5, number]).permutation(BACKGROUNDS)
+        for folder, shots, first in (("photos", SHOTS["cat"][0], 0), ("holdout", SHOTS["cat"][1], 5)):
+            to = work / folder / name
+            to.mkdir(parents=True, exist_ok=True)
+            for i, shot in enumerate(shots):
+                place = str(places[first + i])
+                shot = type(shot)(place, shot.share, shot.centre, shot.degrees, shot.mirrored)
+                photograph(picture, shot, 5000 + 100 * number + first + i).save(to / f"{i + 1:02d}.png")
+                if folder == "holdout":
+                    (to / f"{i + 1:02d}.txt").write_text(f"photo of a {name} {background_phrase(place)}\n")
+
+
+def values_of(name: str, setting: str, seed: int) -> dict[str, Any]:
+    """The embedded preset for one concept; `setting` is template, or the share of views on plain backgrounds."""
+    values = yaml.safe_load((ROOT / "customdiff/presets/embedded.yaml").read_text())
+    values["base"]["seed"] = seed
+    values["concepts"] = {
+        name: {
+            "source": {"path": f"photos/{name}"},
+            "modifier_token": "<new1>",
+            "class_prompt": name,
+            "instance_prompt": f"photo of a {{}} {name}",
+            "initializer_token": name,
+        }
+    }
+    values["train"]["validation"] = {"prompts": []}
+    values["tracking"] = {"enabled": False}
+    prepare = values["prepare"]
+    if setting == "template":
+        prepare |= {"captions": "template", "masks": "none"}
+    else:
+        prepare["backgrounds"] = {"share": float(setting)}
+    return values
+
+
+def set_up(work: Path) -> None:
+    """Photos, links to the shipped models, and the index of the pool."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "data").mkdir(exist_ok=True)
+    for part in ("base", "clip", "judge", "pool", "prompts", "segmenter"):
+        if not (work / "data" / part).exists():
+            (work / "data" / part).symlink_to(ROOT / "data" / part)
+    write_photos(work)
+    os.chdir(work)
+    if not Path("data/index").exists():
+        clip_index.build_index("data/pool", "data/clip", "data/index")
+
+
+def run(name: str, setting: str, seed: int) -> dict[str, Any]:
+    """Learn one concept and evaluate it, in the work folder; returns the figures."""
+    from stages import evaluate, prepare, train
+
+    Path("params.yaml").write_text(yaml.safe_dump(values_of(name, setting, seed), sort_keys=False))
+    params = config.load()
+    instance_images.collect(name, params.concepts[name].source, params.download, Path("data/instances", name))
+    if not Path("data/classes", name).exists():
+        folder = Path("data/classes", name)
+        class_images.retrieve(params, name, instances=f"data/instances/{name}", index="data/index", out=folder)
+    started = time.perf_counter()
+    prepare.main(name)
+    prepared = time.perf_counter() - started
+    shutil.rmtree(".checkpoints", ignore_errors=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.main()
+    evaluate.main()
+    metrics = json.loads(Path("results/evaluate/metrics.json").read_text())
+    judge = Clip.load(params.evaluate.clip)
+    photos, holdout = (instance_images.read_instance_images(Path(part, name)) for part in ("data/instances", "holdout"))
+    texts = [path.read_text().strip() for path in sorted(Path("holdout", name).glob("*.txt"))]
+    images = judge.images(holdout)
+    return {
+        "concept": name,
+        "setting": setting,
+        "seed": seed,
+        "base": metrics["image_alignment"]["base"],
+        "adapter": metrics["image_alignment"]["adapter"],
+        "holdout": float(image_alignment(images, judge.images(photos)).mean()),
+        "text_base": metrics["text_alignment"]["base"],
+        "text_adapter": metrics["text_alignment"]["adapter"],
+        "text_holdout": float(text_alignment(images, judge.text(texts)).mean()),
+        "seconds_prepare": round(prepared, 1),
+    }
+
+
+def way(row: dict[str, Any]) -> float:
+    """Share of the way from the base model to the holdout photos, by image alignment."""
+    return (row["adapter"] - row["base"]) / (row["holdout"] - row["base"])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the share of the way of each concept and setting, mean over seeds, and the mean over concepts."""
+    settings = sorted({row["setting"] for row in rows}, key=lambda setting: (setting != "template", setting))
+    names = [name for name in CONCEPTS if any(row["concept"] == name for row in rows)]
+    lines = [f"| concept | {' | '.join(settings)} |", f"| --- | {' | '.join('---' for _ in settings)} |"]
+
+    def cell(chosen: list[dict[str, Any]]) -> str:
+        if not chosen:
+            return "-"
+        ways = [way(row) for row in chosen]
+        text = np.mean([row["text_adapter"] / row["text_base"] - 1 for row in chosen])
+        spread = f" ({min(ways):.2f} to {max(ways):.2f})" if len(ways) > 1 else ""
+        return f"{np.mean(ways):.2f}{spread}; text {100 * text:+.0f} %; n={len(ways)}"
+
+    for name in [*names, "all"]:
+        chosen = [row for row in rows if name in ("all", row["concept"])]
+        cells = [cell([row for row in chosen if row["setting"] == setting]) for setting in settings]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    text = [row["text_holdout"] / row["text_base"] - 1 for row in rows]
+    lines += ["", f"Holdout photos with their own captions: text {100 * np.mean(text):+.0f} %."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is not in results.jsonl yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "build/photos-only")
+    parser.add_argument("--concepts", nargs="+", default=list(CONCEPTS), choices=list(CONCEPTS))
+    parser.add_argument("--settings", nargs="+", default=["template", "0.75"], help="template, or a share of views")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only print the table of what was run")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results = arguments.work.resolve() / "results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    if not arguments.table:
+        set_up(arguments.work.resolve())
+        known = {(row["concept"], row["setting"], row["seed"]) for row in rows}
+        wanted = [(n, s, seed) for seed in arguments.seeds for n in arguments.concepts for s in arguments.settings]
+        for each in wanted:
+            if each in known:
+                continue
+            with contextlib.redirect_stdout(open(arguments.work.resolve() / "log.txt", "a")):
+                rows.append(run(*each))
+            with results.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(*each, f"{way(rows[-1]):.2f}", flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

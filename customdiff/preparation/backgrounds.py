@@ -1,0 +1,74 @@
+"""Views of a photo with the masked subject on a plain background, and captions that name it."""
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from customdiff.config import Concept
+from customdiff.config.prepare import Backgrounds
+
+# Middle values of each color; every view's background is a little off them, as a lit wall is
+COLORS: dict[str, tuple[int, int, int]] = {
+    "white": (240, 240, 240),
+    "black": (22, 22, 24),
+    "grey": (128, 128, 130),
+    "red": (204, 40, 44),
+    "orange": (240, 138, 36),
+    "yellow": (246, 218, 60),
+    "green": (56, 150, 66),
+    "blue": (48, 96, 200),
+    "purple": (128, 62, 168),
+    "pink": (244, 164, 196),
+    "brown": (116, 74, 42),
+}
+FEATHER = 1 / 256  # standard deviation of the edge's blur, as a share of the photo's longer side
+
+
+def color_of_view(settings: Backgrounds, photo: int, view: int, views: int) -> str | None:
+    """The background color of one of a photo's views; None for the photo's own background.
+
+    The first `share` of the views have colors, in turn, and each photo begins with another one.
+    """
+    if view >= round(settings.share * views):
+        return None
+    return settings.colors[(photo + view) % len(settings.colors)]
+
+
+def caption_on(color: str, concept: Concept) -> str:
+    """The concept's template caption with a plain background.
+
+    `photo of a {} cat` becomes `photo of a <new1> cat on a red background`, and `a {} cat, studio light` becomes
+    `a <new1> cat on a red background, studio light`. A template that names a background is replaced.
+    """
+    caption = concept.caption.rstrip(" .,;")
+    if "background" in caption.lower():
+        caption = f"photo of a {concept.modifier_token} {concept.class_prompt}"
+    before, token, after = caption.partition(concept.modifier_token)
+    subject, comma, rest = after.partition(",")
+    article = "an" if color[0] in "aeiou" else "a"
+    return f"{before}{token}{subject} on {article} {color} background{comma}{rest}"
+
+
+def feathered(coverage: np.ndarray) -> np.ndarray:
+    """A mask (H, W) float32 in [0, 1] with a soft edge."""
+    image = Image.fromarray(np.round(coverage * 255).astype(np.uint8))
+    blurred = image.filter(ImageFilter.GaussianBlur(FEATHER * max(image.size)))
+    return np.asarray(blurred, np.float32) / 255
+
+
+def plain_background(color: str, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """A background (H, W, 3) float32 in 0..255: the color, a little off, brighter towards the top or the bottom."""
+    base = np.asarray(COLORS[color], np.float32) + rng.normal(0, 5, 3).astype(np.float32) + np.float32(rng.normal(0, 3))
+    slope = np.linspace(-1, 1, height, dtype=np.float32)[:, None, None] * np.float32(rng.uniform(-6, 6))
+    return np.clip(np.broadcast_to(base + slope, (height, width, 3)), 0, 255)
+
+
+def composite(image: Image.Image, coverage: np.ndarray, color: str, rng: np.random.Generator) -> Image.Image:
+    """The masked subject of an RGB photo on a plain background, where it stands in the photo.
+
+    Args:
+        coverage: (H, W) float32 in [0, 1]; feathered here.
+    """
+    share = feathered(coverage)[..., None]
+    pixels = np.asarray(image, np.float32)
+    background = plain_background(color, image.height, image.width, rng)
+    return Image.fromarray(np.round(share * pixels + (1 - share) * background).astype(np.uint8))
