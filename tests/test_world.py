@@ -26,7 +26,7 @@ from world.catalogue import (
     article,
     plural,
 )
-from world.datasets import pictures_by_individual, scene_captions, scene_masks
+from world.datasets import pictures_by_individual, rich_distribution, scene_captions, scene_masks
 from world.discriminator import Discriminator, adversarial_terms, detail
 from world.exhibits import SHOTS, photograph, pool_distribution, pool_scenes, tar_entry
 from world.grade import picture_side
@@ -269,12 +269,16 @@ def test_individuals_kept_aside_are_in_no_training(sprites):
     assert len(trained) == 1 + 16
     assert not {name for name, _ in trained} & {name for name, _ in aside}
     assert with_individuals(sprites, {"dog": 20}).pictures["car"] == sprites.pictures["car"]
+    plain = with_individuals(sprites, {"dog": 20}, colour_only=True).pictures["dog"]["3d render"]
+    assert {picture.size for _, picture in plain} == {trained[0][1].size}
+    assert {picture.size for _, picture in trained} != {trained[0][1].size}
+    assert not any("striped" in name or "spotted" in name for name, _ in plain)
 
 
 def test_the_third_phase_knows_twice_the_subjects(sprites):
     assert len(set(VARIED)) == len(VARIED) >= 60
     assert set(CURRICULUM) <= set(VARIED) <= set(SUBJECTS)
-    assert set(INDIVIDUALS) <= set(VARIED)
+    assert set(INDIVIDUALS) <= set(VARIED) == set(varied_distribution().subjects)
     for i in range(200):
         scene = compose(sprites, varied_distribution(), "base", i)
         assert not is_held_out(scene.subjects[0], scene.background)
@@ -290,11 +294,11 @@ def test_the_pool_shows_each_subject_often_enough(sprites):
 
 
 def test_labelled_scenes(sprites):
-    masks = scene_masks(sprites, varied_distribution(), "base", 20)
+    masks = scene_masks(sprites, rich_distribution(), "base", 20)
     assert masks["images"].shape == (20, SIDE, SIDE, 3)
     assert len(masks["masks"]) == len(masks["image"]) == len(masks["prompts"]) >= 20
     assert set(masks["prompts"]) <= set(VARIED)
-    captions = scene_captions(sprites, varied_distribution(), "base", 20)
+    captions = scene_captions(sprites, rich_distribution(), "base", 20)
     assert np.array_equal(masks["images"], captions["images"])
     for caption, facts in zip(captions["captions"], captions["facts"], strict=True):
         assert json.loads(facts)["subjects"][0].rstrip("y") in caption  # cherries

@@ -186,11 +186,15 @@ VARIED: tuple[str, ...] = (
     "pizza", "cake", "rose", "airplane", "rocket", "guitar", "gift", "moon", "mug",
 )  # fmt: skip
 
-# Individuals of the third phase, for each picture of a subject: of the classes that concepts are taken from.
+# Individuals for each picture of a subject, of the classes that concepts are taken from.
 INDIVIDUALS: dict[str, int] = {
     "cat": 20, "dog": 20, "teapot": 14, "car": 14, "rabbit": 12, "bear": 12, "horse": 12, "mug": 12, "hat": 12,
     "fish": 8, "balloon": 8, "duck": 8,
 }  # fmt: skip
+
+# Those that the UNet's third phase draws, in colours alone, and how many times as often their classes are shown.
+UNET_INDIVIDUALS: dict[str, int] = {subject: 10 if subject == "cat" else 7 for subject in INDIVIDUALS}
+EMPHASIS: dict[str, int] = {"cat": 4, "dog": 3, "teapot": 3, "car": 3}
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (240, 240, 240),

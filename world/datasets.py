@@ -9,17 +9,25 @@ Each writes `build/<name>-<split>.npz`; `--split held-out` gives scenes that no 
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from world.catalogue import INDIVIDUALS
-from world.individuals import training_pack, with_individuals
+from world.catalogue import INDIVIDUALS, STYLES
+from world.individuals import with_colours, with_individuals
 from world.latents import save_arrays
 from world.scenes import BACKGROUNDS, SIDE, Distribution, Sprites, compose, place_alone, varied_distribution
 
 FIRST_SCENE = 40_000_000  # other scenes than the VAE's and the UNet's
+
+
+def rich_distribution() -> Distribution:
+    """The UNet's subjects in more ways than it draws them: every style, both directions, more often several."""
+    return replace(
+        varied_distribution(), styles=STYLES, mirrored=True, pairs=0.3, normal="normal", spare_held_out=False
+    )
 
 
 def scene_masks(sprites: Sprites, of: Distribution, split: str, count: int) -> dict[str, np.ndarray]:
@@ -109,8 +117,8 @@ def main() -> None:
         arrays = pictures_by_individual(sprites, "3d render", arguments.each, seed=int(held_out))
     else:
         make = scene_masks if arguments.name == "masks" else scene_captions
-        sprites = training_pack(arguments.work, "varied")
-        arrays = make(sprites, varied_distribution(), arguments.split, arguments.count)
+        sprites = with_colours(with_individuals(Sprites.load(arguments.work / "sprites"), INDIVIDUALS))
+        arrays = make(sprites, rich_distribution(), arguments.split, arguments.count)
     save_arrays(arguments.work / f"{arguments.name}-{arguments.split}.npz", **arrays)
     print({name: array.shape for name, array in arrays.items()}, f"{SIDE} px")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from world.catalogue import CONCEPT_HUES, INDIVIDUALS
+from world.catalogue import CONCEPT_HUES, INDIVIDUALS, UNET_INDIVIDUALS
 from world.scenes import Sprites
 from world.sprites import TONES, toned, turned
 
@@ -128,18 +128,23 @@ def looks(subject: str, count: int) -> list[Look]:
     return found
 
 
-def with_individuals(sprites: Sprites, counts: dict[str, int], *, aside: bool = False) -> Sprites:
+def with_individuals(
+    sprites: Sprites, counts: dict[str, int], *, aside: bool = False, colour_only: bool = False
+) -> Sprites:
     """The pack with further individuals of the subjects in `counts`, none near a concept.
 
     Args:
         counts: individuals made of each of a subject's pictures.
         aside: only the individuals that are kept out of training (one in five), instead of all others.
+        colour_only: without patterns, and in the pictures' own proportions.
     """
     pictures = {
         subject: {style: list(found) for style, found in styles.items()} for subject, styles in sprites.pictures.items()
     }
     for subject, count in counts.items():
         kept = [look for number, look in enumerate(looks(subject, count)) if (number % ASIDE == ASIDE - 1) == aside]
+        if colour_only:
+            kept = [replace(look, pattern=None, stretch=1.0) for look in kept]
         for style, found in sprites.pictures[subject].items():
             made = []
             for name, picture in found:
@@ -164,9 +169,15 @@ def with_colours(sprites: Sprites) -> Sprites:
 
 
 def training_pack(work: Path, distribution: str) -> Sprites:
-    """The sprites that a distribution's scenes are made of: with individuals and colours where it is the varied one."""
+    """The sprites that a distribution's scenes are made of: with individuals and colours where it is the varied one.
+
+    There they differ in colour alone. With patterns and proportions as well, and both directions, a UNet of 2.5 M
+    parameters drew no cat after 16 minutes of a core, only stripes.
+    """
     sprites = Sprites.load(work / "sprites")
-    return with_colours(with_individuals(sprites, INDIVIDUALS)) if distribution == "varied" else sprites
+    if distribution != "varied":
+        return sprites
+    return with_colours(with_individuals(sprites, UNET_INDIVIDUALS, colour_only=True))
 
 
 def with_more_individuals(sprites: Sprites, colours: dict[str, list[int | str]]) -> Sprites:

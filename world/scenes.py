@@ -15,7 +15,7 @@ from PIL import Image
 
 from world.backgrounds import background as draw_background
 from world.captions import caption_of, choice
-from world.catalogue import COLOURS, CURRICULUM, TEXTURES, VARIED
+from world.catalogue import COLOURS, CURRICULUM, EMPHASIS, TEXTURES, VARIED
 
 SIDE = 128
 CLIP_SIDE = 64  # what both CLIPs see
@@ -100,7 +100,7 @@ def company_distribution() -> Distribution:
 def varied_distribution() -> Distribution:
     """The UNet's third phase: twice the subjects, individuals, colours in captions, every size, textures."""
     return Distribution(
-        subjects=VARIED,
+        subjects=tuple(subject for subject in VARIED for _ in range(EMPHASIS.get(subject, 1))),
         styles=("3d render",),
         plain=0.6,
         pairs=0.22,
@@ -109,7 +109,6 @@ def varied_distribution() -> Distribution:
         close_up=0.10,
         normal="large",
         spare_held_out=True,
-        mirrored=True,
         colours=0.4,
     )
 
