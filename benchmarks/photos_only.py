@@ -97,7 +97,8 @@ def values_of(name: str, setting: str, seed: int) -> dict[str, Any]:
     if setting == "template":
         prepare |= {"captions": "template", "masks": "none"}
     else:
-        prepare["backgrounds"] = {"share": float(setting)}
+        share, _, place = setting.partition("+")
+        prepare["backgrounds"] = {"share": float(share), "vary_place": place == "place"}
     return values
 
 

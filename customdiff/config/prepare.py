@@ -16,6 +16,7 @@ class Backgrounds(Section):
     colors: list[Color] = Field(
         ["white", "black", "grey", "yellow", "purple", "brown"], min_length=1, description="Background colors."
     )
+    vary_place: bool = Field(False, description="Vary the subject's place and size in such views.")
     captioned: bool = Field(False, description="Also for photos with a sidecar caption.")
 
 

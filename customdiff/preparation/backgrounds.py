@@ -20,6 +20,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "pink": (244, 164, 196),
     "brown": (116, 74, 42),
 }
+SIZES = (0.75, 1.15)  # factors of the subject's size in views on other backgrounds
 FEATHER = 1 / 256  # standard deviation of the edge's blur, as a share of the photo's longer side
 
 
@@ -62,8 +63,32 @@ def plain_background(color: str, height: int, width: int, rng: np.random.Generat
     return np.clip(np.broadcast_to(base + slope, (height, width, 3)), 0, 255)
 
 
+def moved(image: Image.Image, coverage: np.ndarray, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
+    """The photo and its mask (H, W) with the subject at another size and place, for a view on another background.
+
+    The size is multiplied by a factor in `SIZES`, and the subject stays inside the photo; a subject that the photo's
+    edge cuts stays as it is. Where the mask is 0, the photo that is returned shows nothing.
+    """
+    height, width = coverage.shape
+    rows, columns = np.nonzero(coverage > 0.05)
+    margin = round(4 * FEATHER * max(height, width))
+    top, bottom = rows.min() - margin, rows.max() + 1 + margin
+    left, right = columns.min() - margin, columns.max() + 1 + margin
+    if top < 0 or left < 0 or bottom > height or right > width:
+        return image, coverage
+    scale = min(rng.uniform(*SIZES), height / (bottom - top), width / (right - left))
+    size = (max(1, int(scale * (right - left))), max(1, int(scale * (bottom - top))))
+    corner = (int(rng.integers(0, width - size[0] + 1)), int(rng.integers(0, height - size[1] + 1)))
+    box = (int(left), int(top), int(right), int(bottom))
+    pixels, mask = Image.new("RGB", image.size), Image.new("L", image.size)
+    share = Image.fromarray(np.round(coverage * 255).astype(np.uint8))
+    pixels.paste(image.resize(size, Image.Resampling.BICUBIC, box), corner)
+    mask.paste(share.resize(size, Image.Resampling.BICUBIC, box), corner)
+    return pixels, np.asarray(mask, np.float32) / 255
+
+
 def composite(image: Image.Image, coverage: np.ndarray, color: str, rng: np.random.Generator) -> Image.Image:
-    """The masked subject of an RGB photo on a plain background, where it stands in the photo.
+    """The masked subject of an RGB photo on a plain background.
 
     Args:
         coverage: (H, W) float32 in [0, 1]; feathered here.

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -171,14 +171,16 @@ def _views(
         with Image.open(example.path) as file:
             image = file.convert("RGB")
         for number in range(count):
-            shown, caption = image, example.caption
+            shown, caption, mask = image, example.caption, example.mask
             color = backgrounds.color_of_view(settings.backgrounds, index, number, count)
-            if example.mask and color and color in example.captions_on:
+            if mask and color and color in example.captions_on:
                 rng = np.random.default_rng([*seed, index, number, 1])  # apart from the augmentation's draws
-                shown = backgrounds.composite(image, example.mask.coverage, color, rng)
-                caption = example.captions_on[color]
+                if settings.backgrounds.vary_place:
+                    shown, coverage = backgrounds.moved(image, mask.coverage, rng)
+                    mask = replace(mask, coverage=coverage)
+                shown, caption = backgrounds.composite(shown, mask.coverage, color, rng), example.captions_on[color]
             view = _draw(shown, settings, draw, factor, [*seed, index, number])
-            yield view, caption, _subject_of(example, view, settings, draw, factor, [*seed, index, number])
+            yield view, caption, _subject_of(mask, view, settings, draw, factor, [*seed, index, number])
 
 
 def _draw(image: Image.Image, settings: Prepare, draw: Callable[..., View], factor: int, seed: list[int]) -> View:
@@ -188,12 +190,12 @@ def _draw(image: Image.Image, settings: Prepare, draw: Callable[..., View], fact
 
 
 def _subject_of(
-    example: Example, view: View, settings: Prepare, draw: Callable[..., View], factor: int, seed: list[int]
+    mask: SubjectMask | None, view: View, settings: Prepare, draw: Callable[..., View], factor: int, seed: list[int]
 ) -> np.ndarray:
     """The subject's share of each latent pixel of a view; 1 everywhere where no mask is known."""
-    if example.mask is None:
+    if mask is None:
         return np.ones(view.mask.shape, np.float32)
-    coverage = Image.fromarray(np.round(example.mask.coverage * 255).astype(np.uint8)).convert("RGB")
+    coverage = Image.fromarray(np.round(mask.coverage * 255).astype(np.uint8)).convert("RGB")
     drawn = _draw(coverage, settings, draw, factor, seed)  # the same draws as the view's
     share = (drawn.pixels[0] + 1) / 2
     height, width = view.mask.shape

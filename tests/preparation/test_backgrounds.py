@@ -151,3 +151,27 @@ def test_sets_with_and_without_masks_are_joined(tmp_path, tiny_base):
     joined = prepared_set.join([whole, masked])
     torch.testing.assert_close(joined.subject[:4], whole.mask.float())
     torch.testing.assert_close(joined.subject[4:], masked.subject)
+
+
+def test_a_moved_subject_stays_whole_and_inside():
+    """Of a photo that shows its own mask, the subject's pixels move with the mask."""
+    shown = disc(100, 120)
+    photo = Image.fromarray((shown * 255).astype(np.uint8)).convert("RGB")
+    areas, centres = [], []
+    for seed in range(20):
+        image, coverage = backgrounds.moved(photo, shown, np.random.default_rng(seed))
+        assert image.size == photo.size
+        assert coverage.shape == shown.shape
+        np.testing.assert_allclose(np.asarray(image)[..., 0] / 255, coverage, atol=0.01)
+        areas.append(coverage.sum() / shown.sum())
+        centres.append(np.argwhere(coverage > 0.5).mean(0))
+        assert not coverage[[0, -1]].any()
+        assert not coverage[:, [0, -1]].any()
+    low, high = backgrounds.SIZES
+    assert low**2 * 0.95 < min(areas) < max(areas) < high**2 * 1.05
+    assert np.ptp(centres, axis=0).min() > 20
+    cut = np.zeros((100, 120), np.float32)
+    cut[60:, 30:90] = 1
+    image, coverage = backgrounds.moved(photo, cut, np.random.default_rng(0))
+    assert coverage is cut
+    assert image is photo
