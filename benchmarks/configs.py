@@ -37,7 +37,7 @@ class Config:
 
 CONFIGS = {
     "embedded": Config(
-        64, None, augmentation=False, hflip=False, class_images=50, learning_rate=1.5e-4, prior_loss_weight=0.3
+        128, None, augmentation=False, hflip=False, class_images=50, learning_rate=1.5e-4, prior_loss_weight=0.3
     ),
     "quarter-256": Config(256, "quarter"),
     "sd14-512": Config(512, "sd14"),
