@@ -200,7 +200,7 @@ def _class_images(folder: Path, config: Config) -> None:
         found = [
             (name, pool.extractfile(members[f"{name[:-4]}.txt"]).read().decode().strip())
             for name in members
-            if name.endswith(".png")
+            if name.endswith(".jpg")
         ]
         found.sort(key=lambda pair: CLASS not in pair[1].split())
         for name, caption in found[: config.class_images]:
