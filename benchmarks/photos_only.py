@@ -1,7 +1,8 @@
 """How much is learned from photos without captions: the template alone against masks with plain backgrounds.
 
-Concepts are painted variants of subjects that the embedded base model knows by class, photographed at 256 px on
+Six concepts are painted variants of subjects that the embedded base model knows by class, photographed at 256 px on
 backgrounds of the world: five photos to learn from and three held out. Each is learned with the embedded defaults.
+The two example concepts of the repository, without their captions, can be named by --concepts.
 The figure is the share of the way: (adapter - base) / (holdout photos - base) of image alignment.
 
 Needs the picture sources (`python -m world.sources`) and clip-retrieval (CUSTOMDIFF_CLIP_RETRIEVAL). Results are kept
@@ -49,6 +50,9 @@ CONCEPTS = {
 }
 
 
+EXAMPLES = tuple(SHOTS)
+
+
 def painted(picture: Image.Image, colors: tuple[str, str, str]) -> Image.Image:
     """An RGBA picture in other colors: its lightness leads from the shadow's color to that of its place."""
     shadow, top, bottom = (np.asarray(Image.new("RGB", (1, 1), color), np.float32)[0, 0] for color in colors)
@@ -76,6 +80,13 @@ def write_photos(work: Path) -> None:
                 photograph(picture, shot, 5000 + 100 * number + first + i).save(to / f"{i + 1:02d}.png")
                 if folder == "holdout":
                     (to / f"{i + 1:02d}.txt").write_text(f"photo of a {name} {background_phrase(place)}\n")
+    for name in EXAMPLES:
+        for folder, source in (("photos", "concepts"), ("holdout", "holdout")):
+            ignored = shutil.ignore_patterns("*.txt", "*.md")
+            shutil.copytree(ROOT / "data" / source / name, work / folder / name, ignore=ignored, dirs_exist_ok=True)
+        for i, shot in enumerate(SHOTS[name][1]):
+            caption = f"photo of a {name} {background_phrase(shot.background)}\n"
+            (work / "holdout" / name / f"{i + 1:02d}.txt").write_text(caption)
 
 
 def values_of(name: str, setting: str, seed: int) -> dict[str, Any]:
@@ -159,7 +170,7 @@ def way(row: dict[str, Any]) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: the share of the way of each concept and setting, mean over seeds, and the mean over concepts."""
     settings = sorted({row["setting"] for row in rows}, key=lambda setting: (setting != "template", setting))
-    names = [name for name in CONCEPTS if any(row["concept"] == name for row in rows)]
+    names = [name for name in (*CONCEPTS, *EXAMPLES) if any(row["concept"] == name for row in rows)]
     lines = [f"| concept | {' | '.join(settings)} |", f"| --- | {' | '.join('---' for _ in settings)} |"]
 
     def cell(chosen: list[dict[str, Any]]) -> str:
@@ -170,11 +181,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         spread = f" ({min(ways):.2f} to {max(ways):.2f})" if len(ways) > 1 else ""
         return f"{np.mean(ways):.2f}{spread}; text {100 * text:+.0f} %; n={len(ways)}"
 
-    for name in [*names, "all"]:
-        chosen = [row for row in rows if name in ("all", row["concept"])]
+    for name in [*names, "the six painted ones"]:
+        chosen = [row for row in rows if row["concept"] in ([name] if name in names else CONCEPTS)]
         cells = [cell([row for row in chosen if row["setting"] == setting]) for setting in settings]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    text = [row["text_holdout"] / row["text_base"] - 1 for row in rows]
+    text = [row["text_holdout"] / row["text_base"] - 1 for row in rows if row["concept"] in CONCEPTS]
     lines += ["", f"Holdout photos with their own captions: text {100 * np.mean(text):+.0f} %."]
     return "\n".join(lines)
 
@@ -183,7 +194,7 @@ def main() -> None:
     """Run what is not in results.jsonl yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build/photos-only")
-    parser.add_argument("--concepts", nargs="+", default=list(CONCEPTS), choices=list(CONCEPTS))
+    parser.add_argument("--concepts", nargs="+", default=list(CONCEPTS), choices=[*CONCEPTS, *EXAMPLES])
     parser.add_argument("--settings", nargs="+", default=["template", "0.75"], help="template, or a share of views")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--threads", type=int, default=1)

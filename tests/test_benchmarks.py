@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_params, write_prepared
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import against_reference, models, profile_step, project, scale, side
+from benchmarks import against_reference, models, photos_only, profile_step, project, scale, side
 from benchmarks.configs import Config, config
 from customdiff.errors import UserError
 from customdiff.models import base
@@ -248,3 +249,22 @@ def test_a_table_is_markdown(capsys):
         "| 256 | 1.23 |",
         "| 512 | 12346 |",
     ]
+
+
+def test_painting_keeps_the_shape_and_changes_the_look():
+    pixels = np.zeros((20, 10, 4), np.uint8)
+    pixels[4:16, 2:8, 3] = 255
+    pixels[4:16, 2:8, :3] = np.linspace(50, 200, 12).astype(np.uint8)[:, None, None]
+    painted = np.asarray(photos_only.painted(Image.fromarray(pixels), ("#000000", "#ff0000", "#0000ff")))
+    np.testing.assert_array_equal(painted[..., 3], pixels[..., 3])
+    assert (painted[5:10, 3:7, 0] > painted[5:10, 3:7, 2]).all()
+    assert (painted[13:15, 3:7, 2] > painted[13:15, 3:7, 0]).all()
+
+
+def test_the_share_of_the_way_and_its_table():
+    row = {"setting": "0.75", "base": 0.2, "adapter": 0.5, "holdout": 0.8, "text_base": 1.0, "text_adapter": 0.9}
+    rows = [row | {"concept": name, "text_holdout": 0.95} for name in photos_only.CONCEPTS]
+    assert photos_only.way(rows[0]) == pytest.approx(0.5)
+    lines = photos_only.table(rows).splitlines()
+    assert "| the six painted ones | 0.50 (0.50 to 0.50); text -10 %; n=6 |" in lines
+    assert "text -5 %" in lines[-1]
