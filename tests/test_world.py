@@ -682,7 +682,8 @@ def test_a_segmenters_scene_shows_what_its_mask_says(sprites):
         image, cover = train_segmenter.scene(sprites, index)
         again, _ = train_segmenter.scene(sprites, index)
         assert np.array_equal(image, again)
-        assert (image.shape, cover.shape) == ((SIDE, SIDE, 3), (SIDE, SIDE))
+        side = train_segmenter.SIDE
+        assert (image.shape, cover.shape) == ((side, side, 3), (side, side))
         assert 0 <= cover.min() <= cover.max() <= 1
         assert image[cover == 1].astype(float).std(axis=0).max() < 60
     params = load_params("segmenter") | {"unseen_subjects": ["snail"], "unseen_colours": ["dark"]}

@@ -15,13 +15,15 @@ from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
+from world import scenes
 from world.backgrounds import background, noise
 from world.loop import fit, load_params
-from world.scenes import BACKGROUNDS, SIDE, SIZES, SPLITS, Sprites, choice, pasted, to_tensor
+from world.scenes import BACKGROUNDS, SIZES, SPLITS, Sprites, choice, pasted, to_tensor
 from world.sprites import toned, turned
 from world.train_clip import with_more_individuals
 
 SIZE_SHARES = {"very small": 0.1, "normal": 0.4, "large": 0.4, "close up": 0.1}
+SIDE = 64  # px; photos are scaled to it
 FIRST_HELD_OUT = 50_000_000  # scenes from this number on are only measured
 
 
@@ -90,14 +92,15 @@ def scene(sprites: Sprites, index: int) -> tuple[np.ndarray, np.ndarray]:
     canvas, cover = ground(rng), np.zeros((SIDE, SIDE, 3), np.float32)
     size = rng.choice(list(SIZE_SHARES), p=list(SIZE_SHARES.values()))
     (low, high), spread = SIZES[size]
+    scale = SIDE / scenes.SIDE
     for _ in range(2 if size == "very small" and rng.random() < 0.3 else 1):
         subject = choice(rng, tuple(sprites.pictures))
-        _, sprite = sprites.draw(rng, subject, choice(rng, tuple(sprites.pictures[subject])))
+        _, sprite = sprites.draw(rng, subject, choice(rng, tuple(sprites.pictures[subject])), background="")
         if rng.random() < 0.5:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if rng.random() < 0.5:
             sprite = sprite.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR, expand=True)
-        longer, centre = rng.uniform(low, high), tuple(SIDE / 2 + rng.uniform(-spread, spread, 2))
+        longer, centre = scale * rng.uniform(low, high), tuple(SIDE / 2 + scale * rng.uniform(-spread, spread, 2))
         pasted(canvas, sprite, longer, centre)
         pasted(cover, silhouette(sprite), longer, centre)
     light = rng.uniform(0.8, 1.15, 3) if rng.random() < 0.3 else 1.0

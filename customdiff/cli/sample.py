@@ -85,9 +85,7 @@ def sample(
         raise UserError("--checkpoint: replaces --adapter; give only one of them")
     folder = hub.resolve(adapter, base_model=base) if checkpoint is None else of_checkpoint(checkpoint)
     adapter_config = adapters.read_config(folder)
-    tokens = adapter_config.tokens
-    if not any(token in prompt for token in tokens for prompt in prompts):
-        typer.echo(f"note: no prompt contains a modifier token; the adapter has {', '.join(tokens)}", err=True)
+    _note_missing_tokens(prompts, adapter_config.tokens)
     chosen = adapter_config.base_model(base)
     if chosen.model.startswith("./") and not Path(chosen.model).is_dir():  # `push` writes local bases so
         raise UserError(f"{adapter}: its base model {chosen.model} does not exist here; name it with --base")
@@ -118,6 +116,11 @@ def _check_options(height: int | None, width: int | None, device: str) -> None:
         config.Base(device=device)
     except ValidationError as error:
         raise UserError(f"--device: must be auto, cpu, mps, cuda or cuda:N (here: {device!r})") from error
+
+
+def _note_missing_tokens(prompts: list[str], tokens: list[str]) -> None:
+    if not any(token in prompt for token in tokens for prompt in prompts):
+        typer.echo(f"note: no prompt contains a modifier token; the adapter has {', '.join(tokens)}", err=True)
 
 
 def _write_images(images: "list[Image.Image]", prompts: list[str], num_images: int, seed: int, out: Path) -> None:
