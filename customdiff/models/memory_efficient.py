@@ -8,7 +8,7 @@ saves two tensors instead of six, and a gated feed-forward layer one instead of 
 layers, because the same kernels run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,6 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input
-from torch.utils.checkpoint import checkpoint
 
 
 def convert(unet: UNet2DConditionModel, *, transformers: bool = True) -> None:
@@ -66,11 +64,17 @@ class FrozenGEGLU(GEGLU):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, N, C) to (B, N, D)."""
-        return _recomputed(self._gate, self.proj(hidden_states))
+        return _Recomputed.apply(_gated, *self._halves(hidden_states))
 
-    def _gate(self, projected: Tensor) -> Tensor:
-        hidden, gate = projected.chunk(2, dim=-1)
-        return hidden * self.gelu(gate)
+    def _halves(self, x: Tensor) -> Sequence[Tensor]:
+        """The projection's halves, apart in fp32, because PyTorch's GELU is slow on halves of one tensor.
+
+        In half precision they stay one product: the gradient of two would be rounded before it is added.
+        """
+        if x.dtype != torch.float32:
+            return self.proj(x).chunk(2, dim=-1)
+        biases = (None, None) if self.proj.bias is None else self.proj.bias.chunk(2)
+        return [F.linear(x, weight, bias) for weight, bias in zip(self.proj.weight.chunk(2), biases, strict=True)]
 
 
 class FrozenResnetBlock2D(ResnetBlock2D):
@@ -78,30 +82,53 @@ class FrozenResnetBlock2D(ResnetBlock2D):
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
         """Image features (B, C, h, w) and the timestep embedding (B, T) to (B, D, h, w)."""
-        hidden = self.conv1(_recomputed(lambda x: F.silu(self.norm1(x)), input_tensor))
-        hidden = hidden + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        hidden = self.conv2(_recomputed(lambda x: F.silu(self.norm2(x)), hidden))
+        hidden = self.conv1(_Recomputed.apply(lambda x: F.silu(self.norm1(x)), input_tensor))
+        hidden = hidden.add_(self.time_emb_proj(F.silu(temb))[:, :, None, None])
+        hidden = self.conv2(_Recomputed.apply(lambda x: F.silu(self.norm2(x)), hidden))
         skip = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        hidden = skip + hidden
+        hidden = hidden.add_(skip)
         return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
 
 
-def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, recomputed from x in the backward pass; it is deterministic, so no RNG state is saved."""
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+def _gated(hidden: Tensor, gate: Tensor) -> Tensor:
+    return hidden * F.gelu(gate)
 
 
-class _Convolution(torch.autograd.Function):
-    """Convolution that saves its weight for the input gradient, but not its input for a weight gradient."""
+class _Recomputed(torch.autograd.Function):
+    """Keeps the inputs of a function without randomness, and computes it again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.options = x.shape, options  # stride, padding, dilation, groups
-        return F.conv2d(x, weight, bias, *options)
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            output = ctx.function(*inputs)
+        return None, *torch.autograd.grad(output, inputs, gradient)
+
+
+class _Convolution(torch.autograd.Function):
+    """Keeps the weight, for the gradient of the input; the input would serve only the gradient of the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, stride, padding, dilation, groups) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.sides, ctx.options = x.shape[2:], (stride, padding, dilation, groups)
+        return F.conv2d(x, weight, bias, *ctx.options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of a convolution's input is the transposed convolution of its output's gradient."""
         (weight,) = ctx.saved_tensors
-        return conv2d_input(ctx.shape, weight, gradient, *ctx.options), *[None] * 6
+        stride, padding, dilation, groups = ctx.options
+        geometry = zip(ctx.sides, gradient.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        uncovered = [  # pixels at the end of each side that a stride leaves out
+            side - ((out - 1) * s - 2 * p + d * (kernel - 1) + 1) for side, out, kernel, s, p, d in geometry
+        ]
+        return F.conv_transpose2d(gradient, weight, None, stride, padding, uncovered, groups, dilation), *[None] * 6
