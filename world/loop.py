@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -50,6 +51,66 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     torch._foreach_lerp_(ours, theirs, 1 - decay)
 
 
+def optimizers_for(model: nn.Module, peak_lr: float, weight_decay: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters that train; with `muon` Muon for matrices, AdamW for vectors alone."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    options = {"lr": peak_lr, "betas": (0.9, 0.98), "foreach": True}
+    if muon:
+        return [
+            Muon(matrices, lr=peak_lr, weight_decay=weight_decay),
+            torch.optim.AdamW(vectors, weight_decay=0.0, **options),
+        ]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [torch.optim.AdamW(groups, **options)]
+
+
+@dataclass
+class TrainingState:
+    """All that a checkpoint holds: model, moving average, optimizers, and how far the training has come."""
+
+    model: nn.Module
+    ema: nn.Module | None
+    optimizers: list[torch.optim.Optimizer]
+    checkpoint: Path
+    step: int = 0
+    seconds: float = 0.0
+
+    def load(self, device: str, restart: bool) -> None:
+        """Continue from the checkpoint, if there is one; with `restart` take its weights and step alone."""
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, map_location=device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.step = state["step"]
+        if not restart:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.seconds = state["seconds"]
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = {"model": self.model.state_dict(), "step": self.step, "seconds": self.seconds}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        save_beside(state | ({"ema": self.ema.state_dict()} if self.ema is not None else {}), self.checkpoint)
+
+    def descend(self, loss: torch.Tensor, lr: float, ema_decay: float) -> None:
+        """One optimizer step, with gradients clipped to norm 1."""
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = lr
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"{self.checkpoint.parent.name}: the gradient is {norm} at step {self.step}")
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.ema is not None:
+            update_ema(self.ema, self.model, ema_decay, self.step)
+
+
 def fit(
     folder: Path,
     model: nn.Module,
@@ -77,69 +138,34 @@ def fit(
         restart: take the checkpoint's weights, but a fresh optimizer and a fresh clock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = folder / "checkpoint.pt", folder / "log.csv"
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    if muon:
-        optimizers = [
-            Muon(decayed, lr=peak_lr, weight_decay=weight_decay),
-            torch.optim.AdamW(plain, lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.0, foreach=True),
-        ]
-    else:
-        optimizers = [torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), foreach=True)]
-    step, seconds = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
-        step = state["step"]
-        if not restart:
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            seconds = state["seconds"]
-
-    def save() -> None:
-        state = {"model": model.state_dict(), "step": step, "seconds": seconds}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        save_beside(state | ({"ema": ema.state_dict()} if ema is not None else {}), checkpoint)
+    state = TrainingState(model, ema, optimizers_for(model, peak_lr, weight_decay, muon), folder / "checkpoint.pt")
+    state.load(device, restart)
 
     def stop(*_: object) -> None:
-        save()
-        raise SystemExit(f"{folder.name}: stopped at step {step}, saved; the same command continues")
+        state.save()
+        raise SystemExit(f"{folder.name}: stopped at step {state.step}, saved; the same command continues")
 
     signal.signal(signal.SIGTERM, stop)
-    first, last_save = step, time.monotonic()
-    bar = tqdm(total=round(60 * minutes), initial=round(seconds), unit="s", desc=folder.name, mininterval=10)
-    with log.open("a", newline="") as file:
+    first, last_save = state.step, time.monotonic()
+    bar = tqdm(total=round(60 * minutes), initial=round(state.seconds), unit="s", desc=folder.name, mininterval=10)
+    with (folder / "log.csv").open("a", newline="") as file:
         writer = csv.writer(file)
-        while (progress := seconds / (60 * minutes)) < 1:
+        while (progress := state.seconds / (60 * minutes)) < 1:
             began = time.monotonic()
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = peak_lr * lr_share(progress, step - first, warmup)
-            torch.manual_seed(hash((seed, step)) % 2**63)
+            torch.manual_seed(hash((seed, state.step)) % 2**63)
             with autocast(device):
-                values = loss_at(step)
-            model.zero_grad(set_to_none=True)
-            values["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"{folder.name}: the gradient is {norm} at step {step}")
-            for optimizer in optimizers:
-                optimizer.step()
-            if ema is not None:
-                update_ema(ema, model, ema_decay, step)
-            step += 1
-            seconds += time.monotonic() - began
-            bar.update(round(seconds) - bar.n)
-            if step % 20 == 0:
+                values = loss_at(state.step)
+            state.descend(values["loss"], peak_lr * lr_share(progress, state.step - first, warmup), ema_decay)
+            state.step += 1
+            state.seconds += time.monotonic() - began
+            bar.update(round(state.seconds) - bar.n)
+            if state.step % 20 == 0:
                 row = {name: round(value.item(), 5) for name, value in values.items()}
-                bar.set_postfix(row | {"step": step}, refresh=False)
-                writer.writerow([step, round(seconds, 1), *(f"{k}={v}" for k, v in row.items())])
+                bar.set_postfix(row | {"step": state.step}, refresh=False)
+                writer.writerow([state.step, round(state.seconds, 1), *(f"{k}={v}" for k, v in row.items())])
                 file.flush()
             if time.monotonic() - last_save > CHECKPOINT_SECONDS:
-                save()
+                state.save()
                 last_save = time.monotonic()
-        save()
+        state.save()
     bar.close()
