@@ -75,7 +75,7 @@ def _example(
             colors = settings.backgrounds.colors
             captions_on = {color: backgrounds.caption_on(color, concept) for color in colors}
             notes.append(f"{settings.backgrounds.share:.0%} of its views on other backgrounds")
-        if mask.origin == "alpha" and caption.origin == "template":  # transparency was laid on white
+        if mask.origin == "alpha" and caption.origin == "template":  # transparent parts were stored as white
             text = backgrounds.caption_on("white", concept)
     elif found:
         notes.append(f"warning: {found.problem}; the photo is used whole")

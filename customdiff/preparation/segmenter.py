@@ -17,7 +17,7 @@ from transformers import (
 
 from customdiff.errors import UserError
 
-CLIPSEG_THRESHOLD = 0.3  # of the sigmoid, as in Lüddecke and Ecker 2022, table 1
+CLIPSEG_THRESHOLD = 0.3  # of the sigmoid; not tuned, and never run with the released weights here
 
 
 class Segmenter:
