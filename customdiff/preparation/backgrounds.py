@@ -3,6 +3,7 @@
 A background is a color of `COLORS`, or the path of an image whose caption says the place.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,10 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "pink": (244, 164, 196),
     "brown": (116, 74, 42),
 }
-PREPOSITIONS = frozenset(
-    "in on at by under above behind beside between near inside outside among below with against over around along "
-    "across before beneath".split()
+PREPOSITION = re.compile(
+    r"(in|on|at|by|under|above|behind|beside|between|near|inside|outside|among|below|with|against|over|around|along"
+    r"|across|before|beneath)\b",
+    re.IGNORECASE,
 )
 SIZES = (0.75, 1.15)  # factors of the subject's size in views on other backgrounds
 FEATHER = 1 / 256  # standard deviation of the edge's blur, as a share of the photo's longer side
@@ -83,7 +85,7 @@ def _place(name: str) -> str:
     if name in COLORS:
         return f" on {'an' if name[0] in 'aeiou' else 'a'} {name} background"
     caption = image_folder.sidecar_caption(Path(name)) or ""
-    return f" {caption}" if caption.partition(" ")[0].lower() in PREPOSITIONS else f", {caption}"
+    return f" {caption}" if PREPOSITION.match(caption) else f", {caption}"
 
 
 def feathered(coverage: np.ndarray) -> np.ndarray:
