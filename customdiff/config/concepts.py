@@ -48,3 +48,8 @@ class Concept(Section):
     def caption(self) -> str:
         """The instance prompt with the modifier token: `photo of a <new1> cat`."""
         return self.instance_prompt.replace("{}", self.modifier_token)
+
+    @property
+    def subject(self) -> str:
+        """What {} in a prompt stands for: `<new1> cat`."""
+        return f"{self.modifier_token} {self.class_prompt}"

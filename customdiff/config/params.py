@@ -32,6 +32,16 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
 
+    @property
+    def validation_prompts(self) -> list[str]:
+        """`train.validation.prompts`, those with {} once for every concept with its subject, such as `<new1> cat`."""
+        prompts: list[str] = []
+        for prompt in self.train.validation.prompts:
+            prompts += (
+                [prompt.replace("{}", each.subject) for each in self.concepts.values()] if "{}" in prompt else [prompt]
+            )
+        return prompts
+
     @model_validator(mode="after")
     def _distinct_tokens(self) -> "Params":
         tokens = [concept.modifier_token for concept in self.concepts.values()]
