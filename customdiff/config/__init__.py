@@ -5,7 +5,7 @@ docs/migrating-from-diffusers.md.
 """
 
 from customdiff.config.base import Base
-from customdiff.config.concepts import Concept, Source
+from customdiff.config.concepts import Concept, Source, unknown_tokens
 from customdiff.config.download import Download
 from customdiff.config.evaluate import Evaluate
 from customdiff.config.params import Params, concept, load, with_num_images
@@ -34,5 +34,6 @@ __all__ = [
     "Validation",
     "concept",
     "load",
+    "unknown_tokens",
     "with_num_images",
 ]

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from customdiff.config.base import Base
-from customdiff.config.concepts import Concept
+from customdiff.config.concepts import Concept, unknown_tokens
 from customdiff.config.download import Download
 from customdiff.config.evaluate import Evaluate
 from customdiff.config.prepare import Prepare
@@ -48,6 +48,17 @@ class Params(Section):
         for token in tokens:
             if tokens.count(token) > 1:
                 raise ValueError(f"concepts: modifier_token {token} is used twice; give each concept its own")
+        return self
+
+    @model_validator(mode="after")
+    def _known_tokens(self) -> "Params":
+        for prompt in self.train.validation.prompts:
+            if unknown := unknown_tokens(prompt, self.concepts.values()):
+                tokens = ", ".join(concept.modifier_token for concept in self.concepts.values())
+                raise ValueError(
+                    f"train.validation.prompts: {prompt!r} names {unknown[0]}, which no concept has (modifier tokens: "
+                    f"{tokens}); {{}} stands for every concept in turn"
+                )
         return self
 
 
