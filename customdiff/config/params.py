@@ -70,11 +70,22 @@ def load(path: Path | str = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(
             f"{path}: cannot be read ({error}); run in the project folder, or `customdiff preset NAME --install`"
         ) from error
+    return parse(text, path)
+
+
+def parse(text: str, path: Path | str = "params.yaml") -> Params:
+    """Validate the text of a params file; `path` is its name in errors.
+
+    Raises:
+        ParamsError: the text is not YAML, or has unknown keys or values out of range.
+    """
+    try:
+        raw = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
