@@ -81,12 +81,11 @@ def retrieve_class_images(params: Params, name: str, hashes: "FileHashes") -> In
 def prepare(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:
     """Inputs of `prepare`: prompts of the concept, section `prepare`, the captioner and the base model."""
     words = concept.model_dump(include={"modifier_token", "class_prompt", "instance_prompt"})
-    captioner = hashes.of(params.prepare.captioner) if params.prepare.captions == "blip" else {}
     return {
         "concept": words,
         "prepare": params.prepare.model_dump(),
         "class images": params.train.preserves_prior,
-        "captioner": captioner,
+        "captioner": hashes.of(params.prepare.captioning_model),
         "segmenter": hashes.of(params.prepare.segmentation_model),
         "masked loss": params.train.mask_weight != 1,
         **_base(params.base, hashes),

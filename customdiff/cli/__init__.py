@@ -5,7 +5,7 @@ Commands import torch and diffusers when they run, so that help and errors appea
 
 import typer
 
-from customdiff.cli import adapters, compare, formats, hub, new, preset, sample, sweep
+from customdiff.cli import adapters, captions, compare, formats, hub, new, preset, sample, sweep
 from customdiff.errors import one_line_errors
 
 commands = typer.Typer(
@@ -23,6 +23,7 @@ commands.command(epilog=sample.EXAMPLES, short_help="Generate images with an ada
 commands.command(epilog=new.EXAMPLES, short_help="Add a concept to params.yaml from photos.")(new.new)
 commands.command(epilog=preset.EXAMPLES, short_help="List, print or install presets of params.yaml.")(preset.preset)
 commands.command(short_help="Check params.yaml.")(preset.check)
+commands.command(epilog=captions.EXAMPLES, short_help="Show or write the captions of photos.")(captions.captions)
 commands.command(epilog=sweep.EXAMPLES, short_help="Evaluate several checkpoints of a training.")(sweep.sweep)
 commands.command(short_help="List the checkpoints of all trainings.")(sweep.checkpoints)
 commands.command(epilog=compare.EXAMPLES, short_help="Compare methods or adapters.")(compare.compare)

@@ -16,7 +16,7 @@ from customdiff.errors import UserError
 from customdiff.files import atomic_directory, atomic_file
 
 if TYPE_CHECKING:
-    from customdiff.preparation.prepare import Example
+    from customdiff.preparation.examples import Example
     from customdiff.sources.instance_images import Collected
 
 CONCEPTS = Path("data/concepts")
@@ -187,11 +187,17 @@ def _examples(gathered: _Photos, concept: config.Concept, params: config.Params)
     from transformers.utils.logging import disable_progress_bar
 
     from customdiff.models import base
-    from customdiff.preparation.prepare import instance_examples
+    from customdiff.preparation.examples import instance_examples
 
     disable_progress_bar()
     try:
-        return instance_examples(gathered.instances, concept, params.prepare, base.device(params.base.device))
+        return instance_examples(
+            gathered.instances,
+            concept,
+            params.prepare,
+            base.device(params.base.device),
+            tokenizer=base.load_tokenizer(params.base),
+        )
     except UserError as error:
         message = str(error)
         for photo in gathered.checked.kept:  # name the user's file instead of the temporary copy
@@ -208,7 +214,7 @@ def _write_sheet(name: str, examples: "Sequence[Example]", checked: "Collected")
         contact_sheet(examples).save(incoming, "JPEG", quality=90)
     typer.echo(f"masks and captions: {target}")
     for example, photo in zip(examples, checked.kept, strict=True):
-        typer.echo(f"  {photo['source']}: {example.caption!r}; {example.notes}")
+        typer.echo(f"  {photo['source']}: {example.caption!r} ({'; '.join(example.notes)})")
 
 
 def _report_photos(name: str, gathered: _Photos) -> None:

@@ -26,12 +26,17 @@ class Prepare(Section):
     resolution: int = Field(
         512, ge=32, multiple_of=8, description="Height and width in px; 768 for SD 2.x, 128 for the embedded model."
     )
-    captions: Literal["auto", "template", "sidecar", "blip"] = Field(
+    captions: Literal["auto", "sidecar", "template"] = Field(
         "auto",
-        description="template: instance_prompt; sidecar: a .txt file per image; auto: a sidecar if there is one, else "
-        "the template; blip: a BLIP model.",
+        description="auto: the .txt file beside a photo, else `captioner`; sidecar: a .txt file beside every photo; "
+        "template: instance_prompt.",
     )
-    captioner: str = Field("Salesforce/blip-image-captioning-base", description="Captioner folder or Hub repository.")
+    captioner: str | None = Field(
+        "data/captioner",
+        min_length=1,
+        description="Captioner of captions: auto; folder or Hub repository of an image-to-text model, such as BLIP; "
+        "null: the template instead.",
+    )
     masks: str = Field(
         "auto",
         min_length=1,
@@ -54,6 +59,11 @@ class Prepare(Section):
         True, description="Store VAE moments; false: store pixels and encode them at each step."
     )
     batch_size: int = Field(4, ge=1, description="Images that the VAE encodes at a time.")
+
+    @property
+    def captioning_model(self) -> str | None:
+        """Folder or Hub repository of the captioner; None if it is not used."""
+        return self.captioner if self.captions == "auto" else None
 
     @property
     def segmentation_model(self) -> str | None:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from customdiff.preparation import backgrounds
 
 if TYPE_CHECKING:
-    from customdiff.preparation.prepare import Example
+    from customdiff.preparation.examples import Example
 
 SIDE, GAP, TEXT_WIDTH, LINE = 160, 8, 380, 16
 OUTLINE = (255, 0, 90)
@@ -34,7 +34,7 @@ def contact_sheet(examples: Sequence["Example"]) -> Image.Image:
         for column, image in enumerate(shown):
             image.thumbnail((SIDE, SIDE))
             sheet.paste(image, (GAP + column * (SIDE + GAP), top))
-        lines = [part for text in (example.caption, *example.notes.split("; ")) for part in textwrap.wrap(text, 52)]
+        lines = [part for text in (example.caption, *example.notes) for part in textwrap.wrap(text, 52)]
         for number, line in enumerate(lines[: SIDE // LINE]):
             draw.text((2 * (SIDE + GAP) + GAP, top + number * LINE), line, "black", font)
     return sheet
