@@ -27,7 +27,7 @@ def run(*arguments, answers: str = ""):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A project folder with the repository's params.yaml, models and prompts, and the example cat; without captioner."""
+    """A project folder with the repository's params.yaml, models and prompts, the example cat, no captioner."""
     folder = tmp_path / "project"
     shutil.copytree(ROOT / "data/concepts/cat", folder / "data/concepts/cat")
     for name in ("base", "clip", "judge", "pool", "prompts", "segmenter"):

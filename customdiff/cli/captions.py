@@ -74,7 +74,5 @@ def captions_of(params: Params, name: str, *, ignore_sidecars: bool = False):
 def _writable_source(name: str, concept: Concept) -> Path:
     source = concept.source
     if not source.path or not Path(source.path).is_dir():
-        raise UserError(
-            f"concepts.{name}.source: must be a folder of photos to write captions beside them"
-        )
+        raise UserError(f"concepts.{name}.source: must be a folder of photos to write captions beside them")
     return Path(source.path, source.subfolder or "")
