@@ -60,6 +60,15 @@ def test_an_oddly_written_file_keeps_every_other_character():
     assert new.endswith("# the end, without a newline")
 
 
+def test_comments_behind_the_last_value_stay_with_it():
+    old = yaml.safe_dump({"concepts": {"cat": concept_values()}}, sort_keys=False).rstrip()
+    old += "   # why\n    # more\n\ntrain: {}\n"
+    new = entry.with_concept(old, "rex", REX)
+    assert new.partition("   # why\n")[0] == old.partition("   # why\n")[0]
+    assert new.endswith("    # more\n\ntrain: {}\n")
+    assert "# why" not in entry.with_concept(old, "rex", REX, only=True)
+
+
 def test_line_ends_of_windows_stay():
     old = ODD.replace("\n", "\r\n")
     new = entry.with_concept(old, "rex", REX)
