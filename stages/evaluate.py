@@ -39,7 +39,8 @@ def main() -> None:
     summary = scores.summarize(scored, len(pairs), resamples=settings.bootstrap, seed=params.base.seed)
     seconds = time.perf_counter() - started
     sheet = report.contact_sheet(pairs, instances, concepts)
-    page = report.html(summary, scored, sheet, params, adapter_config, TRAINING / "steps.csv")
+    photos = [Path("data/prepared", name, "sheet.jpg") for name in concepts]
+    page = report.html(summary, scored, sheet, params, adapter_config, TRAINING / "steps.csv", photos)
     with atomic_directory(RESULTS) as out:
         (out / "metrics.json").write_text(summary.to_json(), encoding="utf-8")
         (out / "report.html").write_text(page, encoding="utf-8")

@@ -139,6 +139,7 @@ def html(
     params: Params,
     adapter_config: AdapterConfig,
     steps: Path | None = None,
+    photos: Sequence[Path] = (),
 ) -> str:
     """The report: metrics with intervals, curves, contact sheet, table of prompts, parameters. One file, no scripts.
 
@@ -149,6 +150,7 @@ def html(
         params: shown as YAML.
         adapter_config: of the adapter that was evaluated.
         steps: CSV with one row per training step (results/train/steps.csv); left out where it does not exist.
+        photos: JPEG sheets of instance images with masks and captions (data/prepared/<concept>/sheet.jpg).
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -165,6 +167,7 @@ def html(
         verdicts=verdicts(summary),
         scores=scores,
         sheet=_data_uri(_jpeg(sheet), "image/jpeg"),
+        photos=[_data_uri(path.read_bytes(), "image/jpeg") for path in photos if path.is_file()],
         plane=_data_uri(alignment_plane(scores), "image/svg+xml"),
         curves=_data_uri(loss_curves(curves), "image/svg+xml") if curves else None,
         adapter=adapter_config,

@@ -1,5 +1,6 @@
 """The sheet shows every image in its place; the report holds the metrics, and needs nothing beside it."""
 
+import base64
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -193,3 +194,10 @@ def test_charts_are_whole_svg_and_the_same_bytes_each_time():
     for draw in (lambda: report.alignment_plane(scored()), lambda: report.loss_curves({"loss": [0.5, 0.4]})):
         assert ElementTree.fromstring(draw()).tag.endswith("svg")
         assert draw() == draw()
+
+
+def test_the_photos_with_masks_and_captions_are_part_of_the_page(tmp_path):
+    plain(BLUE).save(tmp_path / "sheet.jpg")
+    encoded = base64.b64encode((tmp_path / "sheet.jpg").read_bytes()).decode()
+    assert encoded in page(photos=[tmp_path / "sheet.jpg", tmp_path / "missing.jpg"])
+    assert "<h2>Photos</h2>" not in page()
