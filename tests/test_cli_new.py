@@ -93,7 +93,7 @@ def test_photos_that_are_not_copied_are_named(project, photos):
 
 
 def test_a_second_call_needs_replace_and_keeps_the_token(project, photos):
-    run("potty", photos, "--class", "teapot", "--no-sheet")
+    run("potty", photos, "--class", "teapot")
     first = state(project)
     with pytest.raises(UserError, match="--replace"):
         run("potty", photos, "--class", "mug", "--no-sheet")
@@ -101,6 +101,7 @@ def test_a_second_call_needs_replace_and_keeps_the_token(project, photos):
     (photos / "05.png").unlink()
     run("potty", photos, "--class", "mug", "--no-sheet", "--replace")
     assert len(list((project / "data/concepts/potty").iterdir())) == 4
+    assert not (project / "data/concepts/potty-sheet.jpg").exists()  # it showed the old photos
     potty = config.load().concepts["potty"]
     assert (potty.class_prompt, potty.modifier_token) == ("mug", "<new2>")
     assert (project / "params.yaml.bak2").exists()

@@ -88,6 +88,7 @@ def new(
             with atomic_directory(CONCEPTS / name) as incoming:
                 shutil.copytree(gathered.copy, incoming, dirs_exist_ok=True)
         _report_photos(name, gathered)
+        (CONCEPTS / f"{name}-sheet.jpg").unlink(missing_ok=True)  # of photos that were replaced
         if examples:
             _write_sheet(name, examples, gathered.checked)
     backup = keep_backup(path)
