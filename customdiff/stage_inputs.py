@@ -87,6 +87,7 @@ def prepare(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:
         "class images": params.train.preserves_prior,
         "captioner": hashes.of(params.prepare.captioning_model),
         "segmenter": hashes.of(params.prepare.segmentation_model),
+        "background images": hashes.of(params.prepare.backgrounds.images),
         "masked loss": params.train.mask_weight != 1,
         **_base(params.base, hashes),
     }

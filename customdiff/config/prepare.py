@@ -10,11 +10,17 @@ Color = Literal["white", "black", "grey", "red", "orange", "yellow", "green", "b
 
 
 class Backgrounds(Section):
-    """Views of a photo that show the masked subject on a plain background, which their caption names."""
+    """Views of a photo that show the masked subject on another background, which their caption names."""
 
     share: Fraction = Field(0.75, description="Share of such views of each photo; 0: none.")
     colors: list[Color] = Field(
         ["white", "black", "grey", "yellow", "purple", "brown"], min_length=1, description="Background colors."
+    )
+    images: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of images that serve as backgrounds too, each with a .txt file that names the place, such "
+        "as `in the snow`.",
     )
     vary_place: bool = Field(False, description="Vary the subject's place and size in such views.")
     captioned: bool = Field(False, description="Also for photos with a sidecar caption.")

@@ -21,7 +21,7 @@ class Example:
 
     Attributes:
         mask: the subject's; None where it is not known.
-        captions_on: the caption of a view by the background's color; empty where every view keeps its background.
+        captions_on: the captions of views on other backgrounds, by background; empty where every view keeps its own.
         notes: where caption and mask come from, and warnings, one line each.
     """
 
@@ -74,8 +74,9 @@ def _example(
         if found and found.problem:
             notes.append(f"warning: {found.problem}")
         if varied:
-            colors = settings.backgrounds.colors
-            captions_on = {color: backgrounds.caption_on(color, concept) for color in colors}
+            captions_on = {
+                name: backgrounds.caption_on(name, concept) for name in backgrounds.names(settings.backgrounds)
+            }
             notes.append(f"{settings.backgrounds.share:.0%} of its views on other backgrounds")
         if mask.origin == "alpha" and caption.origin == "template":  # transparent parts were stored as white
             text = backgrounds.caption_on("white", concept)

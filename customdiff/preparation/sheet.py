@@ -28,9 +28,9 @@ def contact_sheet(examples: Sequence["Example"]) -> Image.Image:
         if example.mask:
             shown = [outlined(photo, example.mask.coverage)]
             if example.captions_on:
-                color = list(example.captions_on)[row % len(example.captions_on)]
+                name = list(example.captions_on)[row % len(example.captions_on)]
                 rng = np.random.default_rng(row)
-                shown.append(backgrounds.composite(photo, example.mask.coverage, color, rng))
+                shown.append(backgrounds.composite(photo, example.mask.coverage, name, rng))
         for column, image in enumerate(shown):
             image.thumbnail((SIDE, SIDE))
             sheet.paste(image, (GAP + column * (SIDE + GAP), top))

@@ -48,15 +48,15 @@ class Views:
         self, example: Example, image: Image.Image, index: int, number: int
     ) -> tuple[Image.Image, str, SubjectMask | None]:
         """The photo as one of its views shows it, on its own background or on another one, with caption and mask."""
-        settings, mask = self.settings.backgrounds, example.mask
-        color = backgrounds.color_of_view(settings, index, number, self.count)
-        if mask is None or color is None or color not in example.captions_on:
+        settings, mask, others = self.settings.backgrounds, example.mask, list(example.captions_on)
+        name = backgrounds.name_of_view(settings, others, index, number, self.count) if others else None
+        if mask is None or name is None:
             return image, example.caption, mask
         rng = np.random.default_rng([*self.seed, index, number, 1])  # apart from the augmentation's draws
         if settings.vary_place:
             image, coverage = backgrounds.moved(image, mask.coverage, rng)
             mask = replace(mask, coverage=coverage)
-        return backgrounds.composite(image, mask.coverage, color, rng), example.captions_on[color], mask
+        return backgrounds.composite(image, mask.coverage, name, rng), example.captions_on[name], mask
 
     def _view(self, image: Image.Image, seed: list[int]) -> View:
         rng = np.random.default_rng(seed)

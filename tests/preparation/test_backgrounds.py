@@ -12,6 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 from customdiff.config import Concept
 from customdiff.config.prepare import Backgrounds
+from customdiff.errors import UserError
 from customdiff.models import base
 from customdiff.preparation import augmentation, backgrounds, prepare, prepared_set
 from customdiff.preparation.examples import Example
@@ -61,6 +62,33 @@ def test_the_composite_is_the_subject_over_the_color():
 def test_captions_name_the_background(template, color, caption):
     values = {"source": {"path": "x"}, "modifier_token": "<new1>", "class_prompt": "cat", "instance_prompt": template}
     assert backgrounds.caption_on(color, Concept.model_validate(values)) == caption
+
+
+def test_images_serve_as_backgrounds_with_their_captions(tmp_path, tiny_base):
+    folder = tmp_path / "places"
+    folder.mkdir()
+    for name, color, caption in (("a", "navy", "at night"), ("b", "lime", "a meadow")):
+        Image.new("RGB", (30, 90), color).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"{caption}\n")
+    settings = Backgrounds(colors=["red"], images=str(folder))
+    names = backgrounds.names(settings)
+    assert names == ["red", str(folder / "a.png"), str(folder / "b.png")]
+    concept = tiny_params(tiny_base).concepts["cat"]
+    assert [backgrounds.caption_on(name, concept) for name in names[1:]] == [
+        "photo of a <new1> cat at night",
+        "photo of a <new1> cat, a meadow",
+    ]
+    photo, coverage = Image.new("RGB", (50, 40), "red"), disc()
+    found = np.asarray(backgrounds.composite(photo, coverage, names[2], np.random.default_rng(0)))
+    assert found.shape == (40, 50, 3)
+    np.testing.assert_array_equal(found[0, 0], (0, 255, 0))
+    np.testing.assert_array_equal(found[20, 24], (255, 0, 0))
+
+    (folder / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"b\.png.*b\.txt"):
+        backgrounds.names(settings)
+    with pytest.raises(UserError, match=r"prepare\.backgrounds\.images"):
+        backgrounds.names(Backgrounds(images=str(tmp_path / "nothing")))
 
 
 def test_every_color_has_a_value():
