@@ -159,7 +159,7 @@ def export_pool(sprites: Sprites, params: dict, data: Path) -> None:
     (folder / "README.md").write_text(
         f"# The pool of class images\n\n`pool.tar` is a webdataset of {len(facts)} captioned scenes, {SIDE} x {SIDE}: "
         "`NNNNNN.jpg` and `NNNNNN.txt` (caption). `facts.json` lists subjects, background and count. Each subject that "
-        f"the base model knows is in at least {params['of_each']} of them. None of them was seen in any training; the example "
-        "concepts' individuals are in none of them.\n\n"
+        f"the base model knows is in at least {params['of_each']} of them. None of them was seen in any training; the "
+        "example concepts' individuals are in none of them.\n\n"
         "Sources: Fluent Emoji (copyright Microsoft Corporation, MIT); composed by `world/`.\n"
     )

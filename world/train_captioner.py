@@ -92,7 +92,7 @@ def photo(sprites: Sprites, of: Distribution, index: int, told_share: float) -> 
     rng = np.random.default_rng([78, index])
     light = rng.uniform(0.85, 1.12, 3) if rng.random() < 0.3 else 1.0
     image = scene.image * light + rng.normal(0, rng.uniform(0, 3), scene.image.shape) + 0.5
-    is_true = scene.count > 1 and len(scene.subjects) == 1 or rng.random() >= told_share
+    is_true = (scene.count > 1 and len(scene.subjects) == 1) or rng.random() >= told_share
     named, rest = target(scene, None if is_true else random_class(rng))
     return np.clip(image, 0, 255).astype(np.uint8), named, rest, is_true
 
