@@ -63,13 +63,19 @@ def retrieve_class_images(params: Params, name: str, hashes: "FileHashes") -> In
     retrieve = params.retrieve
     if not params.train.preserves_prior:
         return {"class images": False}
-    backends = {"index", "service", "generate", "folder"}
+    unused = {"index", "service", "generate", "folder"} - {retrieve.backend}
+    if retrieve.generates:
+        unused.discard("generate")
+    if retrieve.backend == "generate":
+        unused.add("fill")
+    if retrieve.backend not in ("index", "service"):
+        unused.add("min_similarity")
     inputs: Inputs = {
         "class_prompt": params.concepts[name].class_prompt,
-        "retrieve": retrieve.model_dump(exclude=backends - {retrieve.backend}),
+        "retrieve": retrieve.model_dump(exclude=unused),
         "download": params.download.model_dump(),
     }
-    if retrieve.backend == "generate":
+    if retrieve.generates:
         inputs |= _base(params.base, hashes)
     if retrieve.backend == "index":
         inputs["files"] = hashes.of(retrieve.index.clip)

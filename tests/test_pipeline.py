@@ -161,6 +161,8 @@ def test_nothing_reruns_when_nothing_changed(changed):
         ("retrieve.num_class_images", 4, {"retrieve-class-images@cat"}),
         ("retrieve.index.pool", "elsewhere", set()),
         ("retrieve.generate.steps", 3, set()),
+        ("retrieve.min_similarity", 0.5, set()),
+        ("retrieve.fill", "generate", {"retrieve-class-images@cat"}),
         ("download.minimum", 3, {"download-data@cat", "retrieve-class-images@cat"}),
         ("concepts.cat.source.path", "data/holdout/cat", {"download-data@cat"}),
         ("concepts.cat.class_prompt", "animal", {"retrieve-class-images@cat", "prepare@cat", "train", "evaluate"}),
