@@ -112,10 +112,16 @@ def train(params: Params, hashes: "FileHashes") -> Inputs:
 
 
 def evaluate(params: Params, hashes: "FileHashes") -> Inputs:
-    """Inputs of `evaluate`: its section, prompts and judge, the words of each concept, and the base model."""
+    """Inputs of `evaluate`: its section, prompts and judge, the words of each concept, and the base model.
+
+    Also the parameters of the training that `evaluation.verdict` names in the next step.
+    """
     words = {"modifier_token", "class_prompt"}
+    prior = {"method", "with_prior_preservation", "prior_loss_weight"}
     return {
         "evaluate": params.evaluate.model_dump(),
+        "train": params.train.model_dump(include={"max_steps", "learning_rate"} | prior),
+        "prepare": params.prepare.model_dump(include={"captions": True, "masks": True, "backgrounds": {"share"}}),
         "concepts": {name: concept.model_dump(include=words) for name, concept in params.concepts.items()},
         "files": hashes.of(params.evaluate.prompts, params.evaluate.clip),
         **_base(params.base, hashes),

@@ -15,6 +15,7 @@ from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Concept, Params
 from customdiff.evaluation.generation import ImagePair, class_subject, customized_subject
 from customdiff.evaluation.scores import METRICS, PromptScore, Summary
+from customdiff.evaluation.verdict import Verdict
 
 TEMPLATES = Path(__file__).parent / "templates"
 INK, FAINT, BASE, CUSTOMIZED = "#1f2430", "#7a8194", "#9aa3b5", "#2f6fde"
@@ -139,8 +140,11 @@ def html(
     params: Params,
     adapter_config: AdapterConfig,
     steps: Path | None = None,
+    verdicts: Sequence[Verdict] = (),
 ) -> str:
-    """The report: metrics with intervals, curves, contact sheet, table of prompts, parameters. One file, no scripts.
+    """The report: verdicts, metrics with intervals, curves, contact sheet, table of prompts, parameters.
+
+    One file, no scripts.
 
     Args:
         summary: the contents of metrics.json.
@@ -149,6 +153,7 @@ def html(
         params: shown as YAML.
         adapter_config: of the adapter that was evaluated.
         steps: CSV with one row per training step (results/train/steps.csv); left out where it does not exist.
+        verdicts: one per concept, shown at the top.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -162,7 +167,8 @@ def html(
         summary=summary,
         concepts=params.concepts,
         metrics=METRICS,
-        verdicts=verdicts(summary),
+        verdicts=verdicts,
+        changes=changes(summary),
         scores=scores,
         sheet=_data_uri(_jpeg(sheet), "image/jpeg"),
         plane=_data_uri(alignment_plane(scores), "image/svg+xml"),
@@ -173,7 +179,7 @@ def html(
     )
 
 
-def verdicts(summary: Summary) -> list[str]:
+def changes(summary: Summary) -> list[str]:
     """One sentence per metric; a change whose interval includes zero is not called one."""
     sentences = []
     for name, metric in summary.overall.items():
