@@ -88,3 +88,24 @@ def test_class_images_depend_on_the_base_model_if_it_fills_up(retrieve_inputs, b
 )
 def test_the_floor_is_an_input_where_it_is_read(retrieve_inputs, backend, change, read):
     assert (retrieve_inputs(backend=backend) != retrieve_inputs(backend=backend, **change)) is read
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("train", {"max_steps": 7}),
+        ("train", {"learning_rate": 1e-3}),
+        ("train", {"with_prior_preservation": False}),
+        ("train", {"prior_loss_weight": 0.5}),
+        ("prepare", {"masks": "none"}),
+        ("prepare", {"captions": "template"}),
+        ("prepare", {"backgrounds": {"share": 0.5}}),
+    ],
+)
+def test_what_the_next_step_names_is_an_input_of_evaluate(tmp_path, section, change):
+    def inputs(**sections):
+        params = Params.model_validate({"concepts": {"cat": concept_values()}, **sections})
+        return stage_inputs.evaluate(params, stage_inputs.FileHashes(tmp_path / "hashes.json"))
+
+    assert inputs(**{section: change}) != inputs()
+    assert inputs(train={"adam_beta1": 0.8}, prepare={"views": 3}) == inputs()

@@ -50,8 +50,8 @@ class Verdict:
         text = f"{self.concept}: {value} % of the way to your photos ({low} to {high} %): {self.level}"
         if self.ignores_prompts:
             text += (
-                f", but {100 * self.accuracy.adapter:.0f} % of the images fit their own prompt best "
-                f"(base model: {100 * self.accuracy.base:.0f} %)"
+                f", but only {100 * self.accuracy.adapter:.0f} % of the images fit their own prompt better than the "
+                f"others (base model: {100 * self.accuracy.base:.0f} %)"
             )
         return f"{text}."
 
@@ -99,15 +99,16 @@ def _next_step(name: str, level: str, ignores_prompts: bool, params: Params, cap
         if level == "hardly learned":
             return f"try {rate}: prompts are followed less, and the subject is not learned."
         return (
-            f"try fewer steps (train.max_steps is {train.max_steps}; `customdiff sweep` compares the checkpoints), "
+            f"try fewer steps (train.max_steps is {train.max_steps}; customdiff sweep compares the checkpoints), "
             f"{rate}, or {prior}."
         )
     if level == "learned":
         return ""
-    return _vary_captions(params, captioned) or (
-        f"try more steps (train.max_steps is {train.max_steps})"
-        + (f", and check the masks in data/prepared/{name}/sheet.jpg." if params.prepare.masks != "none" else ".")
-    )
+    if cause := _vary_captions(params, captioned):
+        return cause
+    has_masks = params.prepare.masks != "none" and not all(captioned)
+    sheet = f", and check the masks in data/prepared/{name}/sheet.jpg" if has_masks else ""
+    return f"try more steps (train.max_steps is {train.max_steps}){sheet}."
 
 
 def _vary_captions(params: Params, captioned: Sequence[bool]) -> str:

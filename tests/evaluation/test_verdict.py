@@ -171,6 +171,7 @@ CAPTIONED = (True,) * 5
         (0.1, {"prepare": {"captions": "blip", "masks": "none"}}, (False,) * 5, "train.max_steps is 250"),
         (0.1, {"prepare": {"backgrounds": {"share": 0}}}, (False,) * 5, "prepare.backgrounds.share"),
         (0.1, {}, (False,) * 5, "data/prepared/cat/sheet.jpg"),
+        (0.1, {}, CAPTIONED, "train.max_steps is 250)."),
         (0.4, {"train": {"max_steps": 77}}, CAPTIONED, "train.max_steps is 77"),
     ],
 )
