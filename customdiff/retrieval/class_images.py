@@ -235,7 +235,7 @@ def _check_count(retrieve: Retrieve, wanted: str, result: Retrieved) -> None:
         "folder": "add images to retrieve.folder",
     }[retrieve.backend]
     if not retrieve.generates:
-        fix += ", set retrieve.fill: generate"
+        fix += ", or set retrieve.fill: generate"
     summary = f"{found} class images found for {wanted}, retrieve.num_class_images is {retrieve.num_class_images}"
     if retrieve.backend in ("index", "service") and retrieve.min_similarity is not None:
         summary += f" (with retrieve.min_similarity: {retrieve.min_similarity:g})"
