@@ -63,13 +63,19 @@ def retrieve_class_images(params: Params, name: str, hashes: "FileHashes") -> In
     retrieve = params.retrieve
     if not params.train.preserves_prior:
         return {"class images": False}
-    backends = {"index", "service", "generate", "folder"}
+    unused = {"index", "service", "generate", "folder"} - {retrieve.backend}
+    if retrieve.generates:
+        unused.discard("generate")
+    if retrieve.backend == "generate":
+        unused.add("fill")
+    if retrieve.backend not in ("index", "service"):
+        unused.add("min_similarity")
     inputs: Inputs = {
         "class_prompt": params.concepts[name].class_prompt,
-        "retrieve": retrieve.model_dump(exclude=backends - {retrieve.backend}),
+        "retrieve": retrieve.model_dump(exclude=unused),
         "download": params.download.model_dump(),
     }
-    if retrieve.backend == "generate":
+    if retrieve.generates:
         inputs |= _base(params.base, hashes)
     if retrieve.backend == "index":
         inputs["files"] = hashes.of(retrieve.index.clip)
@@ -106,10 +112,16 @@ def train(params: Params, hashes: "FileHashes") -> Inputs:
 
 
 def evaluate(params: Params, hashes: "FileHashes") -> Inputs:
-    """Inputs of `evaluate`: its section, prompts and judge, the words of each concept, and the base model."""
+    """Inputs of `evaluate`: its section, prompts and judge, the words of each concept, and the base model.
+
+    Also the parameters of the training that `evaluation.verdict` names in the next step.
+    """
     words = {"modifier_token", "class_prompt"}
+    prior = {"method", "with_prior_preservation", "prior_loss_weight"}
     return {
         "evaluate": params.evaluate.model_dump(),
+        "train": params.train.model_dump(include={"max_steps", "learning_rate"} | prior),
+        "prepare": params.prepare.model_dump(include={"captions": True, "masks": True, "backgrounds": {"share"}}),
         "concepts": {name: concept.model_dump(include=words) for name, concept in params.concepts.items()},
         "files": hashes.of(params.evaluate.prompts, params.evaluate.clip),
         **_base(params.base, hashes),

@@ -1,9 +1,7 @@
 """The class of a subject, proposed from its photos by zero-shot classification with CLIP (Radford et al. 2021)."""
 
 import json
-import tarfile
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +12,6 @@ from customdiff.config import Params
 from customdiff.models.clip import Clip
 
 TEMPLATES = ("a {}", "photo of a {}")
-MAX_FILES = 20_000  # files of a pool that are read for its words
 COMMON_WORDS = """
 person man woman child baby dog cat bird fish horse cow sheep rabbit hamster turtle toy doll figurine sculpture painting
 car truck motorcycle bicycle boat airplane house building chair table sofa lamp clock watch vase teapot mug cup bowl
@@ -38,17 +35,14 @@ def clip_of(params: Params) -> tuple[str, str]:
 
 
 def pool_words(params: Params) -> list[str]:
-    """The subjects that the pool of class images names in its .json files, in alphabetical order; [] without any."""
-    pool = Path(params.retrieve.index.pool)
-    if params.retrieve.backend != "index" or not pool.is_dir():
+    """The subjects that `facts.json` in the pool of class images lists, in alphabetical order; [] without that file."""
+    if params.retrieve.backend != "index":
         return []
-    words: set[str] = set()
-    for data in islice(_json_files(pool), MAX_FILES):
-        try:
-            words |= {str(subject) for subject in json.loads(data).get("subjects", [])}
-        except (ValueError, AttributeError, TypeError):
-            continue  # another kind of .json
-    return sorted(words)
+    try:
+        facts = json.loads(Path(params.retrieve.index.pool, "facts.json").read_text(encoding="utf-8"))
+        return sorted({str(subject) for fact in facts.values() for subject in fact["subjects"]})
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return []
 
 
 def propose(clip: Clip, photos: Sequence[Image.Image], words: Sequence[str]) -> list[Guess]:
@@ -63,16 +57,3 @@ def propose(clip: Clip, photos: Sequence[Image.Image], words: Sequence[str]) -> 
     weights = np.exp(logits - logits.max())
     order = np.argsort(-logits, kind="stable")
     return [Guess(words[i], float(weights[i] / weights.sum())) for i in order]
-
-
-def _json_files(pool: Path) -> Iterator[bytes]:
-    """Contents of the .json files in a folder or in its tar archives."""
-    for path in sorted(pool.rglob("*")):
-        if path.suffix == ".json":
-            yield path.read_bytes()
-        elif path.suffix == ".tar":
-            with tarfile.open(path) as tar:
-                members = (member for member in tar if member.isfile() and member.name.endswith(".json"))
-                for member in members:
-                    if file := tar.extractfile(member):
-                        yield file.read()

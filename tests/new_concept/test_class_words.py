@@ -23,9 +23,10 @@ def scenes():
         for member in tar:
             stem, _, suffix = member.name.partition(".")
             files.setdefault(stem, {})[suffix] = tar.extractfile(member).read()
+    facts = json.loads((ROOT / "data/pool/facts.json").read_text())
     found: dict[str, list[Image.Image]] = {}
-    for parts in files.values():
-        subjects = json.loads(parts["json"])["subjects"]
+    for key, parts in files.items():
+        subjects = facts[key]["subjects"]
         if len(subjects) == 1:
             found.setdefault(subjects[0], []).append(Image.open(io.BytesIO(parts["jpg"])))
     return found
@@ -44,10 +45,10 @@ def test_without_an_index_there_are_no_words_of_a_pool(monkeypatch, tmp_path):
     concepts = config.load(ROOT / "params.yaml").concepts
     assert class_words.pool_words(Params(concepts=concepts)) == []
     (tmp_path / "data/pool").mkdir(parents=True)
-    (tmp_path / "data/pool/a.json").write_text('{"subjects": ["owl"]}')
-    (tmp_path / "data/pool/b.json").write_text('["another kind"]')
-    (tmp_path / "data/pool/c.json").write_text("{")
-    assert class_words.pool_words(Params(concepts=concepts)) == ["owl"]
+    facts = tmp_path / "data/pool/facts.json"
+    for text, words in (('{"0": {"subjects": ["owl"]}}', ["owl"]), ('["another kind"]', []), ("{", [])):
+        facts.write_text(text)
+        assert class_words.pool_words(Params(concepts=concepts)) == words
     generated = Params.model_validate({"concepts": concepts, "retrieve": {"backend": "generate"}})
     assert class_words.pool_words(generated) == []
     assert class_words.clip_of(generated) == ("openai/clip-vit-base-patch32", "evaluate.clip")
