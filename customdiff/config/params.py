@@ -1,6 +1,7 @@
 """Loading and validation of params.yaml, with one error line per wrong key."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -80,6 +81,19 @@ def concept(params: Params, name: str) -> Concept:
     if name not in params.concepts:
         raise ParamsError(f"concepts: {name!r} is not in params.yaml, which has {', '.join(params.concepts)}")
     return params.concepts[name]
+
+
+def stage_concept(params: Params, arguments: Sequence[str]) -> tuple[str, Concept]:
+    """Name and section of the concept that a stage runs for.
+
+    Args:
+        arguments: of the stage script: the name, or nothing if DVC runs it, which sets DVC_STAGE to `<stage>@<name>`.
+
+    Raises:
+        ParamsError: there is no such concept.
+    """
+    name = arguments[0] if arguments else os.environ.get("DVC_STAGE", "").partition("@")[2]
+    return name, concept(params, name)
 
 
 class _UniqueKeys(yaml.SafeLoader):

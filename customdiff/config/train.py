@@ -16,6 +16,10 @@ class Validation(Section):
     steps: int = Field(25, ge=1, description="Sampler steps.")
     guidance_scale: float = Field(6.0, ge=0, description="Scale of classifier-free guidance.")
 
+    def due(self, step: int) -> bool:
+        """Whether images are generated after this step."""
+        return bool(self.prompts) and step % self.every == 0
+
 
 class Launch(Section):
     """How `train` is started: in one process, or in several by `accelerate launch`."""

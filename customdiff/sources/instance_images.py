@@ -7,7 +7,6 @@ Images that are skipped are reported with the reason.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,8 +61,8 @@ def collect(
     key = f"concepts.{concept}.source"
     result = Collected()
     out = Path(out)
-    with tempfile.TemporaryDirectory(prefix="customdiff-") as work, files.atomic_directory(out) as folder:
-        found = _open_source(key, source, limits, Path(work), result, transport)
+    with files.atomic_directory(out) as folder, files.work_directory(out) as work:
+        found = _open_source(key, source, limits, work, result, transport)
         seen: dict[str, str] = {}
         for item in found:
             digest = hashlib.sha256(item.data).hexdigest()
