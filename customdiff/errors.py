@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from customdiff import interrupts
 from customdiff.redaction import redact
 
+# Control characters but the line feed, surrogates (bytes of a name that is not UTF-8), and changes of text direction.
+UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # The machine's state, not a mistake in the code: what to do about it by error number.
 MACHINE = {
     errno.ENOSPC: "free some space on the disk",
@@ -56,5 +59,5 @@ def _exit(message: str, status: int) -> None:
 
 
 def printable(text: str) -> str:
-    """Text without control characters and undecodable bytes, which file names may contain; lines are kept."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Text without control characters, undecodable bytes and changes of direction; line breaks are kept."""
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,6 +1,7 @@
 """Addresses without their secrets, for everything that is shown or logged."""
 
 import re
+from typing import Any
 
 MASK = "***"
 # The user part ends at the last @, because passwords may contain one; without a colon it has no / either.
@@ -20,3 +21,12 @@ def redact(text: str) -> str:
     masked = _DATABRICKS.sub(rf"\1{MASK}", text)
     masked = _USER.sub(r"\1", masked)
     return _QUERY.sub(rf"\1?{MASK}", masked)
+
+
+def redact_values(values: Any) -> Any:
+    """Nested dicts and lists in which `redact` was applied to each string."""
+    if isinstance(values, dict):
+        return {key: redact_values(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [redact_values(value) for value in values]
+    return redact(values) if isinstance(values, str) else values

@@ -1,8 +1,10 @@
 """Section `concepts` of params.yaml: one entry per subject."""
 
+from pathlib import PurePath
+
 from pydantic import Field, field_validator, model_validator
 
-from customdiff.config.section import Section
+from customdiff.config.section import ModifierToken, Section, web_address
 
 
 class Source(Section):
@@ -23,12 +25,24 @@ class Source(Section):
             raise ValueError(f"set exactly one of path, url and hub (here: {', '.join(named) or 'none'})")
         return self
 
+    @field_validator("url")
+    @classmethod
+    def _is_address(cls, url: str | None) -> str | None:
+        return web_address(url)
+
+    @field_validator("subfolder")
+    @classmethod
+    def _inside(cls, subfolder: str | None) -> str | None:
+        if subfolder is not None and (PurePath(subfolder).is_absolute() or ".." in PurePath(subfolder).parts):
+            raise ValueError("must be a folder inside the source, without ..")
+        return subfolder
+
 
 class Concept(Section):
     """One subject to learn."""
 
     source: Source
-    modifier_token: str = Field(pattern=r"^\S+$", description="New token that means this subject, such as <new1>.")
+    modifier_token: ModifierToken = Field(description="New token that means this subject, such as <new1>.")
     class_prompt: str = Field(min_length=1, description="Class of the subject, such as cat.")
     instance_prompt: str = Field(description="Caption of instance images; {} stands for the modifier token.")
     initializer_token: str | None = Field(

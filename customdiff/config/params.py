@@ -2,14 +2,15 @@
 
 import difflib
 import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from customdiff.config import strict_yaml
 from customdiff.config.base import Base
 from customdiff.config.concepts import Concept
 from customdiff.config.download import Download
@@ -36,8 +37,9 @@ class Params(Section):
     @model_validator(mode="after")
     def _distinct_tokens(self) -> "Params":
         tokens = [concept.modifier_token for concept in self.concepts.values()]
+        folded = [token.casefold() for token in tokens]  # some file systems ignore case
         for token in tokens:
-            if tokens.count(token) > 1:
+            if folded.count(token.casefold()) > 1:
                 raise ValueError(f"concepts: modifier_token {token} is used twice; give each concept its own")
         return self
 
@@ -50,13 +52,15 @@ def load(path: Path | str = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")
+        raw = strict_yaml.parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(
             f"{path}: cannot be read ({error}); run in the project folder, or `customdiff preset NAME --install`"
         ) from error
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ParamsError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ParamsError(f"{path}: must contain sections such as base:, concepts: and train:")
     try:
@@ -96,19 +100,6 @@ def stage_concept(params: Params, arguments: Sequence[str]) -> tuple[str, Concep
     return name, concept(params, name)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML loader that rejects duplicate keys, of which PyYAML silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _explain(problem: ErrorDetails) -> str:
     """One line for one pydantic error: the key, what is wrong and what would be right."""
     *parents, key = problem["loc"] or ("",)
@@ -122,7 +113,8 @@ def _explain(problem: ErrorDetails) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{path}: {message}" if path else message
-    return f"{path}: {message[0].lower()}{message[1:]} (here: {problem['input']!r})"
+    here = "" if key == "url" else f" (here: {reprlib.repr(problem['input'])})"  # an address may contain a password
+    return f"{path}: {message[0].lower()}{message[1:]}{here}"
 
 
 def _keys_at(parents: Sequence[int | str]) -> list[str]:

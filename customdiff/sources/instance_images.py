@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 from PIL import Image
@@ -22,6 +21,7 @@ from customdiff import files, images
 from customdiff.config import Download, Source
 from customdiff.errors import UserError
 from customdiff.images import brief
+from customdiff.redaction import redact
 from customdiff.sources import archive, http, image_folder, masks
 from customdiff.sources.image_folder import Refused, SourceImage
 
@@ -200,6 +200,8 @@ def _from_folder(
     key: str, root: Path, subfolder: str | None, limits: Download, result: Collected
 ) -> Iterator[SourceImage]:
     folder = root / subfolder if subfolder else root
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{key}.subfolder: {subfolder} is a link out of the source; name a folder inside it")
     names = [name for name in image_folder.walk(folder) if image_folder.is_image(name)]
     if not names:
         raise UserError(f"{key}: no images in {subfolder or root}; {_folders_with_images(root)}")
@@ -234,7 +236,7 @@ def download(url: str, path: Path, limits: Download, *, key: str, transport: htt
     Raises:
         UserError: the download failed; names `key`.
     """
-    host = urlsplit(url).hostname or ""
+    host, _ = http.origin_of(url)
     bar = tqdm(unit="B", unit_scale=True, desc=f"download {host}", leave=False, disable=None)
 
     def show(count: int, total: int | None) -> None:
@@ -248,13 +250,16 @@ def download(url: str, path: Path, limits: Download, *, key: str, transport: htt
                 url,
                 file,
                 max_bytes=limits.max_megabytes * 1e6,
-                trusted_hosts=frozenset({host}),
+                trusted=frozenset({http.origin_of(url)}),
+                deadline=limits.deadline,
                 on_chunk=show,
             )
     except http.FetchError as error:
         too_large = isinstance(error, http.TooLargeError)
         fix = "raise download.max_megabytes" if too_large else "check the address and the network"
-        raise UserError(f"{key}: {url}: {error}; {fix}, or download the archive yourself and set path") from error
+        raise UserError(
+            f"{key}: {redact(url)}: {error}; {fix}, or download the archive yourself and set path"
+        ) from error
 
 
 def hub_images(key: str, source: Source, limits: Download) -> Iterator[SourceImage]:
