@@ -33,11 +33,11 @@ def atomic_directory(folder: Path | str) -> Iterator[Path]:
     removed at the next call. Meanwhile the output is locked.
 
     Raises:
-        UserError: another process is writing the folder, the folder is a link, or the disk is full.
+        UserError: another process is writing the folder, the folder is a link or a file, or the disk is full.
     """
     folder = Path(folder)
-    if folder.is_symlink():
-        raise UserError(f"{folder}: is a link; remove it, or name the folder that it points to")
+    if folder.is_symlink() or folder.is_file():
+        raise UserError(f"{folder}: is a {'link' if folder.is_symlink() else 'file'}; remove it, or name a folder")
     with locked(folder):
         incoming = _beside(folder)
         incoming.mkdir()

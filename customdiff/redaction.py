@@ -6,7 +6,7 @@ from typing import Any
 MASK = "***"
 # The user part ends at the last @, because passwords may contain one; without a colon it has no / either.
 _USER = re.compile(r"(://)(?:[^\s/?#]*|[^\s/?#:]*:[^\s?#]*)@")
-_QUERY = re.compile(r"(://[^\s?#'\"<>]*)[?#][^\s'\"<>]+")
+_QUERY = re.compile(r"(://[^\s?#'\"<>]*)[?#][^\s'\"<>]*[^\s'\"<>:;,.]")
 _DATABRICKS = re.compile(r"(databricks(?:-uc)?://)[^\s'\"]+")  # a profile, or a token
 
 

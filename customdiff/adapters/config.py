@@ -128,6 +128,8 @@ def read_config(folder: Path | str) -> AdapterConfig:
     """
     path = Path(folder) / CONFIG_FILE
     try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device would never end
+            raise OSError("not a file")
         return AdapterConfig.model_validate_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: no adapter found; give the folder of one, such as models/adapter") from error
@@ -138,5 +140,5 @@ def read_config(folder: Path | str) -> AdapterConfig:
 def _first(error: ValidationError) -> str:
     """The first of the problems: key and message."""
     problem = error.errors(include_input=False, include_url=False)[0]
-    key = ".".join(map(str, problem["loc"]))
+    key = ".".join(" ".join(str(part).split()) for part in problem["loc"])
     return f"{key}: {problem['msg']}" if key else problem["msg"]

@@ -12,7 +12,7 @@ class Source(Section):
 
     path: str | None = Field(None, description="Folder of images, or a zip or tar archive.")
     url: str | None = Field(None, pattern=r"^https://", description="https address of a zip or tar archive.")
-    hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description="Hugging Face data set, owner/name.")
+    hub: str | None = Field(None, pattern=r"^\w[\w.-]*/\w[\w.-]*$", description="Hugging Face data set, owner/name.")
     revision: str | None = Field(None, description="Branch, tag or commit of `hub`.")
     split: str = Field("train", description="Split of `hub`.")
     subfolder: str | None = Field(None, description="Folder of the images inside the archive or folder.")

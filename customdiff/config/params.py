@@ -103,7 +103,7 @@ def stage_concept(params: Params, arguments: Sequence[str]) -> tuple[str, Concep
 def _explain(problem: ErrorDetails) -> str:
     """One line for one pydantic error: the key, what is wrong and what would be right."""
     *parents, key = problem["loc"] or ("",)
-    path = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    path = ".".join(" ".join(str(part).split()) for part in problem["loc"] if part != "[key]")
     if problem["type"] == "extra_forbidden":
         valid = _keys_at(parents)
         near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)

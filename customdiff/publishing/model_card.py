@@ -298,4 +298,4 @@ def _code(text: object) -> str:
 def _plain(text: object) -> str:
     """Markdown that shows any text as it is, without HTML, links or images, also inside a table."""
     escaped = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", escaped)
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", escaped)

@@ -109,7 +109,7 @@ def ask_service(
             if attempt == service.retries or not error.retry:
                 raise UserError(_problem(client, service, error)) from error
     try:
-        answers = json.loads(body.getvalue(), parse_int=float)  # an integer of any length becomes a number of 64 bits
+        answers = json.loads(body.getvalue(), parse_int=_integer)
     except (ValueError, RecursionError):
         answers = None
     if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
@@ -181,4 +181,9 @@ def _download(client: httpx.Client, service: Service, label: str, answer: dict[s
 
 def _number(answer: dict[str, Any]) -> float | None:
     similarity = answer.get("similarity")
-    return similarity if isinstance(similarity, float) and math.isfinite(similarity) else None
+    return float(similarity) if isinstance(similarity, int | float) and math.isfinite(similarity) else None
+
+
+def _integer(digits: str) -> float:
+    """An integer of JSON; of more than 64 bits the nearest float, because `int` refuses thousands of digits."""
+    return int(digits) if len(digits) < 19 else float(digits)
