@@ -205,10 +205,13 @@ def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolde
     """
     train, accelerator = trainer.train, trainer.accelerator
     first, is_main = progress.step, accelerator.is_main_process
-    bar = tqdm(total=train.max_steps, initial=first, desc="train", unit="step", disable=not is_main)
+    single = accelerator.num_processes == 1
     started = time.perf_counter()
     log.restart_clock()
-    with interrupts.deferred() if accelerator.num_processes == 1 else nullcontext(interrupts.Deferral()) as stop:
+    with (
+        tqdm(total=train.max_steps, initial=first, desc="train", unit="step", disable=not is_main) as bar,
+        interrupts.deferred() if single else nullcontext(interrupts.Deferral()) as stop,
+    ):
         for done in range(first + 1, train.max_steps + 1):
             metrics = trainer.step(done - 1)
             log.add({"step": done, **metrics, "learning_rate": trainer.schedule.get_last_lr()[0]})
@@ -231,7 +234,6 @@ def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolde
             stop.check()
             if validate or checkpoint:
                 log.restart_clock()
-    bar.close()
     accelerator.wait_for_everyone()
     return progress.seconds + time.perf_counter() - started
 
