@@ -1,6 +1,6 @@
 """Atomic writes of files and folders under a lock, hashes of files and code, and the project folder."""
 
-import fcntl
+import errno
 import hashlib
 import os
 import shutil
@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from customdiff.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where outputs are not locked
+    fcntl = None  # type: ignore[assignment]
 
 INCOMING = ".incoming"
 LOCK_SECONDS = 20  # a stage whose `dvc` was killed ends within seconds
@@ -98,6 +103,9 @@ def locked(path: Path | str) -> Iterator[None]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
     lock = path.with_name(f".{path.name}.lock")
     deadline = time.monotonic() + LOCK_SECONDS
     while (file := _try_lock(lock)) is None:
@@ -125,6 +133,9 @@ def _try_lock(lock: Path) -> IO[str] | None:
     except (BlockingIOError, FileNotFoundError):
         file.close()
         return None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network file systems have no locks
+            raise
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -82,7 +82,8 @@ def run(command: list[str], arguments: list[str], folder: Path) -> None:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            preexec_fn=lambda: end_with_parent(signal.SIGKILL),  # also if this process is killed
+            # Also if this process is killed.
+            preexec_fn=(lambda: end_with_parent(signal.SIGKILL)) if sys.platform == "linux" else None,
         )
     except OSError as error:
         raise UserError(f"{command[0]}: cannot be run ({error.strerror or error})") from error
