@@ -187,7 +187,7 @@ class RunFolder:
             table.writeheader()
             table.writerows(rows)
         for name, values in (("metrics.json", summary), ("performance.json", performance)):
-            (self.path / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            (self.path / name).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         with atomic_file(self.path / COMPLETE) as incoming:
             incoming.write_text(_outputs(train), encoding="utf-8")
 

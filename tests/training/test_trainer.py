@@ -232,6 +232,12 @@ def test_a_complete_run_is_handed_over_again(tiny_base, tmp_path):
     marks = {path.stat().st_mtime_ns for path in first.path.glob("step-*/state.pt")}
     again = train(params, tmp_path)
     assert {path.stat().st_mtime_ns for path in again.path.glob("step-*/state.pt")} == marks
+    weights = learned(first)
+    (first.path / "complete").unlink()  # as a kill between the last checkpoint and the results leaves it
+    shutil.rmtree(first.path / "adapter")
+    again = train(params, tmp_path)
+    assert {path.stat().st_mtime_ns for path in again.path.glob("step-*/state.pt")} == marks
+    assert learned(again) == weights
     again.copy_results(tmp_path / "models/adapter", tmp_path / "results/train")
     assert sha256(tmp_path / "models" / WEIGHTS) == sha256(first.path / WEIGHTS)
     with_images = tiny_params(tiny_base, validation={"prompts": ["a cat"], "every": 3, "steps": 1})
