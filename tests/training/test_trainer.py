@@ -278,7 +278,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tiny_base, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_a_diverging_run_stops_in_one_line(tiny_base, tmp_path, monkeypatch, every):
-    params = tiny_params(tiny_base, learning_rate=1e30, max_steps=20, checkpointing_steps=1)
+    params = tiny_params(tiny_base, learning_rate=1e10, max_steps=20, checkpointing_steps=1)
     params = params.model_copy(update={"tracking": Tracking(log_every=every)})
     with pytest.raises(UserError, match=r"train\.learning_rate: .* not finite .*last good checkpoint: ") as error:
         train(params, tmp_path)
