@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, set_seed
+from accelerate.utils import AutocastKwargs, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from customdiff.training import step_log
 from customdiff.training.batches import Batches
 from customdiff.training.checkpoints import Progress, RunFolder
 from customdiff.training.identity import adapter_config, run_identity
+from customdiff.training.launch import check_distributed_type
 from customdiff.training.objective import learning_rate, losses, optimizer_for, target_of
 from customdiff.training.step_log import StepLog
 
@@ -151,9 +152,11 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
         folder.open(identity, params.train, accelerator)
         if folder.is_complete(params.train):
             accelerator.print("the training is complete already; remove .checkpoints to repeat it")
-            with tracker_for(folder.run_id()) if accelerator.is_main_process else Tracker():
-                return folder  # the MLflow run of a process that was killed at its end is finished as well
-        _train(params, prepared, folder, tracker_for, accelerator)
+            if accelerator.is_main_process and folder.run_id():
+                with tracker_for(folder.run_id()) as tracker:  # a process that was killed has not ended its MLflow run
+                    folder.save_run_id(tracker)
+        else:
+            _train(params, prepared, folder, tracker_for, accelerator)
     return folder
 
 
@@ -226,14 +229,17 @@ def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolde
             if is_main and validate and not stop.requested:
                 with stop.during():
                     _validate(trainer.pipe, params, folder, log.tracker, done)
-            if is_main and (checkpoint or stop.requested):
+            stopping = stop.requested
+            if is_main and (checkpoint or stopping):
                 learned = adapter.from_pipeline(trainer.pipe, adapter_config(params))
                 now = Progress(done, progress.seconds + time.perf_counter() - started, log.rows, log.speeds)
                 folder.save(now, learned, trainer.optimizer, trainer.schedule, accelerator)
                 folder.prune(train.checkpoints_total_limit)
-            stop.check()
+            if stopping:
+                break
             if validate or checkpoint:
                 log.restart_clock()
+        stop.check()
     accelerator.wait_for_everyone()
     return progress.seconds + time.perf_counter() - started
 
@@ -262,18 +268,6 @@ def _accelerator(params: Params) -> Accelerator:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set at run time
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = params.train.allow_tf32
     return accelerator
-
-
-def check_distributed_type(kind: DistributedType) -> None:
-    """Reject sharded training, because checkpoints are written from the main process's weights only.
-
-    Raises:
-        UserError: the Accelerate config selects FSDP, DeepSpeed or Megatron-LM.
-    """
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"train.launch.config_file: {kind.value} is not supported; use distributed_type MULTI_GPU or MULTI_CPU"
-        )
 
 
 def _load_sets(params: Params, prepared: Path) -> list[PreparedSet]:
