@@ -7,6 +7,7 @@ Images that are skipped are reported with the reason.
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -287,7 +288,12 @@ def hub_images(key: str, source: Source, limits: Download) -> Iterator[SourceIma
         raise UserError(f"{key}.hub: {name} has no image column; its columns: {', '.join(columns) or 'unknown'}")
     caption = next((column for column in ("text", "caption") if column in columns), None)
     undecoded = rows.cast_column(pictures[0], datasets.Image(decode=False))
+    end = time.monotonic() + limits.deadline
     for number, row in enumerate(_rows(key, name, undecoded)):
+        if time.monotonic() > end:
+            raise UserError(
+                f"{key}.hub: {name} was not read within download.deadline ({limits.deadline:g} s); raise it"
+            )
         if number >= limits.maximum:
             raise UserError(
                 f"{key}.hub: {name} has more than {limits.maximum} images (download.maximum) in split "
