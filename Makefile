@@ -16,6 +16,7 @@ help: ## list the targets
 install: $(VENV)/installed .venv-clip-retrieval/installed ## create both environments from the lock files
 
 repro: install ## run the stages of the pipeline that have changed
+	customdiff check
 	dvc repro
 	@echo "report: results/evaluate/report.html    run: make ui    adapter: models/adapter"
 

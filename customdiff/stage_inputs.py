@@ -7,11 +7,13 @@ wherever it lies. Paths that a backend or method does not use are not among its 
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from customdiff.config import Base, Concept, Params
 from customdiff.files import atomic_directory, atomic_file, project_home, sha256
+from customdiff.redaction import redact_values
 
 FOLDER = Path("data/inputs")
 HASHES = ".input-hashes.json"  # hashes of files by path, size and time, so that large models are hashed once
@@ -38,9 +40,9 @@ def write_inputs(params: Params, folder: Path = FOLDER) -> list[Path]:
 
 
 def download_data(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:
-    """Inputs of `download-data`: the source and its files, and the limits."""
+    """Inputs of `download-data`: the source and its files, and the limits; without secrets, because DVC shares them."""
     return {
-        "source": concept.source.model_dump(),
+        "source": redact_values(concept.source.model_dump()),
         "download": params.download.model_dump(),
         "files": hashes.of(concept.source.path),
     }
@@ -72,7 +74,7 @@ def retrieve_class_images(params: Params, name: str, hashes: "FileHashes") -> In
         unused.add("min_similarity")
     inputs: Inputs = {
         "class_prompt": params.concepts[name].class_prompt,
-        "retrieve": retrieve.model_dump(exclude=unused),
+        "retrieve": redact_values(retrieve.model_dump(exclude=unused)),
         "download": params.download.model_dump(),
     }
     if retrieve.generates:
@@ -162,7 +164,8 @@ class FileHashes:
             return self._file(path)
         digest = hashlib.sha256()
         for file in sorted(entry for entry in path.rglob("*") if entry.is_file() and not _is_hidden(entry, path)):
-            digest.update(f"{file.relative_to(path).as_posix()}\0{self._file(file)}\n".encode())
+            name = os.fsencode(file.relative_to(path).as_posix())  # also a name that is not UTF-8
+            digest.update(name + f"\0{self._file(file)}\n".encode())
         return digest.hexdigest()
 
     def _file(self, path: Path) -> str:

@@ -7,9 +7,9 @@ becomes unreachable later, the tracker prints one warning and does nothing from 
 
 import json
 import logging
+import math
 import os
 import queue
-import re
 import sys
 import threading
 import time
@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from customdiff.config import Params, Tracking
 from customdiff.files import atomic_file, project_home
+from customdiff.interrupts import Interrupted
+from customdiff.redaction import redact
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
@@ -134,7 +136,7 @@ class Tracker:
         """Log metrics of one step; metrics of several steps are sent in one batch.
 
         Args:
-            metrics: values by name; None is skipped.
+            metrics: values by name; None, NaN and infinities are skipped.
             step: counted from 1.
             group: prefix of names without a /, by which MLflow's page groups charts.
         """
@@ -144,7 +146,7 @@ class Tracker:
         with self._lock:
             waiting = bool(self._metrics)
             for name, value in metrics.items():
-                if value is not None:
+                if value is not None and math.isfinite(value):
                     self._metrics.append((name if "/" in name else group + name, float(value), now, step))
         if not waiting:
             self._enqueue(self._flush)
@@ -164,6 +166,10 @@ class Tracker:
 
         if Path(path).exists():
             self._enqueue(log)
+
+    def text(self, text: str, name: str) -> None:
+        """Log a text as an artifact."""
+        self._enqueue(lambda client: client.log_text(self.run_id, text, name))
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
@@ -190,8 +196,9 @@ class Tracker:
         for file in sorted(adapter.iterdir()):
             if file.suffix != ".bin":
                 self.artifact(file, "adapter")
-        for name in ("params.yaml", "dvc.lock"):
-            self.artifact(name)
+        for path in map(Path, ("params.yaml", "dvc.lock")):
+            if path.is_file():
+                self.text(redact(path.read_text(encoding="utf-8")), path.name)
 
     def write_run_id(self, path: Path | str) -> None:
         """Write the run's id to a JSON file, for `for_evaluation`."""
@@ -214,7 +221,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        killed = kind is not None and issubclass(kind, KeyboardInterrupt)
+        killed = kind is not None and issubclass(kind, KeyboardInterrupt | Interrupted)
         self.finish("KILLED" if killed else "FAILED" if kind else "FINISHED")
 
     def _enqueue(self, task: Callable[[Any], None]) -> None:
@@ -243,13 +250,13 @@ class Tracker:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested values under dotted keys: {"train": {"max_steps": 250}} -> {"train.max_steps": "250"}."""
+    """Nested values under dotted keys, without secrets: {"train": {"max_steps": 250}} -> {"train.max_steps": "250"}."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+            flat[prefix + name] = redact(value if isinstance(value, str) else json.dumps(value))
     return flat
 
 
@@ -353,9 +360,9 @@ def _timeout(seconds: int) -> Iterator[None]:
 
 
 def _warn(store: str, problem: BaseException | str, consequence: str) -> None:
-    """Print one line with the store's address without credentials, the root cause and the consequence."""
+    """Print one line with the store's address without its secrets, the root cause and the consequence."""
     while isinstance(problem, BaseException) and (cause := problem.__cause__ or problem.__context__):
         problem = cause
     reason = " ".join(str(problem).split())[:160] or type(problem).__name__
-    line = re.sub(r"//[^/@\s]+@", "//", f"warning: MLflow at {store}: {reason}; {consequence}")
+    line = redact(f"warning: MLflow at {store}: {reason}; {consequence}")
     tqdm.write(line, file=sys.stderr)  # keeps a progress bar whole

@@ -4,15 +4,16 @@ import json
 import time
 from pathlib import Path
 
-from customdiff import config
 from customdiff.errors import one_line_errors
-from customdiff.files import atomic_directory
 
 ADAPTER, TRAINING, RESULTS = Path("models/adapter"), Path("results/train"), Path("results/evaluate")
 
 
 def main() -> None:
     """Evaluate the adapter of the last training."""
+    from customdiff import config
+    from customdiff.files import atomic_directory
+
     params = config.load()  # before slow imports, so that errors in params.yaml appear at once
 
     from customdiff import provenance, tracking

@@ -3,15 +3,16 @@
 import sys
 from pathlib import Path
 
-from customdiff import config
 from customdiff.errors import one_line_errors
-from customdiff.files import atomic_directory
 
 
-def main(name: str) -> None:
+def main(*arguments: str) -> None:
     """Prepare one concept's instance images, and its class images if they are used."""
+    from customdiff import config
+    from customdiff.files import atomic_directory
+
     params = config.load()  # before slow imports, so that errors in params.yaml appear at once
-    concept = config.concept(params, name)
+    name, concept = config.stage_concept(params, arguments)
 
     import torch
     from diffusers import AutoencoderKL

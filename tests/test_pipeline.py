@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from campaign.params_cases import NAMES
 from conftest import ROOT
 
 from customdiff import config, stage_inputs
@@ -236,12 +237,26 @@ def test_a_mistake_stops_before_any_work(clone, changed):
     assert sorted((clone / "data/instances/cat").iterdir()) == images
 
 
-@pytest.mark.parametrize("name", ["cat; touch PWNED", "$(touch PWNED)", "`touch PWNED`", "cat && touch PWNED #"])
-def test_a_hostile_concept_name_never_reaches_the_shell(clone, changed, name):
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hostile_concept_name_never_reaches_the_shell(clone, changed, name, alone):
+    """Neither in `dvc repro`, nor where the user asks for its stage alone, even if its inputs exist."""
     edit(clone, {"concepts": {name: TEAPOT}})
-    output = run(clone, *DVC, "repro", check=False)
-    assert "params.yaml: concepts" in output
-    assert not (clone / "PWNED").exists()
+    docs = sorted((clone / "docs").iterdir())
+    if not alone:
+        output = run(clone, *DVC, "repro", check=False)
+        assert "params.yaml: concepts" in output
+    else:
+        inputs = clone / f"data/inputs/download-data/{name}.json"
+        inputs.parent.mkdir(parents=True, exist_ok=True)
+        inputs.touch()
+        output = run(clone, *DVC, "repro", "--single-item", f"download-data@{name}", check=False)
+        assert "error: params.yaml: concepts" in output or "ERROR" in output
+        if not inputs.resolve().is_relative_to(clone / "data/inputs"):
+            inputs.unlink()
+    assert "Traceback" not in output
+    assert not list(clone.rglob("PWNED*"))
+    assert sorted((clone / "docs").iterdir()) == docs
 
 
 def test_an_unreachable_tracking_server_is_a_warning(clone):

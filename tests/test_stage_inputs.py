@@ -1,5 +1,7 @@
 """Inputs of stages that depend on other parameters: masks, the masked loss, and how class images are found."""
 
+import os
+
 import pytest
 import yaml
 from conftest import concept_values
@@ -126,3 +128,27 @@ def test_what_the_next_step_names_is_an_input_of_evaluate(tmp_path, section, cha
 
     assert inputs(**{section: change}) != inputs()
     assert inputs(train={"adam_beta1": 0.8}, prepare={"views": 3}) == inputs()
+
+
+def test_no_secret_of_an_address_is_an_input(tmp_path):
+    """DVC stores the inputs in its cache and pushes them to its remotes."""
+    address = "https://bob:S3cr3t@host.org/a.zip?token=S3cr3t"
+    values = {
+        "concepts": {"cat": concept_values() | {"source": {"url": address}}},
+        "retrieve": {"backend": "service", "service": {"url": address}},
+    }
+    paths = stage_inputs.write_inputs(Params.model_validate(values), tmp_path / "inputs")
+    text = "".join(path.read_text() for path in paths)
+    assert "S3cr3t" not in text
+    assert text.count("https://host.org/a.zip") == 2
+
+
+def test_names_that_are_not_utf8_are_hashed(tmp_path):
+    hashes = stage_inputs.FileHashes(tmp_path / "hashes.json")
+    folder = os.fsencode(tmp_path) + b"/photos"
+    os.mkdir(folder)
+    open(folder + b"/\xff.png", "w").close()
+    before = hashes.of(str(tmp_path / "photos"))
+    os.rename(folder + b"/\xff.png", folder + b"/\xfe.png")
+    assert hashes.of(str(tmp_path / "photos")) != before
+    hashes.save()

@@ -14,6 +14,8 @@ from PIL import Image
 
 from customdiff import tracking
 from customdiff.config import Params
+from customdiff.errors import UserError
+from customdiff.interrupts import Interrupted
 
 CONCEPT = {
     "source": {"path": "cats"},
@@ -123,6 +125,28 @@ def test_an_evaluation_logs_results_and_adapter(store, read, monkeypatch, tmp_pa
         *("adapter/adapter.json", "adapter/weights.safetensors"),
         *("evaluate/report.html", "evaluate/contact_sheet.jpg"),
     }
+
+
+def test_no_secret_of_an_address_is_tracked(store, read, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    address = "https://bob:S3cr3t@host.org/knn-service?token=S3cr3t"
+    Path("params.yaml").write_text(f"retrieve:\n  service:\n    url: {address}\n")
+    for folder in ("adapter", "results"):
+        Path(folder).mkdir()
+    own = params(retrieve={"service": {"url": address}})
+    with tracking.start(own.tracking, store=store) as tracker:
+        tracker.evaluation(own, {"loss": float("nan")}, Path("results"), Path("adapter"))
+    run = read.get_run(tracker.run_id)
+    assert run.data.params["retrieve.service.url"] == "https://host.org/knn-service?***"
+    assert run.data.metrics == {}
+    assert not [path for path in store.rglob("*") if path.is_file() and b"S3cr3t" in path.read_bytes()]
+
+
+@pytest.mark.parametrize(("error", "status"), [(Interrupted(15), "KILLED"), (UserError("x"), "FAILED")])
+def test_the_status_tells_how_a_run_ended(store, read, error, status):
+    with pytest.raises(type(error)), tracking.start(params().tracking, store=store) as tracker:
+        raise error
+    assert read.get_run(tracker.run_id).info.status == status
 
 
 @pytest.mark.parametrize(

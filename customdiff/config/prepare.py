@@ -30,7 +30,11 @@ class Prepare(Section):
     """prepare: captions, the paper's augmented views of each instance image, and their VAE moments."""
 
     resolution: int = Field(
-        512, ge=32, multiple_of=8, description="Height and width in px; 768 for SD 2.x, 128 for the embedded model."
+        512,
+        ge=32,
+        le=4096,
+        multiple_of=8,
+        description="Height and width in px; 768 for SD 2.x, 128 for the embedded model.",
     )
     captions: Literal["auto", "sidecar", "template"] = Field(
         "auto",

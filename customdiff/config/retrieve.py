@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from customdiff.config.section import Fraction, Section
+from customdiff.config.section import Fraction, SamplerSteps, Seconds, Section, web_address
 
 
 class Index(Section):
@@ -19,15 +19,20 @@ class Service(Section):
 
     url: str = Field("http://127.0.0.1:1234/knn-service", pattern=r"^https?://", description="Address of knn-service.")
     index_name: str = Field("laion5B-L-14", description="Index to search.")
-    timeout: float = Field(20, gt=0, description="Seconds per request.")
-    retries: int = Field(3, ge=0, description="Retries per request, with growing pauses.")
+    timeout: Seconds = Field(20, description="Seconds without data per request; a request may take twice as long.")
+    retries: int = Field(3, ge=0, le=100, description="Retries per request, with growing pauses.")
     parallel: int = Field(8, ge=1, le=64, description="Concurrent image downloads.")
+
+    @field_validator("url")
+    @classmethod
+    def _is_address(cls, url: str) -> str | None:
+        return web_address(url)
 
 
 class Generate(Section):
     """Backend generate, and fill: the base model generates class images from the class prompt."""
 
-    steps: int = Field(50, ge=1, description="Sampler steps.")
+    steps: SamplerSteps = Field(50, description="Sampler steps.")
     guidance_scale: float = Field(7.5, ge=0, description="Scale of classifier-free guidance.")
     batch_size: int = Field(4, ge=1, description="Images generated at a time.")
     precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Precision of the weights.")

@@ -1,5 +1,6 @@
 """Evaluation prompts: read from files, and filled in with subjects."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from customdiff.errors import UserError
 
 KINDS = ("scene", "companion", "style", "property")
 JOINT_FILE = "together.txt"
+MAX_FILE_NAME = 60  # characters of a class in a file name, which has at most 255 bytes
 JOIN = "+"  # between the names of a prompt's concepts in files; no concept name contains it
 
 
@@ -33,10 +35,8 @@ class Prompt:
 
     def fill(self, *subjects: str) -> str:
         """The text of the prompt about these subjects, one per concept."""
-        text = self.template.replace("{}", subjects[0])
-        for number, subject in enumerate(subjects, 1):
-            text = text.replace(f"{{{number}}}", subject)
-        return text
+        numbered = {f"{{{number}}}": subject for number, subject in enumerate(subjects, 1)} | {"{}": subjects[0]}
+        return re.sub(r"\{\d*\}", lambda found: numbered.get(found[0], found[0]), self.template)
 
 
 def read_all_prompts(folder: Path | str, concepts: Mapping[str, Concept]) -> list[Prompt]:
@@ -58,11 +58,14 @@ def read_prompts(folder: Path | str, name: str, concepts: Mapping[str, Concept])
         UserError: there is no file, it is empty, or a line lacks {} or names a modifier token that no concept has.
     """
     concept = concepts[name]
-    own, default = Path(folder, f"{concept.class_prompt.replace(' ', '_')}.txt"), Path(folder, "default.txt")
+    file = re.sub(r"[ /\\]", "_", concept.class_prompt)[:MAX_FILE_NAME]
+    own, default = Path(folder, f"{file}.txt"), Path(folder, "default.txt")
     path = own if own.is_file() else default
     try:
+        if not path.is_file():
+            raise FileNotFoundError(path)
         prompts = _read_lines(path, ["{}"], (name,), concepts)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"evaluate.prompts: neither {own.name} nor default.txt can be read in {folder}") from error
     if not prompts:
         raise UserError(f"{path}: has no prompts; write one per line, such as `scene: a {{}} on the grass`")
@@ -91,7 +94,11 @@ def _read_lines(
 ) -> list[Prompt]:
     """The prompts of a file, each about the concepts `names`."""
     prompts: list[Prompt] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"evaluate.prompts: {path} is not UTF-8; save it as UTF-8") from error
+    for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue

@@ -16,6 +16,7 @@ from customdiff.config import Concept, Params
 from customdiff.evaluation.generation import ImagePair, class_subject, customized_subject
 from customdiff.evaluation.scores import METRICS, PromptScore, Summary
 from customdiff.evaluation.verdict import Verdict
+from customdiff.redaction import redact_values
 
 TEMPLATES = Path(__file__).parent / "templates"
 INK, FAINT, BASE, CUSTOMIZED = "#1f2430", "#7a8194", "#9aa3b5", "#2f6fde"
@@ -151,7 +152,7 @@ def html(
         summary: the contents of metrics.json.
         scores: one per prompt.
         sheet: the contact sheet, embedded as JPEG.
-        params: shown as YAML.
+        params: shown as YAML, without the secrets of addresses.
         adapter_config: of the adapter that was evaluated.
         steps: CSV with one row per training step (results/train/steps.csv); left out where it does not exist.
         photos: JPEG sheets of instance images with masks and captions (data/prepared/<concept>/sheet.jpg).
@@ -178,7 +179,7 @@ def html(
         curves=_data_uri(loss_curves(curves), "image/svg+xml") if curves else None,
         adapter=adapter_config,
         settings=params.evaluate,
-        parameters=yaml.safe_dump(params.model_dump(), sort_keys=False, allow_unicode=True),
+        parameters=yaml.safe_dump(redact_values(params.model_dump()), sort_keys=False, allow_unicode=True),
     )
 
 

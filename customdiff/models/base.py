@@ -126,6 +126,8 @@ def weight_hashes(base: Base) -> dict[str, str]:
 
 @contextmanager
 def _loading(base: Base) -> Iterator[None]:
+    if Path(base.model).exists() and not Path(base.model).is_dir():
+        raise UserError(f"base.model: {base.model} is not a folder")
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

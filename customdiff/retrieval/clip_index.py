@@ -8,7 +8,6 @@ than building an approximate index of them.
 import json
 import shutil
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,8 +112,7 @@ def build_index(pool: Path | str, clip: str, out: Path | str, *, max_megapixels:
     """
     pool, out, result = Path(pool), Path(out), Indexed()
     command = clip_tool.command()
-    with tempfile.TemporaryDirectory(prefix="customdiff-index-") as name, files.atomic_directory(out) as folder:
-        work = Path(name)
+    with files.atomic_directory(out) as folder, files.work_directory(out) as work:
         with _timed(result, "prepare images"):
             staged = _stage(pool, work / "images", max_megapixels, result)
         model = clip_tool.model_argument(clip, work / "clip")

@@ -19,6 +19,7 @@ PAIR = {"tom": concept("cat"), "pot": concept("wooden pot", "<new2>")}
 def test_each_concept_has_its_place_in_the_text():
     assert Prompt("a {} beside a {}", ("tom",)).fill("cat") == "a cat beside a cat"
     assert Prompt("a {2} on a {1}", ("tom", "pot")).fill("cat", "wooden pot") == "a wooden pot on a cat"
+    assert Prompt("a {2} on a {1} in {3}", ("tom", "pot")).fill("{2} {}", "{1} {x}") == "a {1} {x} on a {2} {} in {3}"
 
 
 def test_the_label_names_all_concepts():
@@ -42,6 +43,18 @@ def test_a_class_without_a_file_of_its_own_has_the_default_prompts(tmp_path):
     (tmp_path / "dog.txt").write_text("the {}\n")
     assert prompts.read_prompts(tmp_path, "tom", {"tom": concept("cat")}) == [Prompt("a {}", ("tom",))]
     assert prompts.read_prompts(tmp_path, "rex", {"rex": concept("dog")}) == [Prompt("the {}", ("rex",))]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "../../etc/passwd", "a/b"])
+def test_a_class_that_is_no_file_name_has_the_default_prompts(tmp_path, name):
+    (tmp_path / "default.txt").write_text("a {}\n")
+    assert prompts.read_prompts(tmp_path, "tom", concept(name)) == [Prompt("a {}", ("tom",))]
+
+
+def test_joint_prompts_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "together.txt").write_bytes(b"\xff{1} {2}")
+    with pytest.raises(UserError, match=r"evaluate\.prompts: .*together\.txt"):
+        prompts.read_joint_prompts(tmp_path, ("tom", "pot"))
 
 
 @pytest.mark.parametrize(
