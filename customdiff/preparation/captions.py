@@ -57,14 +57,18 @@ def instance_captions(
 def with_token(description: str, concept: Concept) -> str:
     """Insert the modifier token before the class; if the class is missing, append the text to the instance prompt.
 
-    `a cat on a sofa` becomes `a <new1> cat on a sofa`; `an animal` becomes `photo of a <new1> cat, an animal`.
+    `a cat on a sofa` becomes `a <new1> cat on a sofa`, and `an owl` becomes `a <new1> owl`, as in prompts. If the class
+    is cat, `an animal` becomes `photo of a <new1> cat, an animal`.
     """
     words = description.split()
     class_words = concept.class_prompt.lower().split()
     for start in range(len(words) - len(class_words) + 1):
         candidate = [word.lower().strip(",.") for word in words[start : start + len(class_words)]]
         if candidate == class_words:
-            return " ".join([*words[:start], concept.modifier_token, *words[start:]])
+            before = words[:start]
+            if before[-1:] == ["an"]:
+                before[-1] = "a"
+            return " ".join([*before, concept.modifier_token, *words[start:]])
     return f"{concept.caption}, {description}"
 
 

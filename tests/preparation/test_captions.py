@@ -60,6 +60,8 @@ def test_a_bad_sidecar_is_an_error_that_names_the_file(tmp_path, concept, text, 
 
 def test_the_token_is_inserted_into_a_description(concept):
     assert captions.with_token("a Cat, on red", concept) == "a <new1> Cat, on red"
+    owl = concept.model_copy(update={"class_prompt": "owl"})
+    assert captions.with_token("photo of an owl at night", owl) == "photo of a <new1> owl at night"
     assert captions.with_token("an animal", concept) == "photo of a <new1> cat, an animal"
 
 
