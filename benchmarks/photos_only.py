@@ -201,7 +201,7 @@ def run(name: str, setting: str, seed: int) -> dict[str, Any]:
     photos, holdout = (instance_images.read_instance_images(Path(part, name)) for part in ("data/instances", "holdout"))
     texts = [path.read_text().strip() for path in sorted(Path("holdout", name).glob("*.txt"))]
     images = judge.images(holdout)
-    prompts = read_prompts(params.evaluate.prompts, name, params.concepts[name])
+    prompts = read_prompts(params.evaluate.prompts, name, params.concepts)
     return {
         "concept": name,
         "setting": setting,
