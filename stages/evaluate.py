@@ -18,40 +18,50 @@ def main() -> None:
 
     from customdiff import provenance, tracking
     from customdiff.adapters.config import read_config
-    from customdiff.evaluation import report, scores
+    from customdiff.evaluation import report, scores, verdict
     from customdiff.evaluation.base_image_cache import cache_folder
     from customdiff.evaluation.generation import Generation, generate_pairs, write_images
     from customdiff.evaluation.prompts import read_all_prompts
     from customdiff.models import base
     from customdiff.models.clip import Clip
-    from customdiff.sources.instance_images import read_instance_images
+    from customdiff.sources.instance_images import captioned_photos, read_instance_images
 
     settings, concepts = params.evaluate, params.concepts
     adapter_config = read_config(ADAPTER)
     scores.check_concepts(adapter_config, concepts)
     prompts = read_all_prompts(settings.prompts, concepts)
-    instances = {name: read_instance_images(Path("data/instances", name)) for name in concepts}
+    folders = {name: Path("data/instances", name) for name in concepts}
+    instances = {name: read_instance_images(folder) for name, folder in folders.items()}
     judge = Clip.load(settings.clip, base.device(params.base.device))
 
     started = time.perf_counter()
     generation = Generation(params.base, settings, concepts, cache_folder())
     ((_, pairs),) = generate_pairs(generation, {"customized": ADAPTER}, prompts)
     scored = scores.score_prompts(pairs, instances, judge)
-    summary = scores.summarize(scored, len(pairs), resamples=settings.bootstrap, seed=params.base.seed)
+    ceilings = scores.photo_ceilings(instances, judge)
+    summary = scores.summarize(
+        scored, len(pairs), resamples=settings.bootstrap, seed=params.base.seed, ceilings=ceilings
+    )
+    captioned = {name: captioned_photos(folder) for name, folder in folders.items()}
+    found = verdict.verdicts(summary, params, captioned)
     seconds = time.perf_counter() - started
     sheet = report.contact_sheet(pairs, instances, concepts)
-    page = report.html(summary, scored, sheet, params, adapter_config, TRAINING / "steps.csv")
+    photos = [Path("data/prepared", name, "sheet.jpg") for name in concepts]
+    steps = TRAINING / "steps.csv"
+    page = report.html(summary, scored, sheet, params, adapter_config, steps, photos=photos, verdicts=found)
     with atomic_directory(RESULTS) as out:
         (out / "metrics.json").write_text(summary.to_json(), encoding="utf-8")
         (out / "report.html").write_text(page, encoding="utf-8")
         scores.write_table(scored, out / "per_prompt.csv")
         write_images(pairs, out / "images")
         sheet.save(out / "contact_sheet.jpg", quality=90)
-    print("\n".join([*report.verdicts(summary), f"report: {RESULTS / 'report.html'}"]))
+    print("\n".join([*report.changes(summary), *verdict.lines(found), f"report: {RESULTS / 'report.html'}"]))
 
     metrics = tracking.evaluation_metrics(json.loads(summary.to_json())) | {"evaluate/seconds": seconds}
+    shares, tags = verdict.tracked(summary, found)
     with tracking.for_evaluation(params.tracking, TRAINING / "run.json", tags=provenance.run_tags()) as tracker:
-        tracker.evaluation(params, metrics, RESULTS, ADAPTER)
+        tracker.evaluation(params, metrics | shares, RESULTS, ADAPTER)
+        tracker.tags(tags)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def main(*arguments: str) -> None:
         f"{name}: {len(result.kept)} class images of {concept.class_prompt!r} in {folder}, "
         f"{len(result.set_aside)} set aside"
     )
+    print(f"  {result.origin}")
     similarities = [entry["similarity"] for entry in result.kept if entry["similarity"] is not None]
     if similarities:
         print(f"  similarity to the class prompt: {max(similarities):.3f} to {min(similarities):.3f}")

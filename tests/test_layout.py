@@ -14,7 +14,7 @@ FLOORS = [
     {"config"},
     {"models", "sources", "tracking", "provenance", "stage_inputs"},
     {"preparation", "retrieval"},
-    {"adapters"},
+    {"adapters", "new_concept"},
     {"training"},
     {"evaluation"},
     {"publishing"},

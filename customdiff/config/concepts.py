@@ -1,10 +1,22 @@
 """Section `concepts` of params.yaml: one entry per subject."""
 
+import re
+from collections.abc import Iterable
 from pathlib import PurePath
 
 from pydantic import Field, field_validator, model_validator
 
 from customdiff.config.section import ModifierToken, Section, web_address
+
+TOKEN = re.compile(r"<[^\s<>]+>")  # `<new1>`; "a < b" and "<two words>" are text
+
+
+def unknown_tokens(text: str, concepts: Iterable["Concept"]) -> list[str]:
+    """Words of the form `<new1>` in a text that are the modifier token of no concept."""
+    tokens = [concept.modifier_token for concept in concepts]
+    for token in sorted((token for token in tokens if "<" in token), key=len, reverse=True):
+        text = text.replace(token, " ")
+    return TOKEN.findall(text)
 
 
 class Source(Section):
@@ -62,3 +74,8 @@ class Concept(Section):
     def caption(self) -> str:
         """The instance prompt with the modifier token: `photo of a <new1> cat`."""
         return self.instance_prompt.replace("{}", self.modifier_token)
+
+    @property
+    def subject(self) -> str:
+        """What {} in a prompt stands for: `<new1> cat`."""
+        return f"{self.modifier_token} {self.class_prompt}"

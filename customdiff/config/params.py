@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from customdiff.config import strict_yaml
 from customdiff.config.base import Base
-from customdiff.config.concepts import Concept
+from customdiff.config.concepts import Concept, unknown_tokens
 from customdiff.config.download import Download
 from customdiff.config.evaluate import Evaluate
 from customdiff.config.prepare import Prepare
@@ -34,6 +34,16 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
 
+    @property
+    def validation_prompts(self) -> list[str]:
+        """`train.validation.prompts`, those with {} once for every concept with its subject, such as `<new1> cat`."""
+        prompts: list[str] = []
+        for prompt in self.train.validation.prompts:
+            prompts += (
+                [prompt.replace("{}", each.subject) for each in self.concepts.values()] if "{}" in prompt else [prompt]
+            )
+        return prompts
+
     @model_validator(mode="after")
     def _distinct_tokens(self) -> "Params":
         tokens = [concept.modifier_token for concept in self.concepts.values()]
@@ -41,6 +51,17 @@ class Params(Section):
         for token in tokens:
             if folded.count(token.casefold()) > 1:
                 raise ValueError(f"concepts: modifier_token {token} is used twice; give each concept its own")
+        return self
+
+    @model_validator(mode="after")
+    def _known_tokens(self) -> "Params":
+        for prompt in self.train.validation.prompts:
+            if unknown := unknown_tokens(prompt, self.concepts.values()):
+                tokens = ", ".join(concept.modifier_token for concept in self.concepts.values())
+                raise ValueError(
+                    f"train.validation.prompts: {prompt!r} names {unknown[0]}, which no concept has (modifier tokens: "
+                    f"{tokens}); {{}} stands for every concept in turn"
+                )
         return self
 
 
@@ -54,11 +75,22 @@ def load(path: Path | str = "params.yaml") -> Params:
     try:
         if path.exists() and not path.is_file():
             raise OSError("not a file")
-        raw = strict_yaml.parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(
             f"{path}: cannot be read ({error}); run in the project folder, or `customdiff preset NAME --install`"
         ) from error
+    return parse(text, path)
+
+
+def parse(text: str, path: Path | str = "params.yaml") -> Params:
+    """Validate the text of a params file; `path` is its name in errors.
+
+    Raises:
+        ParamsError: the text is not YAML, or has unknown keys or values out of range.
+    """
+    try:
+        raw = strict_yaml.parse(text)
     except ValueError as error:
         raise ParamsError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):

@@ -30,7 +30,7 @@ class Service(Section):
 
 
 class Generate(Section):
-    """Backend generate: the base model generates class images from the class prompt."""
+    """Backend generate, and fill: the base model generates class images from the class prompt."""
 
     steps: SamplerSteps = Field(50, description="Sampler steps.")
     guidance_scale: float = Field(7.5, ge=0, description="Scale of classifier-free guidance.")
@@ -39,7 +39,7 @@ class Generate(Section):
 
 
 class Retrieve(Section):
-    """retrieve-class-images: real images of the class, for prior preservation."""
+    """retrieve-class-images: images of the class, for prior preservation."""
 
     backend: Literal["index", "service", "generate", "folder"] = Field("index", description="Source of class images.")
     num_class_images: int = Field(200, ge=1, description="Class images per concept.")
@@ -47,6 +47,15 @@ class Retrieve(Section):
         50, ge=1, description="Fewer class images are an error; fewer than num_class_images are a warning."
     )
     duplicate_similarity: Fraction = Field(0.98, description="Cosine from which two images count as duplicates.")
+    min_similarity: Fraction | None = Field(
+        None,
+        description="Backends index and service: an image is kept if its caption names the class or its cosine to the "
+        "query is at least this; 1: the caption must name the class; null: no floor, as in the reference.",
+    )
+    fill: Literal["generate", "none"] = Field(
+        "none",
+        description="If fewer than num_class_images are found: generate (the base model generates the rest) or none.",
+    )
     caption_weight: Fraction = Field(
         0.0, description="Backend index: weight of the caption in the ranking; 0: image only, as in the reference."
     )
@@ -56,6 +65,11 @@ class Retrieve(Section):
     folder: str = Field(
         "data/class-images/{}", description="Backend folder: images with .txt captions; {} stands for the concept."
     )
+
+    @property
+    def generates(self) -> bool:
+        """Whether the base model may generate class images."""
+        return self.backend == "generate" or self.fill == "generate"
 
     @model_validator(mode="after")
     def _minimum_fits(self) -> "Retrieve":

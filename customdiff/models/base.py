@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import logging as diffusers_logging
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from customdiff.config import Base
@@ -104,6 +105,17 @@ def load_part(
             base.model, subfolder=name, revision=base.revision, variant=base.variant, use_safetensors=True
         )
     return part.to(device, torch.float32).eval().requires_grad_(False)
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base model's (first) text encoder, without modifier tokens.
+
+    Raises:
+        UserError: the model cannot be found or read.
+    """
+    quiet()
+    with _loading(base):
+        return AutoTokenizer.from_pretrained(base.model, subfolder="tokenizer", revision=base.revision)
 
 
 def weight_hashes(base: Base) -> dict[str, str]:

@@ -208,6 +208,7 @@ def query_index(
     *,
     duplicate_similarity: float,
     exclude: np.ndarray | None = None,
+    keep: Callable[[str, float], bool] | None = None,
     first: int = 1000,
     caption_weight: float = 0.0,
     embed: Callable[[list[str]], np.ndarray] | None = None,
@@ -219,6 +220,7 @@ def query_index(
     Args:
         query: (D,) float32 of norm 1.
         exclude: (M, D) float32 of norm 1.
+        keep: whether a row is a result, from its caption and its cosine to the query; None: every row is.
         first: size of the first group of nearest rows, which is ranked as a whole; later groups end at four times the
             place of the one before.
         caption_weight: w of the ranking (1 - w) * cosine to the image + w * cosine to its caption, within a group.
@@ -238,7 +240,9 @@ def query_index(
     taken = np.zeros((max(1024, 2 * size), len(query)), np.float32)  # doubled when full
     if size:
         taken[:size] = exclude
-    nearest = np.argsort(-_cosines(embeddings, query), kind="stable")
+    nearest = np.argsort(-(similarities := _cosines(embeddings, query)), kind="stable")
+    if keep:
+        nearest = nearest[[keep(names[row]["caption"], float(similarities[row])) for row in nearest]]
     start, end = 0, first
     while start < len(nearest):
         fresh = nearest[start:end]

@@ -34,6 +34,7 @@ def service_images(
     class_prompt: str,
     count: int,
     *,
+    keep: Callable[[str, float | None], bool] | None = None,
     transport: httpx.BaseTransport | None = None,
     pause: Callable[[float], None] = time.sleep,
 ) -> Iterator[tuple[SourceImage, float | None]]:
@@ -44,6 +45,7 @@ def service_images(
     twice as many ahead of their use. Images whose server sends `X-Robots-Tag: noai` are not used.
 
     Args:
+        keep: whether an image is downloaded, from its caption and its similarity; None: every image is.
         transport, pause: replace the network and the waiting in tests.
 
     Raises:
@@ -59,8 +61,9 @@ def service_images(
                 if label not in tried:
                     tried.add(label)
                     fresh.append((label, answer))
-            for start in range(0, len(fresh), 2 * service.parallel):
-                batch = fresh[start : start + 2 * service.parallel]
+            wanted = [each for each in fresh if keep is None or keep(_caption(each[1]), _number(each[1]))]
+            for start in range(0, len(wanted), 2 * service.parallel):
+                batch = wanted[start : start + 2 * service.parallel]
                 items = threads.map(lambda named: _download(client, service, *named), batch)
                 for item, (_, answer) in zip(items, batch, strict=True):
                     yield item, _number(answer)
@@ -152,7 +155,7 @@ def _index_names(client: httpx.Client, service: Service) -> list[str]:
 
 def _download(client: httpx.Client, service: Service, label: str, answer: dict[str, Any]) -> SourceImage:
     """The image of one entry of a service's response; runs in a thread."""
-    caption = image_folder.one_line(str(answer.get("caption") or ""))
+    caption = _caption(answer)
     if encoded := answer.get("image"):
         try:
             return SourceImage(label, base64.b64decode(encoded, validate=True), caption)
@@ -177,6 +180,10 @@ def _download(client: httpx.Client, service: Service, label: str, answer: dict[s
     if "noai" in robots or "noimageai" in robots:
         return SourceImage(label, b"", caption, "its server forbids use for training (X-Robots-Tag)")
     return SourceImage(label, body.getvalue(), caption)
+
+
+def _caption(answer: dict[str, Any]) -> str:
+    return image_folder.one_line(str(answer.get("caption") or "")) or ""
 
 
 def _number(answer: dict[str, Any]) -> float | None:

@@ -113,6 +113,15 @@ def read_instance_images(folder: Path | str) -> list[Image.Image]:
     return [images.open_rgb(path, max_megapixels=float("inf")) for path in instance_paths(folder)]
 
 
+def captioned_photos(folder: Path | str) -> list[bool]:
+    """Whether each instance image that `collect` wrote has a caption file beside it, in order.
+
+    Raises:
+        UserError: there are no images.
+    """
+    return [path.with_suffix(".txt").is_file() for path in instance_paths(folder)]
+
+
 def _keep(item: SourceImage, digest: str, image: Image.Image, folder: Path, result: Collected) -> None:
     stem = f"{len(result.kept):03}"
     image.save(folder / f"{stem}.png")

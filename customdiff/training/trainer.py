@@ -371,7 +371,7 @@ def _make_trainable(pipe: DiffusionPipeline, params: Params, checkpoint: Path | 
 def _validate(pipe: DiffusionPipeline, params: Params, folder: RunFolder, tracker: Tracker, step: int) -> None:
     """Generate images of the validation prompts with the current weights, always from the same seeds."""
     settings = params.train.validation
-    prompts = [prompt for prompt in settings.prompts for _ in range(settings.num_images)]
+    prompts = [prompt for prompt in params.validation_prompts for _ in range(settings.num_images)]
     training = pipe.unet.training
     pipe.unet.eval()
     images = sampling.generate(

@@ -317,6 +317,19 @@ def test_results_are_copied_completely(tiny_base, tmp_path):
     assert adapter_config.concepts["cat"].modifier_token == "<new1>"
 
 
+def test_validation_prompts_are_filled_in_for_every_concept(tiny_base, tmp_path):
+    """The images of a prompt with {} are those of the prompts that a user would write out for each concept."""
+    concepts = {"cat": concept_values(), "rex": concept_values("<new2>", "dog")}
+    written = ["a <new1> cat", "a <new2> dog", "the grass"]
+    images = {}
+    for name, prompts in (("short", ["a {}", "the grass"]), ("long", written)):
+        validation = {"prompts": prompts, "every": 6, "steps": 1, "num_images": 1}
+        run = train(tiny_params(tiny_base, concepts=concepts, validation=validation), tmp_path / name)
+        images[name] = {path.name: sha256(path) for path in (run.path / "validation").iterdir()}
+    assert len(set(images["long"].values())) == 3
+    assert images["short"] == images["long"]
+
+
 def test_options_of_the_reference_train(tiny_v_base, tmp_path):
     """v-prediction, two concepts, pixels instead of latents, checkpointed gradients, no prior, bf16."""
     params = tiny_params(
