@@ -325,7 +325,14 @@ def adds(arguments: tuple[str, ...]) -> Callable[[], None]:
             commands(["new", *arguments, "--no-sheet"])
         finally:
             config.load("params.yaml")
-            assert {path.name for path in Path().iterdir()} <= {"params.yaml", "params.yaml.bak", "photos", "photos.zip", "fifo", "data"}
+            assert {path.name for path in Path().iterdir()} <= {
+                "params.yaml",
+                "params.yaml.bak",
+                "photos",
+                "photos.zip",
+                "fifo",
+                "data",
+            }
 
     return act
 
