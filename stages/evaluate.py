@@ -1,6 +1,5 @@
 """evaluate: text and image alignment of the adapter and of the base model, with images and a report."""
 
-import json
 import time
 from pathlib import Path
 
@@ -19,10 +18,11 @@ def main() -> None:
     from customdiff.adapters.config import read_config
     from customdiff.evaluation import report, scores
     from customdiff.evaluation.base_image_cache import cache_folder
-    from customdiff.evaluation.generation import Generation, generate_pairs, write_images
+    from customdiff.evaluation.generation import Generation, customized_subject, generate_pairs, write_images
     from customdiff.evaluation.prompts import read_all_prompts
     from customdiff.models import base
     from customdiff.models.clip import Clip
+    from customdiff.publishing import registry
     from customdiff.sources.instance_images import read_instance_images
 
     settings, concepts = params.evaluate, params.concepts
@@ -48,9 +48,14 @@ def main() -> None:
         sheet.save(out / "contact_sheet.jpg", quality=90)
     print("\n".join([*report.verdicts(summary), f"report: {RESULTS / 'report.html'}"]))
 
-    metrics = tracking.evaluation_metrics(json.loads(summary.to_json())) | {"evaluate/seconds": seconds}
-    with tracking.for_evaluation(params.tracking, TRAINING / "run.json", tags=provenance.run_tags()) as tracker:
-        tracker.evaluation(params, metrics, RESULTS, ADAPTER)
+    texts = [generation.text(prompt, customized_subject) for prompt in prompts]
+    name, tags = tracking.run_name(params), provenance.run_tags()
+    with tracking.for_evaluation(params.tracking, TRAINING / "run.json", name, tags=tags) as tracker:
+        registered = registry.log_evaluation(
+            tracker, params, RESULTS, ADAPTER, texts, report.verdicts(summary), seconds
+        )
+    if registered:
+        print(f"MLflow: {registered}")
 
 
 if __name__ == "__main__":

@@ -106,19 +106,29 @@ def _grade(
 
 
 def _track(params: config.Params, run: "RunFolder", summaries: "list[sweeps.Summary]", out: Path) -> None:
-    """Log the sweep in the MLflow run of its training, or in a new one where the training was not tracked."""
+    """Log the sweep as an MLflow run with a child for each checkpoint; the run of the training stays as it is."""
     from customdiff import provenance, tracking
 
-    run_id, tags = run.run_id(), provenance.run_tags()
-    opened = (
-        tracking.resume(params.tracking, run_id, tags=tags) if run_id else tracking.start(params.tracking, tags=tags)
-    )
-    with opened as tracker:
-        tracker.params(params)
+    training_run, tags = run.run_id(), provenance.run_tags()
+    own = {tracking.TRAINING_RUN: training_run} if training_run else {}
+    name = tracking.run_name(params, f"sweep over {len(summaries) - 1} checkpoints")
+    with tracking.start(params.tracking, name, tags=tags | own) as parent:
+        parent.params(params, evaluation=True)
+        models = tracking.checkpoint_models(parent, training_run)
         for summary in summaries[1:]:
-            tracker.metrics(summary.flat(), summary.step, group="sweep/")
+            figures = {key: figure.value for key, figure in summary.figures.items()}
+            parent.metrics(figures, summary.step, group=tracking.EVALUATION)
+            tracking.log_child(
+                params.tracking,
+                parent,
+                f"step {summary.step}",
+                figures,
+                {"step": str(summary.step)},
+                model_id=models.get(summary.step),
+                tags=tags,
+            )
         for path in sorted(out.iterdir()):
-            tracker.artifact(path, "sweep")
+            parent.artifact(path, "sweep")
 
 
 def checkpoints() -> None:

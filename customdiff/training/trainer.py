@@ -24,12 +24,12 @@ from customdiff.adapters import adapter
 from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Params, Train
 from customdiff.errors import UserError
-from customdiff.models import attention, base, memory_efficient, methods, modifier_tokens, sampling
+from customdiff.models import attention, base, memory_efficient, methods, modifier_tokens
 from customdiff.models.text import Text, encode_text, text_encoders
 from customdiff.preparation import prepared_set
 from customdiff.preparation.prepared_set import PreparedSet
 from customdiff.tracking import Tracker
-from customdiff.training import step_log
+from customdiff.training import run_log, step_log, validation
 from customdiff.training.batches import Batches
 from customdiff.training.checkpoints import Progress, RunFolder
 from customdiff.training.identity import library_versions, run_identity
@@ -142,7 +142,6 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
     Raises:
         UserError: the base model, the prepared sets or the options are invalid or do not fit together.
     """
-    train = params.train
     accelerator = _accelerator(params)
     folder = RunFolder.open(runs, run_identity(params, prepared, accelerator.num_processes), accelerator)
     checkpoint = folder.last_checkpoint()
@@ -153,7 +152,7 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
     tracker = tracker_for(folder.run_id()) if accelerator.is_main_process else Tracker()
     with tracker:
         folder.save_run_id(tracker)
-        tracker.params(params)
+        run_log.begin(tracker, params, prepared)
         log = StepLog(tracker, params.tracking.log_every, trainer.images_per_step)
         progress = Progress()
         if checkpoint:
@@ -166,8 +165,7 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
             summary = step_log.summary(log.rows, sum(parameter.numel() for parameter in trainer.trained))
             performance = step_log.performance(log, seconds)
             folder.finish(learned, log.rows, summary, performance)
-            metrics = {f"train/{key}": value for key, value in (summary | performance).items()}
-            tracker.metrics(metrics, step=train.max_steps)
+            run_log.end(tracker, params, prepared, folder, log.rows, seconds)
     accelerator.wait_for_everyone()
     return folder
 
@@ -178,6 +176,8 @@ def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolde
     first, is_main = progress.step, accelerator.is_main_process
     bar = tqdm(total=train.max_steps, initial=first, desc="train", unit="step", disable=not is_main)
     started = time.perf_counter()
+    if is_main and first == 0 and train.validation.prompts:
+        validation.generate(trainer.pipe, params, folder, log.tracker, 0)
     log.restart_clock()
     for done in range(first + 1, train.max_steps + 1):
         metrics = trainer.step(done - 1)
@@ -190,7 +190,7 @@ def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolde
         if is_main and (validate or checkpoint):
             log.flush()
             if validate:
-                _validate(trainer.pipe, params, folder, log.tracker, done)
+                validation.generate(trainer.pipe, params, folder, log.tracker, done)
             if checkpoint:
                 learned = adapter.from_pipeline(trainer.pipe, _adapter_config(params))
                 now = Progress(done, progress.seconds + time.perf_counter() - started, log.rows, log.speeds)
@@ -336,30 +336,6 @@ def _make_trainable(pipe: DiffusionPipeline, params: Params, checkpoint: Path | 
                 parameter.copy_(saved.weights[name])
     trained_embeddings = [layer.trained.weight for layer in layers if layer.trained.weight.requires_grad]
     return Trained(list(weights.values()), trained_embeddings)
-
-
-def _validate(pipe: DiffusionPipeline, params: Params, folder: RunFolder, tracker: Tracker, step: int) -> None:
-    """Generate images of the validation prompts with the current weights, always from the same seeds."""
-    settings = params.train.validation
-    prompts = [prompt for prompt in settings.prompts for _ in range(settings.num_images)]
-    training = pipe.unet.training
-    pipe.unet.eval()
-    images = sampling.generate(
-        pipe,
-        prompts,
-        [params.base.seed + number for number in range(len(prompts))],
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        batch_size=settings.num_images,
-        height=params.prepare.resolution,
-        width=params.prepare.resolution,
-        progress=None,
-    )
-    pipe.unet.train(training)
-    for number, image in enumerate(images):
-        name = f"prompt{number // settings.num_images}-{number % settings.num_images}"
-        folder.add_image(image, f"step{step:06d}-{name}.png")
-        tracker.image(image, name, step=step)
 
 
 def _adapter_config(params: Params) -> AdapterConfig:
