@@ -33,6 +33,7 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+FROM_PARAMS = "(default: evaluate in params.yaml)"
 EXAMPLES = """Examples:
 
 \b
@@ -40,6 +41,7 @@ EXAMPLES = """Examples:
   customdiff sample "<new1> cat on the grass" "<new1> cat in the snow" --num-images 4
   customdiff sample "a <new1> cat" --scheduler dpmsolver++ --steps 25 --out drafts
   customdiff sample "a <new1> cat" --adapter anna/grey-cat@v2
+  customdiff sample "a <new1> cat" --adapter models:/customdiff-cat@champion
   customdiff sample "a <new1> cat" --checkpoint 150    after 150 steps; `customdiff checkpoints` lists checkpoints
 
 Quote prompts, because shells interpret < and > as redirections.
@@ -49,7 +51,10 @@ Quote prompts, because shells interpret < and > as redirections.
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Prompts with modifier tokens written out.")],
     adapter: Annotated[
-        str, typer.Option(help="Folder of an adapter, or owner/name[@revision] on the Hugging Face Hub.")
+        str,
+        typer.Option(
+            help="Folder of an adapter, owner/name[@revision] on the Hugging Face Hub, or models:/... in MLflow."
+        ),
     ] = "models/adapter",
     checkpoint: Annotated[
         str | None,
@@ -60,13 +65,17 @@ def sample(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images and their grid.")] = Path("samples"),
     num_images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 100,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Scale of classifier-free guidance.")] = 6.0,
-    eta: Annotated[float, typer.Option(min=0, max=1, help="Noise of ddim; other samplers ignore it.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(min=1, help=f"Sampler steps {FROM_PARAMS}.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help=f"Scale of classifier-free guidance {FROM_PARAMS}.")
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(min=0, max=1, help=f"Noise of ddim; other samplers ignore it {FROM_PARAMS}.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of a prompt's first image; the next one adds 1.")
     ] = 42,
-    scheduler: Annotated[Scheduler, typer.Option(help="Sampler; base: the model's own.")] = Scheduler.ddim,
+    scheduler: Annotated[Scheduler | None, typer.Option(help=f"Sampler; base: the model's own {FROM_PARAMS}.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="Prompt of what the images should not show.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time.")] = 4,
     height: Annotated[int | None, typer.Option(min=8, help="Height in px, a multiple of 8 (default: model's).")] = None,
@@ -79,26 +88,26 @@ def sample(
     from customdiff.adapters import adapter as adapters
     from customdiff.models import base as base_model
     from customdiff.models import sampling
-    from customdiff.publishing import hub
 
     if checkpoint is not None and adapter != "models/adapter":
         raise UserError("--checkpoint: replaces --adapter; give only one of them")
-    folder = hub.resolve(adapter, base_model=base) if checkpoint is None else of_checkpoint(checkpoint)
+    folder = of_adapter(adapter, base) if checkpoint is None else of_checkpoint(checkpoint)
     adapter_config = adapters.read_config(folder)
     _note_missing_tokens(prompts, adapter_config.tokens)
     chosen = adapter_config.base_model(base)
     if chosen.model.startswith("./") and not Path(chosen.model).is_dir():  # `push` writes local bases so
         raise UserError(f"{adapter}: its base model {chosen.model} does not exist here; name it with --base")
     pipe = base_model.load_pipeline(chosen, dtype=base_model.DTYPES[precision], device=base_model.device(device))
-    sampling.set_scheduler(pipe, scheduler)
+    settings = _settings(steps=steps, guidance_scale=guidance_scale, eta=eta, scheduler=scheduler)
+    sampling.set_scheduler(pipe, settings.scheduler)
     adapters.load(pipe, folder)
     images = sampling.generate(
         pipe,
         [prompt for prompt in prompts for _ in range(num_images)],
         [(seed + number) % 2**32 for _ in prompts for number in range(num_images)],
-        steps=steps,
-        guidance_scale=guidance_scale,
-        eta=eta,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        eta=settings.eta,
         batch_size=batch_size,
         height=height,
         width=width,
@@ -106,6 +115,12 @@ def sample(
     )
     _write_images(images, prompts, num_images, seed, out)
     typer.echo(f"{len(images)} images in {out}; grid: {out / 'grid.png'}")
+
+
+def _settings(**given: float | str | None) -> config.Evaluate:
+    """Section `evaluate` of params.yaml, or its defaults without the file, with the options that were given."""
+    known = config.load().evaluate if Path("params.yaml").is_file() else config.Evaluate()
+    return known.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
 def _check_options(height: int | None, width: int | None, device: str) -> None:
@@ -130,6 +145,13 @@ def _write_images(images: "list[Image.Image]", prompts: list[str], num_images: i
         prompt, number = prompts[index // num_images], index % num_images
         image.save(out / f"{index // num_images + 1}-{slug(prompt)}-seed{(seed + number) % 2**32}.png")
     grid(images, num_images).save(out / "grid.png")
+
+
+def of_adapter(name: str, base: str | None) -> Path:
+    """The folder of an adapter: itself, or downloaded from the Hub or MLflow."""
+    from customdiff.publishing import hub, registry
+
+    return registry.download(name) if name.startswith(registry.PREFIX) else hub.resolve(name, base_model=base)
 
 
 def of_checkpoint(name: str) -> Path:

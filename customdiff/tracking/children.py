@@ -1,6 +1,7 @@
 """Runs with parts: one parent for a comparison or a sweep, and a child for each method, adapter or checkpoint."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from customdiff.config import Tracking
 from customdiff.tracking.figures import EVALUATION
@@ -18,6 +19,7 @@ def log_child(
     run_id: str | None = None,
     model_id: str | None = None,
     tags: Mapping[str, str] | None = None,
+    store: Path | str | None = None,
 ) -> None:
     """Log the figures of one part in a run below `parent`; nothing if the parent is not tracked.
 
@@ -28,13 +30,14 @@ def log_child(
         run_id: a child that the part has already, from its training; None: a new one.
         model_id: MLflow's model that the figures belong to.
         tags: of a new run.
+        store: see `start`.
     """
     if parent.run_id is None:
         return
     if run_id:
-        opened = resume(settings, run_id, name, tags=tags, parent=parent.run_id)
+        opened = resume(settings, run_id, name, tags=tags, parent=parent.run_id, store=store)
     else:
-        opened = start(settings, name, tags=tags, parent=parent.run_id)
+        opened = start(settings, name, tags=tags, parent=parent.run_id, store=store)
     with opened as child:
         child.values(values)
         if model_id:

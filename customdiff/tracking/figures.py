@@ -42,16 +42,15 @@ def evaluation_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     Intervals are left out: as single values they would each get a chart of their own.
 
     Returns:
-        For each metric `text_alignment`, `base_text_alignment` and `text_alignment_delta`, all with `EVALUATION` before
-        them; with several concepts also those of each, with `.<concept>` at the end.
+        For each metric `text_alignment` and `text_alignment_delta`, with `EVALUATION` before them; with several
+        concepts also those of each, with `.<concept>` at the end.
     """
     concepts = metrics["concepts"] if len(metrics["concepts"]) > 1 else {}
     flat: dict[str, float] = {}
     for suffix, group in {"": metrics, **{f".{name}": own for name, own in concepts.items()}}.items():
         for name, values in group.items():
             if isinstance(values, Mapping) and "adapter" in values:
-                flat |= {f"{name}{suffix}": values["adapter"], f"base_{name}{suffix}": values["base"]}
-                flat[f"{name}_delta{suffix}"] = values["delta"]
+                flat |= {f"{name}{suffix}": values["adapter"], f"{name}_delta{suffix}": values["delta"]}
     return {EVALUATION + name: value for name, value in flat.items()}
 
 

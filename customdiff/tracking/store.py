@@ -40,7 +40,7 @@ Adapters that teach a text-to-image model a subject from a few photos
 | --- | --- |
 | `evaluation/image_alignment` | similarity of generated images to the photos; higher is better |
 | `evaluation/text_alignment` | similarity of generated images to their prompts; an adapter usually loses a little |
-| `evaluation/base_...` | the same of the base model without the adapter |
+| `evaluation/..._delta` | the change from the base model |
 | `evaluation/score` | what decides which version is `champion` (`tracking.score` in params.yaml) |
 
 Each checkpoint is a model on the *Models* page. Evaluated adapters are registered as `customdiff-<concepts>`.
