@@ -42,6 +42,7 @@ def main() -> None:
     page = report.html(summary, scored, sheet, params, adapter_config, TRAINING / "steps.csv")
     with atomic_directory(RESULTS) as out:
         (out / "metrics.json").write_text(summary.to_json(), encoding="utf-8")
+        (out / "summary.json").write_text(summary.to_short_json(), encoding="utf-8")
         (out / "report.html").write_text(page, encoding="utf-8")
         scores.write_table(scored, out / "per_prompt.csv")
         write_images(pairs, out / "images")

@@ -14,6 +14,8 @@ from customdiff.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from customdiff.adapters.config import AdapterConfig
+
 
 class Scheduler(StrEnum):
     """Values of --scheduler."""
@@ -34,6 +36,12 @@ class Precision(StrEnum):
 
 
 FROM_PARAMS = "(default: evaluate in params.yaml)"
+Steps = Annotated[int | None, typer.Option(min=1, help=f"Sampler steps {FROM_PARAMS}.")]
+GuidanceScale = Annotated[float | None, typer.Option(min=0, help=f"Scale of classifier-free guidance {FROM_PARAMS}.")]
+Eta = Annotated[
+    float | None, typer.Option(min=0, max=1, help=f"Noise of ddim; other samplers ignore it {FROM_PARAMS}.")
+]
+SchedulerOption = Annotated[Scheduler | None, typer.Option(help=f"Sampler; base: the model's own {FROM_PARAMS}.")]
 EXAMPLES = """Examples:
 
 \b
@@ -65,17 +73,13 @@ def sample(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images and their grid.")] = Path("samples"),
     num_images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help=f"Sampler steps {FROM_PARAMS}.")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help=f"Scale of classifier-free guidance {FROM_PARAMS}.")
-    ] = None,
-    eta: Annotated[
-        float | None, typer.Option(min=0, max=1, help=f"Noise of ddim; other samplers ignore it {FROM_PARAMS}.")
-    ] = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    eta: Eta = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of a prompt's first image; the next one adds 1.")
     ] = 42,
-    scheduler: Annotated[Scheduler | None, typer.Option(help=f"Sampler; base: the model's own {FROM_PARAMS}.")] = None,
+    scheduler: SchedulerOption = None,
     negative_prompt: Annotated[str | None, typer.Option(help="Prompt of what the images should not show.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time.")] = 4,
     height: Annotated[int | None, typer.Option(min=8, help="Height in px, a multiple of 8 (default: model's).")] = None,
@@ -94,9 +98,7 @@ def sample(
     folder = of_adapter(adapter, base) if checkpoint is None else of_checkpoint(checkpoint)
     adapter_config = adapters.read_config(folder)
     _note_missing_tokens(prompts, adapter_config.tokens)
-    chosen = adapter_config.base_model(base)
-    if chosen.model.startswith("./") and not Path(chosen.model).is_dir():  # `push` writes local bases so
-        raise UserError(f"{adapter}: its base model {chosen.model} does not exist here; name it with --base")
+    chosen = _base_of(adapter_config, adapter, base)
     pipe = base_model.load_pipeline(chosen, dtype=base_model.DTYPES[precision], device=base_model.device(device))
     settings = _settings(steps=steps, guidance_scale=guidance_scale, eta=eta, scheduler=scheduler)
     sampling.set_scheduler(pipe, settings.scheduler)
@@ -145,6 +147,13 @@ def _write_images(images: "list[Image.Image]", prompts: list[str], num_images: i
         prompt, number = prompts[index // num_images], index % num_images
         image.save(out / f"{index // num_images + 1}-{slug(prompt)}-seed{(seed + number) % 2**32}.png")
     grid(images, num_images).save(out / "grid.png")
+
+
+def _base_of(adapter_config: "AdapterConfig", adapter: str, base: str | None) -> config.Base:
+    chosen = adapter_config.base_model(base)
+    if chosen.model.startswith("./") and not Path(chosen.model).is_dir():  # `push` writes local bases so
+        raise UserError(f"{adapter}: its base model {chosen.model} does not exist here; name it with --base")
+    return chosen
 
 
 def of_adapter(name: str, base: str | None) -> Path:

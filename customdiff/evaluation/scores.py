@@ -63,6 +63,15 @@ class Summary:
         overall = {name: metric.to_dict() for name, metric in self.overall.items()}
         return json.dumps(overall | {"concepts": concepts} | counts, indent=2, allow_nan=False) + "\n"
 
+    def to_short_json(self) -> str:
+        """The text of summary.json: what `dvc exp show` compares, three digits, without intervals."""
+        values = {}
+        for name in ("image_alignment", "text_alignment"):
+            metric = self.overall[name]
+            values[name] = round(metric.adapter, 3)
+            values[f"{name.partition('_')[0]}_delta"] = round(metric.delta, 3)
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
 
 def check_concepts(adapter_config: AdapterConfig, concepts: Mapping[str, Concept]) -> None:
     """Refuse an adapter that has not learned the concepts of params.yaml under their tokens.
