@@ -116,7 +116,6 @@ def sample(
         negative_prompt=negative_prompt,
     )
     _write_images(images, prompts, num_images, seed, out)
-    typer.echo(f"{len(images)} images in {out}; grid: {out / 'grid.png'}")
 
 
 def _settings(**given: float | str | None) -> config.Evaluate:
@@ -141,12 +140,13 @@ def _note_missing_tokens(prompts: list[str], tokens: list[str]) -> None:
 
 
 def _write_images(images: "list[Image.Image]", prompts: list[str], num_images: int, seed: int, out: Path) -> None:
-    """Write images, `num_images` per prompt, and their grid to `out`."""
+    """Write images, `num_images` per prompt, and their grid to `out`, and say so."""
     out.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         prompt, number = prompts[index // num_images], index % num_images
         image.save(out / f"{index // num_images + 1}-{slug(prompt)}-seed{(seed + number) % 2**32}.png")
     grid(images, num_images).save(out / "grid.png")
+    typer.echo(f"{len(images)} images in {out}; grid: {out / 'grid.png'}")
 
 
 def _base_of(adapter_config: "AdapterConfig", adapter: str, base: str | None) -> config.Base:
