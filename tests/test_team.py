@@ -17,7 +17,7 @@ SAMPLE = [sys.executable, "-m", "customdiff.cli", "sample", "a <new1> cat", "--s
 
 
 def test_the_adapter_in_the_repository_fits_the_base_model():
-    """A clone can draw at once; if this fails after a change of data/base, data/adapters/README.md says how to mend it."""
+    """A clone can draw at once; data/adapters/README.md says how to make it again after a change of data/base."""
     learned = adapter.read(ROOT / "data/adapters/cat")
     pipe = base.load_pipeline(learned.config.base_model(str(ROOT / "data/base")))
     adapter.inject(pipe, learned)

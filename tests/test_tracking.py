@@ -14,6 +14,7 @@ from PIL import Image
 
 from customdiff import tracking
 from customdiff.config import Params
+from customdiff.tracking import pictures
 
 CONCEPT = {
     "source": {"path": "cats"},
@@ -195,11 +196,21 @@ def test_names_and_descriptions_of_runs(monkeypatch):
     monkeypatch.setenv("DVC_EXP_NAME", "lower-lr")
     assert tracking.run_name(params(concepts=both)) == "lower-lr · cat+pot · custom_diffusion · 250 steps"
     metrics = {"image_alignment": paired(1, 3), "num_prompts": 9, "num_images": 27, "concepts": {"cat": {}}}
-    text = tracking.evaluation_description(params(), metrics, ["The subject is learned."], "get-artifact?path=x")
+    text = tracking.evaluation_description(params(), metrics, ["The subject is learned."], ["![x](y)"], 2.0)
     assert text.startswith("**The subject is learned.**")
     assert "| 1.000 | **3.000** | +2.000 (+1.000 to +3.000) |" in text
-    assert "](get-artifact?path=x)" in text
+    assert "![x](y)" in text
     assert "`<new1> cat`" in text
+
+
+def test_validation_images_are_shown_by_step(tmp_path):
+    for name, color in (("step000000-prompt0-0", "red"), ("step000125-prompt0-0", "blue"), ("none", "green")):
+        Image.new("RGB", (64, 64), color).save(tmp_path / f"{name}.png")
+    sheet = Image.open(pictures.validation_sheet(tmp_path, tmp_path / "out.jpg"))
+    colors = [sheet.getpixel((x, 24 + 64)) for x in (64, 134 + 64)]
+    assert colors[0][0] > 240 > 20 > colors[0][2]
+    assert colors[1][2] > 240 > 20 > colors[1][0]
+    assert pictures.validation_sheet(tmp_path / "absent", tmp_path / "out.jpg") is None
 
 
 def test_the_experiment_has_a_kind_and_a_description(store, read):

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from customdiff import tracking
@@ -13,6 +13,7 @@ from customdiff.config import Params
 from customdiff.errors import UserError
 from customdiff.tracking import DataSet, Model, Tracker
 from customdiff.tracking.models import SCORE, SCORED_ON, promote, register
+from customdiff.tracking.pictures import preview, validation_sheet
 from customdiff.tracking.pyfunc import ADAPTER, DIFFUSERS_FLAVOR_METHOD, diffusers_files, pyfunc_files
 
 PREFIX = "models:/"
@@ -51,11 +52,10 @@ def log_evaluation(
         tracker.artifact(results / name, "evaluate")
     for name in ("params.yaml", "dvc.lock"):
         tracker.text_artifact(name)
-    sheet = tracker.artifact_address("evaluate/contact_sheet.jpg")
-    description = tracking.evaluation_description(params, metrics, verdict, sheet, seconds)
-    tracker.description(description)
+    pictures = _pictures(tracker, results)
+    tracker.description(tracking.evaluation_description(params, metrics, verdict, pictures, seconds))
     scored_on = _digest(params, graded_on, training)
-    tags = {SCORE: repr(score), SCORED_ON: scored_on}
+    tags = {SCORE: f"{score:.6f}", SCORED_ON: scored_on}
     model = Model(
         name=f"{'-'.join(params.concepts)}-adapter",
         kind="adapter",
@@ -72,7 +72,7 @@ def log_evaluation(
     if logged is None:
         return None
     name = tracking.model_name(list(params.concepts))
-    return tracker.do(lambda client: _register(client, logged, name, tags, description))
+    return tracker.do(lambda client: _register(client, logged, name, tags, " ".join(verdict)))
 
 
 def download(address: str) -> Path:
@@ -104,6 +104,18 @@ def download(address: str) -> Path:
     if not Path(folder, CONFIG_FILE).is_file():
         raise UserError(f"{address}: has no adapter; name a model that customdiff logged")
     return Path(folder)
+
+
+def _pictures(tracker: Tracker, results: Path) -> list[str]:
+    """Log the validation images and a small contact sheet; returns Markdown that shows them."""
+    with TemporaryDirectory() as scratch:
+        validation = validation_sheet(results.parent / "train/validation", Path(scratch, "validation.jpg"))
+        sheet = results / "contact_sheet.jpg"
+        small = preview(sheet, Path(scratch, "contact_sheet.jpg")) if sheet.exists() else None
+        return [
+            tracker.picture("Validation images by step", validation),
+            tracker.picture("Contact sheet: each prompt by the base model and by the adapter", small),
+        ]
 
 
 def _register(client: Any, logged: Any, name: str, tags: Mapping[str, str], description: str) -> str:

@@ -22,7 +22,11 @@ def run_params(params: Params) -> dict[str, str]:
     """
     every = flatten(params.model_dump())
     wanted = {**flatten(_changed(params)), **{key: every[key] for key in ALWAYS}}
-    return {key: value for key, value in every.items() if key in wanted and not key.startswith(NEVER)}
+    return {
+        key: value
+        for key, value in every.items()
+        if key in wanted and not key.startswith(NEVER) and ".source." not in key  # the data sets have it
+    }
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

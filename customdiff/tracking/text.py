@@ -34,14 +34,14 @@ def training_description(params: Params) -> str:
 
 
 def evaluation_description(
-    params: Params, metrics: Mapping[str, Any], verdict: Sequence[str], sheet: str | None, seconds: float | None = None
+    params: Params, metrics: Mapping[str, Any], verdict: Sequence[str], pictures: Sequence[str], seconds: float
 ) -> str:
-    """Markdown: verdict, figures beside the base model's, contact sheet, and the description of the training.
+    """Markdown: verdict, figures beside the base model's, pictures, and the description of the training.
 
     Args:
         metrics: contents of metrics.json.
         verdict: sentences.
-        sheet: address of the contact sheet.
+        pictures: Markdown of each; see `Tracker.picture`.
         seconds: that the evaluation took.
     """
     parts = [f"**{' '.join(verdict)}**"] if verdict else []
@@ -60,11 +60,8 @@ def evaluation_description(
         if isinstance(figure, Mapping) and "adapter" in figure
     ]
     parts.append(_table(("figure", "base model", "adapter", "change (95 % interval)"), rows))
-    took = f", {seconds:.0f} s" if seconds else ""
-    parts.append(f"{metrics['num_prompts']} prompts, {metrics['num_images']} images of each model{took}.")
-    if sheet:
-        parts.append(f"![Contact sheet: each prompt by the base model and by the adapter]({sheet})")
-    return "\n\n".join([*parts, training_description(params)])
+    parts.append(f"{metrics['num_prompts']} prompts, {metrics['num_images']} images of each model, {seconds:.0f} s.")
+    return "\n\n".join([*parts, *filter(None, pictures), training_description(params)])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -232,9 +232,12 @@ class Tracker:
         """Log a model and return MLflow's `LoggedModel`, or None; see `models.log_model`."""
         return self.do(lambda client: log_model(client, str(self.run_id), model, files))
 
-    def artifact_address(self, path: str) -> str | None:
-        """Address of an artifact for images in descriptions, relative to MLflow's page; None if nothing is tracked."""
-        return f"get-artifact?path={path}&run_uuid={self.run_id}" if self._client else None
+    def picture(self, title: str, path: Path | None) -> str:
+        """Log an image and return Markdown that shows it in the run's description; empty if there is no image."""
+        if path is None or self._client is None:
+            return ""
+        self.artifact(path, "pictures")
+        return f"![{title}](get-artifact?path=pictures/{path.name}&run_uuid={self.run_id})"
 
     def write_run_id(self, path: Path | str) -> None:
         """Write the run's id to a JSON file, for `for_evaluation`."""

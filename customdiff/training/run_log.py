@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from customdiff import tracking
 from customdiff.config import Params
 from customdiff.tracking import Model, Tracker
 from customdiff.tracking.models import CHECKPOINT
+from customdiff.tracking.pictures import validation_sheet
 from customdiff.tracking.pyfunc import pyfunc_files
 from customdiff.training import step_log
 from customdiff.training.checkpoints import RunFolder, step_of
@@ -33,6 +35,10 @@ def end(
         rows: metrics of each step.
     """
     tracker.metrics({"seconds": round(seconds, 2)})
+    with TemporaryDirectory() as scratch:
+        sheet = validation_sheet(folder.path / "validation", Path(scratch, "validation.jpg"))
+        picture = tracker.picture("Validation images by step", sheet)
+    tracker.description("\n\n".join(filter(None, [picture, tracking.training_description(params)])))
     data = next(iter(tracking.training_sets(params, prepared.parent)), None)
     for checkpoint in folder.checkpoints():
         step = step_of(checkpoint)
