@@ -146,7 +146,7 @@ def test_mlflow_has_checkpoints_and_the_registered_adapter(clone):
     models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{champion.run_id}'")
     assert {model.name for model in models} == {"cat-step-2", "cat-step-4", "cat-adapter"}
     (adapter,) = (model for model in models if model.name == "cat-adapter")
-    assert adapter.model_id == champion.model_id
+    assert champion.source == f"models:/{adapter.model_id}"
     figure = next(metric for metric in adapter.metrics if metric.key == "evaluation/image_alignment")
     assert figure.value == run.data.metrics["evaluation/image_alignment"]
     assert figure.dataset_name == "evaluation prompts"
