@@ -16,6 +16,7 @@ help: ## list the targets
 install: $(VENV)/installed .venv-clip-retrieval/installed ## create both environments from the lock files
 
 repro: install ## run the stages of the pipeline that have changed
+	customdiff check
 	dvc repro
 	@echo "report: results/evaluate/report.html    run: make ui    adapter: models/adapter"
 
@@ -51,7 +52,7 @@ lock: $(VENV)/installed ## update the lock files
 LOCK := --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
 clean: ## remove outputs; environments, DVC's cache and MLflow's store stay
-	rm -rf .checkpoints .base-images .input-hashes.json build data/inputs data/instances data/classes data/prepared data/index models results/train results/evaluate
+	rm -rf .checkpoints .base-images .latents .input-hashes.json build data/inputs data/instances data/classes data/prepared data/index models results/train results/evaluate
 
 $(VENV)/installed: requirements/lock.txt requirements/uv.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; make PYTHON=python3.12 ..."; exit 1; }

@@ -1,14 +1,16 @@
-"""How much is learned from photos without captions: the template alone against masks with plain backgrounds.
+"""How much is learned from photos without captions, by what `prepare` does with them.
 
 Six concepts are painted variants of subjects that the embedded base model knows by class, photographed at 256 px on
 backgrounds of the world: five photos to learn from and three held out. Each is learned with the embedded defaults.
-The two example concepts of the repository, without their captions, can be named by --concepts.
+The two example concepts of the repository, without their captions, can be named by --concepts. `SETTINGS` are the rows:
+one caption for all photos (the recipe of the paper and of diffusers' script), several wordings of it, masks in the loss
+alone, captions by hand, by the captioner, masked subjects on plain backgrounds, and all together (the default).
 The figure is the share of the way: (adapter - base) / (holdout photos - base) of image alignment.
 
 Needs the picture sources (`python -m world.sources`) and clip-retrieval (CUSTOMDIFF_CLIP_RETRIEVAL). Results are kept
 in `<work>/results.jsonl`, one line per run; a run that is there already is not repeated.
 
-    python -m benchmarks.photos_only --settings template 0.75 --seeds 42 43 44 --threads 1
+    python -m benchmarks.photos_only --settings template default --seeds 42 43 44 --threads 1
     python -m benchmarks.photos_only --table
 """
 
@@ -29,6 +31,7 @@ from PIL import Image
 
 from customdiff import config
 from customdiff.evaluation.metrics import image_alignment, text_alignment
+from customdiff.evaluation.prompts import Prompt, read_prompts
 from customdiff.models.clip import Clip
 from customdiff.retrieval import class_images, clip_index
 from customdiff.sources import instance_images
@@ -66,16 +69,24 @@ def painted(picture: Image.Image, colors: tuple[str, str, str]) -> Image.Image:
     return Image.fromarray(np.dstack([np.clip(rgb, 0, 255).astype(np.uint8), alpha]))
 
 
+def places_of(name: str) -> list[str]:
+    """The backgrounds of a concept's photos: five to learn from, then three held out."""
+    if name in EXAMPLES:
+        return [shot.background for shots in SHOTS[name] for shot in shots]
+    rng = np.random.default_rng([5, list(CONCEPTS).index(name)])
+    return [str(place) for place in rng.permutation(BACKGROUNDS)[:8]]
+
+
 def write_photos(work: Path) -> None:
     """photos/<class>: five photos; holdout/<class>: three, and their captions for the judge."""
     for number, (name, (code, colors)) in enumerate(CONCEPTS.items()):
         picture = painted(trimmed(fluent(ROOT / "world/build/sources", code), CONCEPT_SIDE), colors)
-        places = np.random.default_rng([5, number]).permutation(BACKGROUNDS)
+        places = places_of(name)
         for folder, shots, first in (("photos", SHOTS["cat"][0], 0), ("holdout", SHOTS["cat"][1], 5)):
             to = work / folder / name
             to.mkdir(parents=True, exist_ok=True)
             for i, shot in enumerate(shots):
-                place = str(places[first + i])
+                place = places[first + i]
                 shot = type(shot)(place, shot.share, shot.centre, shot.degrees, shot.mirrored)
                 photograph(picture, shot, 5000 + 100 * number + first + i).save(to / f"{i + 1:02d}.png")
                 if folder == "holdout":
@@ -89,8 +100,33 @@ def write_photos(work: Path) -> None:
             (work / "holdout" / name / f"{i + 1:02d}.txt").write_text(caption)
 
 
+# row -> values of section `prepare`, and of `train`
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "template": ({"captions": "template", "masks": "none"}, {}),
+    "wordings": ({"captions": "sidecar", "masks": "none"}, {}),
+    "mask-loss": ({"captions": "template", "backgrounds": {"share": 0.0}}, {"mask_weight": 0.1}),
+    "hand-written": ({"captions": "sidecar", "masks": "none"}, {}),
+    "captioner": ({"captions": "auto", "masks": "none"}, {}),
+    "backgrounds": ({"captions": "template", "masks": "auto"}, {}),
+    "default": ({}, {}),
+    "default+mask-loss": ({}, {"mask_weight": 0.3}),
+    "default+place": ({"backgrounds": {"vary_place": True}}, {}),
+}
+WORDINGS = ("a photo of a {} {}", "a rendering of a {} {}", "the photo of my {} {}", "a close-up photo of a {} {}",
+            "a bright photo of the {} {}")  # fmt: skip
+
+
+def sidecars_of(name: str, setting: str) -> list[str]:
+    """The captions that lie beside a concept's five photos in a setting; none in most."""
+    if setting == "wordings":
+        return [wording.format("{}", name) for wording in WORDINGS]
+    if setting == "hand-written":
+        return [f"photo of a {{}} {name} {background_phrase(place)}" for place in places_of(name)[:5]]
+    return []
+
+
 def values_of(name: str, setting: str, seed: int) -> dict[str, Any]:
-    """The embedded preset for one concept; `setting` is template, or the share of views on plain backgrounds."""
+    """The embedded preset for one concept in a setting; a number is a share of views on plain backgrounds."""
     values = yaml.safe_load((ROOT / "customdiff/presets/embedded.yaml").read_text())
     values["base"]["seed"] = seed
     values["concepts"] = {
@@ -104,12 +140,10 @@ def values_of(name: str, setting: str, seed: int) -> dict[str, Any]:
     }
     values["train"]["validation"] = {"prompts": []}
     values["tracking"] = {"enabled": False}
-    prepare = values["prepare"]
-    if setting == "template":
-        prepare |= {"captions": "template", "masks": "none"}
-    else:
-        share, _, place = setting.partition("+")
-        prepare["backgrounds"] = {"share": float(share), "vary_place": place == "place"}
+    share = {"backgrounds": {"share": float(setting)}} if setting not in SETTINGS else {}
+    prepare, train = SETTINGS.get(setting, (share, {}))
+    values["prepare"] |= prepare
+    values["train"] |= train
     return values
 
 
@@ -117,7 +151,7 @@ def set_up(work: Path) -> None:
     """Photos, links to the shipped models, and the index of the pool."""
     work.mkdir(parents=True, exist_ok=True)
     (work / "data").mkdir(exist_ok=True)
-    for part in ("base", "clip", "judge", "pool", "prompts", "segmenter"):
+    for part in ("base", "captioner", "clip", "judge", "pool", "prompts", "segmenter"):
         if not (work / "data" / part).exists():
             (work / "data" / part).symlink_to(ROOT / "data" / part)
     write_photos(work)
@@ -126,12 +160,31 @@ def set_up(work: Path) -> None:
         clip_index.build_index("data/pool", "data/clip", "data/index")
 
 
+def backgrounds_recognized(judge: Clip, prompts: list[Prompt], name: str, kind: str) -> float:
+    """Share of a kind's images (base or customized) whose background the judge names rightly among the world's 21."""
+    right = []
+    for number, prompt in enumerate(prompts, 1):
+        named = [place for place in BACKGROUNDS if background_phrase(place) in prompt.template]
+        if not named:
+            continue
+        before, after = prompt.template.format(name).split(background_phrase(named[0]))
+        texts = [f"{before}{background_phrase(place)}{after}" for place in BACKGROUNDS]
+        paths = sorted(Path("results/evaluate/images", kind, name).glob(f"{number:02d}-*.png"))
+        scores = judge.images([Image.open(path) for path in paths]) @ judge.text(texts).T
+        right += [BACKGROUNDS[best] == named[0] for best in scores.argmax(1)]
+    return float(np.mean(right))
+
+
 def run(name: str, setting: str, seed: int) -> dict[str, Any]:
     """Learn one concept and evaluate it, in the work folder; returns the figures."""
     from stages import evaluate, prepare, train
 
     Path("params.yaml").write_text(yaml.safe_dump(values_of(name, setting, seed), sort_keys=False))
     params = config.load()
+    for path in Path("photos", name).glob("*.txt"):
+        path.unlink()
+    for number, caption in enumerate(sidecars_of(name, setting), 1):
+        Path("photos", name, f"{number:02d}.txt").write_text(caption + "\n")
     instance_images.collect(name, params.concepts[name].source, params.download, Path("data/instances", name))
     if not Path("data/classes", name).exists():
         folder = Path("data/classes", name)
@@ -148,6 +201,7 @@ def run(name: str, setting: str, seed: int) -> dict[str, Any]:
     photos, holdout = (instance_images.read_instance_images(Path(part, name)) for part in ("data/instances", "holdout"))
     texts = [path.read_text().strip() for path in sorted(Path("holdout", name).glob("*.txt"))]
     images = judge.images(holdout)
+    prompts = read_prompts(params.evaluate.prompts, name, params.concepts)
     return {
         "concept": name,
         "setting": setting,
@@ -159,6 +213,8 @@ def run(name: str, setting: str, seed: int) -> dict[str, Any]:
         "text_adapter": metrics["text_alignment"]["adapter"],
         "text_holdout": float(text_alignment(images, judge.text(texts)).mean()),
         "seconds_prepare": round(prepared, 1),
+        "background_base": backgrounds_recognized(judge, prompts, name, "base"),
+        "background_adapter": backgrounds_recognized(judge, prompts, name, "customized"),
     }
 
 
@@ -169,7 +225,8 @@ def way(row: dict[str, Any]) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: the share of the way of each concept and setting, mean over seeds, and the mean over concepts."""
-    settings = sorted({row["setting"] for row in rows}, key=lambda setting: (setting != "template", setting))
+    order = [*SETTINGS, *sorted({row["setting"] for row in rows} - set(SETTINGS))]
+    settings = [setting for setting in order if any(row["setting"] == setting for row in rows)]
     names = [name for name in (*CONCEPTS, *EXAMPLES) if any(row["concept"] == name for row in rows)]
     lines = [f"| concept | {' | '.join(settings)} |", f"| --- | {' | '.join('---' for _ in settings)} |"]
 
@@ -181,10 +238,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         spread = f" ({min(ways):.2f} to {max(ways):.2f})" if len(ways) > 1 else ""
         return f"{np.mean(ways):.2f}{spread}; text {100 * text:+.0f} %; n={len(ways)}"
 
+    def background_cell(chosen: list[dict[str, Any]]) -> str:
+        base, adapter = (np.mean([row[f"background_{kind}"] for row in chosen]) for kind in ("base", "adapter"))
+        return f"{100 * adapter / base:.0f} % ({adapter:.2f} of {base:.2f})"
+
+    by_setting = [
+        [row for row in rows if row["concept"] in CONCEPTS and row["setting"] == setting] for setting in settings
+    ]
     for name in [*names, "the six painted ones"]:
         chosen = [row for row in rows if row["concept"] in ([name] if name in names else CONCEPTS)]
         cells = [cell([row for row in chosen if row["setting"] == setting]) for setting in settings]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append(f"| background recognized, of the base's rate | {' | '.join(map(background_cell, by_setting))} |")
     text = [row["text_holdout"] / row["text_base"] - 1 for row in rows if row["concept"] in CONCEPTS]
     lines += ["", f"Holdout photos with their own captions: text {100 * np.mean(text):+.0f} %."]
     return "\n".join(lines)
@@ -195,7 +260,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build/photos-only")
     parser.add_argument("--concepts", nargs="+", default=list(CONCEPTS), choices=[*CONCEPTS, *EXAMPLES])
-    parser.add_argument("--settings", nargs="+", default=["template", "0.75"], help="template, or a share of views")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=["template", "default"],
+        metavar="SETTING",
+        help=f"{', '.join(SETTINGS)}, or a share of views on plain backgrounds",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="only print the table of what was run")

@@ -16,6 +16,7 @@ from customdiff.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_ASPECT = 50
 OTHER_SUFFIXES = (".heic", ".heif", ".avif")  # photo formats that are not supported; reported by name
 
 
@@ -66,6 +67,8 @@ def _decode(data: bytes, max_megapixels: float, name: str) -> Image.Image:
             name,
             f"too large: {image.width} x {image.height} px, above {max_megapixels:g} megapixels",
         )
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ImageError(name, f"too narrow: {image.width} x {image.height} px, above {MAX_ASPECT} to 1")
     try:
         image.load()
         return _to_rgb(_upright(image))

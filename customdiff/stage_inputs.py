@@ -7,11 +7,13 @@ wherever it lies. Paths that a backend or method does not use are not among its 
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from customdiff.config import Base, Concept, Params
 from customdiff.files import atomic_directory, atomic_file, project_home, sha256
+from customdiff.redaction import redact_values
 
 FOLDER = Path("data/inputs")
 HASHES = ".input-hashes.json"  # hashes of files by path, size and time, so that large models are hashed once
@@ -38,9 +40,9 @@ def write_inputs(params: Params, folder: Path = FOLDER) -> list[Path]:
 
 
 def download_data(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:
-    """Inputs of `download-data`: the source and its files, and the limits."""
+    """Inputs of `download-data`: the source and its files, and the limits; without secrets, because DVC shares them."""
     return {
-        "source": concept.source.model_dump(),
+        "source": redact_values(concept.source.model_dump()),
         "download": params.download.model_dump(),
         "files": hashes.of(concept.source.path),
     }
@@ -63,13 +65,19 @@ def retrieve_class_images(params: Params, name: str, hashes: "FileHashes") -> In
     retrieve = params.retrieve
     if not params.train.preserves_prior:
         return {"class images": False}
-    backends = {"index", "service", "generate", "folder"}
+    unused = {"index", "service", "generate", "folder"} - {retrieve.backend}
+    if retrieve.generates:
+        unused.discard("generate")
+    if retrieve.backend == "generate":
+        unused.add("fill")
+    if retrieve.backend not in ("index", "service"):
+        unused.add("min_similarity")
     inputs: Inputs = {
         "class_prompt": params.concepts[name].class_prompt,
-        "retrieve": retrieve.model_dump(exclude=backends - {retrieve.backend}),
+        "retrieve": redact_values(retrieve.model_dump(exclude=unused)),
         "download": params.download.model_dump(),
     }
-    if retrieve.backend == "generate":
+    if retrieve.generates:
         inputs |= _base(params.base, hashes)
     if retrieve.backend == "index":
         inputs["files"] = hashes.of(retrieve.index.clip)
@@ -81,13 +89,13 @@ def retrieve_class_images(params: Params, name: str, hashes: "FileHashes") -> In
 def prepare(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:
     """Inputs of `prepare`: prompts of the concept, section `prepare`, the captioner and the base model."""
     words = concept.model_dump(include={"modifier_token", "class_prompt", "instance_prompt"})
-    captioner = hashes.of(params.prepare.captioner) if params.prepare.captions == "blip" else {}
     return {
         "concept": words,
         "prepare": params.prepare.model_dump(),
         "class images": params.train.preserves_prior,
-        "captioner": captioner,
+        "captioner": hashes.of(params.prepare.captioning_model),
         "segmenter": hashes.of(params.prepare.segmentation_model),
+        "background images": hashes.of(params.prepare.backgrounds.images),
         "masked loss": params.train.mask_weight != 1,
         **_base(params.base, hashes),
     }
@@ -106,10 +114,16 @@ def train(params: Params, hashes: "FileHashes") -> Inputs:
 
 
 def evaluate(params: Params, hashes: "FileHashes") -> Inputs:
-    """Inputs of `evaluate`: its section, prompts and judge, the words of each concept, and the base model."""
+    """Inputs of `evaluate`: its section, prompts and judge, the words of each concept, and the base model.
+
+    Also the parameters of the training that `evaluation.verdict` names in the next step.
+    """
     words = {"modifier_token", "class_prompt"}
+    prior = {"method", "with_prior_preservation", "prior_loss_weight"}
     return {
         "evaluate": params.evaluate.model_dump(),
+        "train": params.train.model_dump(include={"max_steps", "learning_rate"} | prior),
+        "prepare": params.prepare.model_dump(include={"captions": True, "masks": True, "backgrounds": {"share"}}),
         "concepts": {name: concept.model_dump(include=words) for name, concept in params.concepts.items()},
         "files": hashes.of(params.evaluate.prompts, params.evaluate.clip),
         **_base(params.base, hashes),
@@ -150,7 +164,8 @@ class FileHashes:
             return self._file(path)
         digest = hashlib.sha256()
         for file in sorted(entry for entry in path.rglob("*") if entry.is_file() and not _is_hidden(entry, path)):
-            digest.update(f"{file.relative_to(path).as_posix()}\0{self._file(file)}\n".encode())
+            name = os.fsencode(file.relative_to(path).as_posix())  # also a name that is not UTF-8
+            digest.update(name + f"\0{self._file(file)}\n".encode())
         return digest.hexdigest()
 
     def _file(self, path: Path) -> str:

@@ -3,15 +3,16 @@
 import sys
 from pathlib import Path
 
-from customdiff import config
 from customdiff.errors import one_line_errors
-from customdiff.sources.instance_images import collect
 
 
-def main(name: str) -> None:
+def main(*arguments: str) -> None:
     """Collect the instance images of one concept."""
+    from customdiff import config
+    from customdiff.sources.instance_images import collect
+
     params = config.load()
-    concept = config.concept(params, name)
+    name, concept = config.stage_concept(params, arguments)
     folder = Path("data/instances", name)
     result = collect(name, concept.source, params.download, folder)
     print(f"{name}: {len(result.kept)} instance images in {folder}, {len(result.set_aside)} set aside")

@@ -3,43 +3,52 @@
 import time
 from pathlib import Path
 
-from customdiff import config
 from customdiff.errors import one_line_errors
-from customdiff.files import atomic_directory
 
 ADAPTER, TRAINING, RESULTS = Path("models/adapter"), Path("results/train"), Path("results/evaluate")
 
 
 def main() -> None:
     """Evaluate the adapter of the last training."""
+    from customdiff import config
+    from customdiff.files import atomic_directory
+
     params = config.load()  # before slow imports, so that errors in params.yaml appear at once
 
     from customdiff import provenance, tracking
     from customdiff.adapters.config import read_config
-    from customdiff.evaluation import report, scores
+    from customdiff.evaluation import report, scores, verdict
     from customdiff.evaluation.base_image_cache import cache_folder
     from customdiff.evaluation.generation import Generation, customized_subject, generate_pairs, write_images
     from customdiff.evaluation.prompts import read_all_prompts
     from customdiff.models import base
     from customdiff.models.clip import Clip
     from customdiff.publishing import registry
-    from customdiff.sources.instance_images import read_instance_images
+    from customdiff.sources.instance_images import captioned_photos, read_instance_images
 
     settings, concepts = params.evaluate, params.concepts
     adapter_config = read_config(ADAPTER)
     scores.check_concepts(adapter_config, concepts)
     prompts = read_all_prompts(settings.prompts, concepts)
-    instances = {name: read_instance_images(Path("data/instances", name)) for name in concepts}
+    folders = {name: Path("data/instances", name) for name in concepts}
+    instances = {name: read_instance_images(folder) for name, folder in folders.items()}
     judge = Clip.load(settings.clip, base.device(params.base.device))
 
     started = time.perf_counter()
     generation = Generation(params.base, settings, concepts, cache_folder())
     ((_, pairs),) = generate_pairs(generation, {"customized": ADAPTER}, prompts)
     scored = scores.score_prompts(pairs, instances, judge)
-    summary = scores.summarize(scored, len(pairs), resamples=settings.bootstrap, seed=params.base.seed)
+    ceilings = scores.photo_ceilings(instances, judge)
+    summary = scores.summarize(
+        scored, len(pairs), resamples=settings.bootstrap, seed=params.base.seed, ceilings=ceilings
+    )
+    captioned = {name: captioned_photos(folder) for name, folder in folders.items()}
+    found = verdict.verdicts(summary, params, captioned)
     seconds = time.perf_counter() - started
     sheet = report.contact_sheet(pairs, instances, concepts)
-    page = report.html(summary, scored, sheet, params, adapter_config, TRAINING / "steps.csv")
+    photos = [Path("data/prepared", name, "sheet.jpg") for name in concepts]
+    steps = TRAINING / "steps.csv"
+    page = report.html(summary, scored, sheet, params, adapter_config, steps, photos=photos, verdicts=found)
     with atomic_directory(RESULTS) as out:
         (out / "metrics.json").write_text(summary.to_json(), encoding="utf-8")
         (out / "summary.json").write_text(summary.to_short_json(), encoding="utf-8")
@@ -47,14 +56,13 @@ def main() -> None:
         scores.write_table(scored, out / "per_prompt.csv")
         write_images(pairs, out / "images")
         sheet.save(out / "contact_sheet.jpg", quality=90)
-    print("\n".join([*report.verdicts(summary), f"report: {RESULTS / 'report.html'}"]))
+    print("\n".join([*report.changes(summary), *verdict.lines(found), f"report: {RESULTS / 'report.html'}"]))
 
     texts = [generation.text(prompt, customized_subject) for prompt in prompts]
     name, tags = tracking.run_name(params), provenance.run_tags()
     with tracking.for_evaluation(params.tracking, TRAINING / "run.json", name, tags=tags) as tracker:
-        registered = registry.log_evaluation(
-            tracker, params, RESULTS, ADAPTER, texts, report.verdicts(summary), seconds
-        )
+        judged = registry.Judged(verdict.lines(found), *verdict.tracked(summary, found), seconds)
+        registered = registry.log_evaluation(tracker, params, RESULTS, ADAPTER, texts, judged)
     if registered:
         print(f"MLflow: {registered}")
 

@@ -1,14 +1,15 @@
 """index-pool: embed the pool of class images with clip-retrieval, in data/index."""
 
-from customdiff import config
 from customdiff.errors import one_line_errors
-from customdiff.retrieval import clip_index
 
 FOLDER = "data/index"
 
 
 def main() -> None:
     """Build the index if class images come from the pool."""
+    from customdiff import config
+    from customdiff.retrieval import clip_index
+
     params = config.load()
     retrieve = params.retrieve
     if not params.train.preserves_prior:

@@ -3,15 +3,16 @@
 import sys
 from pathlib import Path
 
-from customdiff import config
 from customdiff.errors import one_line_errors
-from customdiff.retrieval import class_images
 
 
-def main(name: str) -> None:
+def main(*arguments: str) -> None:
     """Retrieve one concept's class images, if the training uses them."""
+    from customdiff import config
+    from customdiff.retrieval import class_images
+
     params = config.load()
-    concept = config.concept(params, name)
+    name, concept = config.stage_concept(params, arguments)
     folder = Path("data/classes", name)
     if not params.train.preserves_prior:
         print(f"{name}: no class images are retrieved: {class_images.write_unused(params.train, folder)}")
@@ -22,6 +23,7 @@ def main(name: str) -> None:
         f"{name}: {len(result.kept)} class images of {concept.class_prompt!r} in {folder}, "
         f"{len(result.set_aside)} set aside"
     )
+    print(f"  {result.origin}")
     similarities = [entry["similarity"] for entry in result.kept if entry["similarity"] is not None]
     if similarities:
         print(f"  similarity to the class prompt: {max(similarities):.3f} to {min(similarities):.3f}")

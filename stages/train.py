@@ -3,13 +3,14 @@
 import os
 from pathlib import Path
 
-from customdiff import config
 from customdiff.errors import one_line_errors
-from customdiff.training.launch import command
 
 
 def main() -> None:
     """Train, or continue an interrupted training."""
+    from customdiff import config
+    from customdiff.training.launch import command
+
     params = config.load()
     if params.train.launch.num_processes > 1 and "LOCAL_RANK" not in os.environ:
         arguments = command(params.train, __file__)

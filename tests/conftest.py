@@ -24,6 +24,7 @@ from customdiff.config import Params
 from customdiff.models import base, methods, modifier_tokens
 from customdiff.models.text import text_encoders
 from customdiff.preparation import prepare, prepared_set
+from customdiff.preparation.examples import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["photo", "of", "a", "the", "cat", "dog", "pot", "wooden", "very", "small", "far", "away", "on", "red", "grass"]
@@ -209,7 +210,7 @@ def tiny_params(base: Path, *, concepts: dict | None = None, prepare: dict | Non
         {
             "base": {"model": str(base), "device": "cpu"},
             "concepts": concepts or {"cat": concept_values()},
-            "prepare": {"resolution": 32, "views": 4} | (prepare or {}),
+            "prepare": {"resolution": 32, "views": 4, "captioner": None} | (prepare or {}),
             "train": {"max_steps": 6, "learning_rate": 1e-3, "checkpointing_steps": 2} | train,
         }
     )
@@ -225,7 +226,7 @@ def write_prepared(folder: Path, params: Params) -> Path:
             ("instance", images[:4], [concept.caption] * 4, prepare.prepare_instances),
             ("class", images[4:], [f"a {concept.class_prompt} on red", "the grass"] * 3, prepare.prepare_classes),
         ):
-            examples = [prepare.Example(*pair) for pair in zip(paths, captions, strict=True)]
+            examples = [Example(*pair) for pair in zip(paths, captions, strict=True)]
             seed = prepare.seed_of(params.base.seed, name, kind)
             prepared_set.save(prepare_images(examples, params.prepare, vae, seed), folder / name / kind)
     return folder

@@ -116,6 +116,16 @@ def test_sample_notes_that_no_prompt_names_the_concept(learned, tmp_path):
     assert "<new1>" in result.output
 
 
+def test_sample_keeps_the_images_that_exist(learned, tmp_path):
+    """The same image is written once; another one of the same name gets a name of its own."""
+    for steps in ("1", "1", "2"):
+        result = run("sample", "<new1>", "--adapter", str(learned), "--out", str(tmp_path), "--steps", steps)
+        assert result.exit_code == 0, result.output
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"1-new1-seed42.png", "1-new1-seed42-2.png", "grid.png", "grid-2.png"}
+    assert "grid-2.png" in result.output
+
+
 @pytest.fixture
 def trainings(learned, tmp_path, monkeypatch):
     """Two runs: `late` with steps 2 and 10, begun an hour after `early` with step 4; no two checkpoints are alike."""

@@ -78,6 +78,10 @@ def test_defaults_are_those_of_the_reference_script(tmp_path):
             "exactly one of path, url and hub (here: path, hub)",
         ),
         (
+            lambda v: v.update(train={"validation": {"prompts": ["a {}", "a <new2> cat"]}}),
+            "train.validation.prompts: 'a <new2> cat' names <new2>, which no concept has (modifier tokens: <new1>)",
+        ),
+        (
             lambda v: v["concepts"]["cat"].update(source={"url": "http://x/y.zip"}),
             "source.url: string should match pattern",
         ),
@@ -123,6 +127,20 @@ def test_a_rate_written_without_a_dot_is_a_number(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(GOOD) + "train:\n  learning_rate: 1e-5\n")
     assert config.load(path).train.learning_rate == 1e-5
+
+
+def test_validation_prompts_name_every_concept_in_turn_and_may_have_other_text_in_brackets(tmp_path):
+    def change(values):
+        values["concepts"]["pot"] = values["concepts"]["cat"] | {
+            "modifier_token": "<b>-1",
+            "class_prompt": "wooden pot",
+        }
+        values["train"] = {"validation": {"prompts": ["a {} on grass", "a <new1> cat <3", "< a cat >", "{} and {}"]}}
+
+    assert load(tmp_path, change).validation_prompts == [
+        *("a <new1> cat on grass", "a <b>-1 wooden pot on grass", "a <new1> cat <3", "< a cat >"),
+        *("<new1> cat and <new1> cat", "<b>-1 wooden pot and <b>-1 wooden pot"),
+    ]
 
 
 @pytest.mark.parametrize(

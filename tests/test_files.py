@@ -1,8 +1,12 @@
 """Outputs are whole or not there at all, also after a kill."""
 
+import errno
 import hashlib
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -38,6 +42,65 @@ def test_a_killed_process_leaves_the_old_folder(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["a"]
     with files.atomic_directory(folder) as incoming:
         assert list(incoming.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_do_not_write_the_same_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
+    hold = (
+        "import sys, time; from customdiff import files\n"
+        "with files.atomic_directory(sys.argv[1]): print('ready', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "out")], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=f"out: process {other.pid} is writing it"), files.locked(tmp_path / "out"):
+            pass
+        other.kill()
+    with files.atomic_directory(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_is_not_replaced_by_a_folder(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="out: is a link"), files.atomic_directory(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").is_symlink()
+
+
+@pytest.mark.parametrize("problem", [OSError(errno.ENOSPC, "full", "a/b"), OSError(errno.EACCES, "denied", "a/b")])
+def test_the_state_of_the_machine_is_one_line(capsys, problem):
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise problem
+    assert ended.value.code == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: 'a/b': ")
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line(capsys, number):
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_stage_ends_with_dvc(tmp_path):
+    """The stage's parent, in the place of dvc, is killed; the stage gets a SIGTERM and ends."""
+    stage = (
+        "import time; from customdiff.errors import one_line_errors\n"
+        "with one_line_errors(): print(1, flush=True); time.sleep(60)"
+    )
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {stage!r}])"
+    environment = os.environ | {"DVC_STAGE": "train"}
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as dvc:
+        dvc.stdout.readline()
+        dvc.kill()
+        assert b"interrupted by SIGTERM" in dvc.stderr.read()
 
 
 def test_a_file_is_replaced_only_at_the_end(tmp_path):

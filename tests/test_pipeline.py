@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from campaign.params_cases import NAMES
 from conftest import ROOT
 
 from customdiff import config, stage_inputs
@@ -178,19 +179,25 @@ def test_nothing_reruns_when_nothing_changed(changed):
     [
         ("base.device", "cpu", set()),
         ("base.seed", 1, {"prepare@cat", "train", "evaluate"}),
-        ("train.learning_rate", 1e-3, {"train"}),
-        ("train.max_steps", 5, {"train"}),
-        ("train.with_prior_preservation", False, {"index-pool", "retrieve-class-images@cat", "prepare@cat", "train"}),
+        ("train.learning_rate", 1e-3, {"train", "evaluate"}),
+        ("train.max_steps", 5, {"train", "evaluate"}),
+        (
+            "train.with_prior_preservation",
+            False,
+            {"index-pool", "retrieve-class-images@cat", "prepare@cat", "train", "evaluate"},
+        ),
         ("evaluate.num_images", 2, {"evaluate"}),
         ("evaluate.bootstrap", 2000, {"evaluate"}),
         ("prepare.hflip", True, {"prepare@cat"}),
         ("prepare.resolution", 64, {"prepare@cat", "train"}),
-        ("prepare.backgrounds.share", 0.5, {"prepare@cat"}),
-        ("prepare.masks", "none", {"prepare@cat"}),
+        ("prepare.backgrounds.share", 0.5, {"prepare@cat", "evaluate"}),
+        ("prepare.masks", "none", {"prepare@cat", "evaluate"}),
         ("train.mask_weight", 0.5, {"prepare@cat", "train"}),
         ("retrieve.num_class_images", 4, {"retrieve-class-images@cat"}),
         ("retrieve.index.pool", "elsewhere", set()),
         ("retrieve.generate.steps", 3, set()),
+        ("retrieve.min_similarity", 0.5, set()),
+        ("retrieve.fill", "generate", {"retrieve-class-images@cat"}),
         ("download.minimum", 3, {"download-data@cat", "retrieve-class-images@cat"}),
         ("concepts.cat.source.path", "data/holdout/cat", {"download-data@cat"}),
         ("concepts.cat.class_prompt", "animal", {"retrieve-class-images@cat", "prepare@cat", "train", "evaluate"}),
@@ -261,12 +268,26 @@ def test_a_mistake_stops_before_any_work(clone, changed):
     assert sorted((clone / "data/instances/cat").iterdir()) == images
 
 
-@pytest.mark.parametrize("name", ["cat; touch PWNED", "$(touch PWNED)", "`touch PWNED`", "cat && touch PWNED #"])
-def test_a_hostile_concept_name_never_reaches_the_shell(clone, changed, name):
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hostile_concept_name_never_reaches_the_shell(clone, changed, name, alone):
+    """Neither in `dvc repro`, nor where the user asks for its stage alone, even if its inputs exist."""
     edit(clone, {"concepts": {name: TEAPOT}})
-    output = run(clone, *DVC, "repro", check=False)
-    assert "params.yaml: concepts" in output
-    assert not (clone / "PWNED").exists()
+    docs = sorted((clone / "docs").iterdir())
+    if not alone:
+        output = run(clone, *DVC, "repro", check=False)
+        assert "params.yaml: concepts" in output
+    else:
+        inputs = clone / f"data/inputs/download-data/{name}.json"
+        inputs.parent.mkdir(parents=True, exist_ok=True)
+        inputs.touch()
+        output = run(clone, *DVC, "repro", "--single-item", f"download-data@{name}", check=False)
+        assert "error: params.yaml: concepts" in output or "ERROR" in output
+        if not inputs.resolve().is_relative_to(clone / "data/inputs"):
+            inputs.unlink()
+    assert "Traceback" not in output
+    assert not list(clone.rglob("PWNED*"))
+    assert sorted((clone / "docs").iterdir()) == docs
 
 
 def test_an_unreachable_tracking_server_is_a_warning(clone):

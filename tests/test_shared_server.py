@@ -31,7 +31,8 @@ for turn in range(3):
     (results / "metrics.json").write_text(json.dumps(metrics))
     with tracking.start(params.tracking, name) as tracker:
         tracker.metrics({"loss": 1.0}, 1)
-        assert registry.log_evaluation(tracker, params, results, Path(learned), ["a cat"], ["Good."], 1.0)
+        judged = registry.Judged(["Good."], {}, {}, 1.0)
+        assert registry.log_evaluation(tracker, params, results, Path(learned), ["a cat"], judged)
 """
 
 

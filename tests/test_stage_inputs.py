@@ -1,10 +1,15 @@
-"""Inputs of stages: what masks and the masked loss add to those of `prepare` and `train`."""
+"""Inputs of stages that depend on other parameters: masks, the masked loss, and how class images are found."""
+
+import os
 
 import pytest
+import yaml
 from conftest import concept_values
 
 from customdiff import stage_inputs
 from customdiff.config import Params
+from customdiff.errors import UserError
+from stages import inputs as inputs_stage
 
 
 @pytest.fixture
@@ -44,3 +49,106 @@ def test_the_masked_loss_is_an_input_of_train_and_its_use_one_of_prepare(inputs)
     plain, half, quarter = (inputs(train={"mask_weight": weight}) for weight in (1.0, 0.5, 0.25))
     assert plain[0] != half[0] == quarter[0]
     assert plain[1] != half[1] != quarter[1]
+
+
+def test_a_token_that_no_concept_has_stops_the_first_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"concepts": {"cat": concept_values()}, "evaluate": {"prompts": "prompts"}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/default.txt").write_text("a {} beside a <new2> pot\n")
+    with pytest.raises(UserError, match=r"default\.txt: line 1: names <new2>"):
+        inputs_stage.main()
+    assert not (tmp_path / "data").exists()
+    (tmp_path / "prompts/default.txt").write_text("a {} beside a <new1> cat\n")
+    inputs_stage.main()
+    assert (tmp_path / "data/inputs/evaluate.json").is_file()
+
+
+@pytest.fixture
+def retrieve_inputs(tmp_path):
+    """Inputs of `retrieve-class-images` for a section `retrieve`; all paths exist."""
+    for name in ("base", "clip", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+
+    def of(seed=42, **retrieve):
+        values = {
+            "base": {"model": str(tmp_path / "base"), "seed": seed},
+            "concepts": {"cat": concept_values()},
+            "retrieve": {"index": {"clip": str(tmp_path / "clip")}, "folder": str(tmp_path / "mine")} | retrieve,
+        }
+        hashes = stage_inputs.FileHashes(tmp_path / "hashes.json")
+        return stage_inputs.retrieve_class_images(Params.model_validate(values), "cat", hashes)
+
+    return of
+
+
+@pytest.mark.parametrize("backend", ["index", "service", "folder"])
+def test_class_images_depend_on_the_base_model_if_it_fills_up(retrieve_inputs, backend):
+    none, steps = {"backend": backend}, {"generate": {"steps": 3}}
+    assert retrieve_inputs(1, **none, **steps) == retrieve_inputs(**none)
+    filled = retrieve_inputs(**none, fill="generate")
+    assert filled["base files"] != {}
+    assert filled != retrieve_inputs(1, **none, fill="generate")
+    assert filled != retrieve_inputs(**none, fill="generate", **steps)
+    assert filled.get("files") == retrieve_inputs(**none).get("files")
+
+
+@pytest.mark.parametrize(
+    ("backend", "change", "read"),
+    [
+        ("index", {"min_similarity": 0.5}, True),
+        ("service", {"min_similarity": 0.5}, True),
+        ("folder", {"min_similarity": 0.5}, False),
+        ("generate", {"min_similarity": 0.5}, False),
+        ("generate", {"fill": "generate"}, False),
+    ],
+)
+def test_the_floor_is_an_input_where_it_is_read(retrieve_inputs, backend, change, read):
+    assert (retrieve_inputs(backend=backend) != retrieve_inputs(backend=backend, **change)) is read
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("train", {"max_steps": 7}),
+        ("train", {"learning_rate": 1e-3}),
+        ("train", {"with_prior_preservation": False}),
+        ("train", {"prior_loss_weight": 0.5}),
+        ("prepare", {"masks": "none"}),
+        ("prepare", {"captions": "template"}),
+        ("prepare", {"backgrounds": {"share": 0.5}}),
+    ],
+)
+def test_what_the_next_step_names_is_an_input_of_evaluate(tmp_path, section, change):
+    def inputs(**sections):
+        params = Params.model_validate({"concepts": {"cat": concept_values()}, **sections})
+        return stage_inputs.evaluate(params, stage_inputs.FileHashes(tmp_path / "hashes.json"))
+
+    assert inputs(**{section: change}) != inputs()
+    assert inputs(train={"adam_beta1": 0.8}, prepare={"views": 3}) == inputs()
+
+
+def test_no_secret_of_an_address_is_an_input(tmp_path):
+    """DVC stores the inputs in its cache and pushes them to its remotes."""
+    address = "https://bob:S3cr3t@host.org/a.zip?token=S3cr3t"
+    values = {
+        "concepts": {"cat": concept_values() | {"source": {"url": address}}},
+        "retrieve": {"backend": "service", "service": {"url": address}},
+    }
+    paths = stage_inputs.write_inputs(Params.model_validate(values), tmp_path / "inputs")
+    text = "".join(path.read_text() for path in paths)
+    assert "S3cr3t" not in text
+    assert text.count("https://host.org/a.zip") == 2
+
+
+def test_names_that_are_not_utf8_are_hashed(tmp_path):
+    hashes = stage_inputs.FileHashes(tmp_path / "hashes.json")
+    folder = os.fsencode(tmp_path) + b"/photos"
+    os.mkdir(folder)
+    open(folder + b"/\xff.png", "w").close()
+    before = hashes.of(str(tmp_path / "photos"))
+    os.rename(folder + b"/\xff.png", folder + b"/\xfe.png")
+    assert hashes.of(str(tmp_path / "photos")) != before
+    hashes.save()

@@ -14,6 +14,8 @@ from PIL import Image
 
 from customdiff import tracking
 from customdiff.config import Params
+from customdiff.errors import UserError
+from customdiff.interrupts import Interrupted
 from customdiff.tracking import pictures
 
 CONCEPT = {
@@ -113,6 +115,13 @@ def test_evaluation_adds_to_the_training_run_once_and_then_opens_its_own(store, 
         pass
     assert second.run_id != first.run_id
     assert read.get_run(second.run_id).data.tags[tracking.TRAINING_RUN] == training.run_id
+
+
+@pytest.mark.parametrize(("error", "status"), [(Interrupted(15), "KILLED"), (UserError("x"), "FAILED")])
+def test_the_status_tells_how_a_run_ended(store, read, error, status):
+    with pytest.raises(type(error)), tracking.start(params().tracking, "a run", store=store) as tracker:
+        raise error
+    assert read.get_run(tracker.run_id).info.status == status
 
 
 @pytest.mark.parametrize(
@@ -237,7 +246,7 @@ def test_data_sets_have_the_digests_of_dvc(store, read, tmp_path):
     assert set(found) == {"cat instance images", "cat class images", "evaluation prompts"}
     dataset, context = found["cat instance images"]
     assert (dataset.digest, context) == (dvc_digest(tmp_path / "data/instances/cat"), "training")
-    assert json.loads(dataset.source) == {"url": "https://example.org/cats.zip"}
+    assert json.loads(dataset.source) == {"url": "https://example.org/cats.zip?***"}
     assert json.loads(dataset.profile) == {"images": 1}
     dataset, context = found["evaluation prompts"]
     assert (json.loads(dataset.profile), context) == ({"prompts": 2, "images": 6}, "evaluation")

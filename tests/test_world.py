@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPTokenizer
 
-from world import train_segmenter
+from world import train_captioner, train_segmenter
 from world.backgrounds import bank
 from world.captions import named
 from world.catalogue import (
@@ -24,6 +25,7 @@ from world.catalogue import (
     TEXTURES,
     VARIED,
     article,
+    background_phrase,
     plural,
 )
 from world.datasets import pictures_by_individual, rich_distribution, scene_captions, scene_masks
@@ -631,16 +633,18 @@ def test_pool_is_a_well_formed_webdataset():
             stem, _, suffix = member.name.partition(".")
             keys.setdefault(stem, set()).add(suffix)
         assert 800 <= len(keys) <= 1400
-        assert all(suffixes == {"json", "jpg", "txt"} for suffixes in keys.values())
-        facts = [json.loads(tar.extractfile(f"{key}.json").read())["subjects"] for key in keys]
+        assert all(suffixes == {"jpg", "txt"} for suffixes in keys.values())
+        facts = json.loads((DATA / "pool/facts.json").read_text())
+        assert set(facts) == set(keys)
         for subject in VARIED:
-            assert sum(subject in subjects for subjects in facts) >= (80 if subject in CONCEPTS else 20)
+            shown = sum(subject in fact["subjects"] for fact in facts.values())
+            assert shown >= (60 if subject in CONCEPTS else 20)
         assert Image.open(tar.extractfile(f"{next(iter(keys))}.jpg")).size == (SIDE, SIDE)
 
 
 @shipped
 def test_what_ships_is_small():
-    parts = ("base", "clip", "judge", "pool", "concepts", "holdout")
+    parts = ("base", "captioner", "clip", "judge", "pool", "concepts", "holdout", "segmenter")
     size = sum(f.stat().st_size for part in parts for f in (DATA / part).rglob("*") if f.is_file())
     assert size < 36 * 2**20
 
@@ -709,3 +713,32 @@ def test_the_segmenter_finds_the_example_concepts():
             assert problem_of(found) == ""
             scales.append(found.mean() ** 0.5 / shot.share)
         assert np.std(scales) / np.mean(scales) < 0.1
+
+
+@shipped
+def test_a_captioners_caption_says_what_the_scene_shows(sprites):
+    tokenizer = CLIPTokenizer.from_pretrained(DATA / "clip")
+    of = train_captioner.distribution(sprites)
+    photos = [train_captioner.photo(sprites, of, index, told_share=0.5) for index in range(24)]
+    images, ids, labels = train_captioner.batch_of(photos, tokenizer)
+    assert images.shape == (24, 3, CLIP_SIDE, CLIP_SIDE)
+    for index, (_, first, rest, is_true) in enumerate(photos):
+        scene = compose(sprites, of, "base", index)
+        assert rest.endswith(background_phrase(scene.background))
+        learned = tokenizer.decode(ids[index][labels[index] >= 0], skip_special_tokens=True).strip()
+        assert learned == ((first + rest) if is_true else rest).strip()
+        if is_true:
+            assert any(word in first for word in (scene.subjects[0], plural(scene.subjects[0])))
+    assert {is_true for *_, is_true in photos} == {True, False}
+
+
+@shipped
+def test_the_captioner_names_the_backgrounds_of_the_example_concepts():
+    from customdiff.preparation.captioner import Captioner
+
+    captioner = Captioner(str(DATA / "captioner"), torch.device("cpu"))
+    for name, (shots, holdout) in SHOTS.items():
+        for folder, part in (("concepts", shots), ("holdout", holdout)):
+            paths = sorted((DATA / folder / name).glob("*.png"))
+            found = captioner.captions([Image.open(path).convert("RGB") for path in paths], name)
+            assert found == [f"photo of a {name} {background_phrase(shot.background)}" for shot in part]

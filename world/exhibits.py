@@ -141,27 +141,25 @@ def pool_scenes(sprites: Sprites, of: Distribution, wanted: dict[str, int]) -> I
 
 
 def export_pool(sprites: Sprites, params: dict, data: Path) -> None:
-    """Write data/pool/pool.tar, a webdataset: NNNNNN.jpg, NNNNNN.txt (caption), NNNNNN.json (what is there)."""
+    """Write data/pool: pool.tar, a webdataset of NNNNNN.jpg and NNNNNN.txt (caption), and facts.json, what is there."""
     of = pool_distribution()
     wanted = {subject: params["of_concepts" if subject in CONCEPTS else "of_each"] for subject in of.subjects}
     folder = data / "pool"
     folder.mkdir(parents=True, exist_ok=True)
-    written = 0
+    facts = {}
     with tarfile.open(folder / "pool.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for written, scene in enumerate(pool_scenes(sprites, of, wanted), 1):
+        for number, scene in enumerate(pool_scenes(sprites, of, wanted)):
             picture = io.BytesIO()
-            Image.fromarray(scene.image).save(picture, "JPEG", quality=92, subsampling=0, optimize=True)
-            facts = {"subjects": scene.subjects, "background": scene.background, "count": scene.count}
-            for suffix, content in (
-                ("json", json.dumps(facts).encode()),
-                ("jpg", picture.getvalue()),
-                ("txt", scene.caption.encode()),
-            ):
-                tar.addfile(*tar_entry(f"{written - 1:06d}.{suffix}", content))
+            Image.fromarray(scene.image).save(picture, "JPEG", quality=80, optimize=True)
+            tar.addfile(*tar_entry(f"{number:06d}.jpg", picture.getvalue()))
+            tar.addfile(*tar_entry(f"{number:06d}.txt", scene.caption.encode()))
+            facts[f"{number:06d}"] = {"subjects": scene.subjects, "background": scene.background, "count": scene.count}
+    lines = ",\n".join(f'"{key}": {json.dumps(value)}' for key, value in facts.items())
+    (folder / "facts.json").write_text(f"{{\n{lines}\n}}\n")
     (folder / "README.md").write_text(
-        f"# The pool of class images\n\n`pool.tar` is a webdataset of {written} captioned scenes, {SIDE} x {SIDE}: "
-        "`NNNNNN.jpg`, `NNNNNN.txt` (caption), `NNNNNN.json` (subjects, background). Each subject that the base model "
-        f"knows is in at least {params['of_each']} of them. None of them was seen in any training; the example "
-        "concepts' individuals are in none of them.\n\n"
+        f"# The pool of class images\n\n`pool.tar` is a webdataset of {len(facts)} captioned scenes, {SIDE} x {SIDE}: "
+        "`NNNNNN.jpg` and `NNNNNN.txt` (caption). `facts.json` lists subjects, background and count. Each subject that "
+        f"the base model knows is in at least {params['of_each']} of them. None of them was seen in any training; the "
+        "example concepts' individuals are in none of them.\n\n"
         "Sources: Fluent Emoji (copyright Microsoft Corporation, MIT); composed by `world/`.\n"
     )

@@ -67,8 +67,12 @@ def save(adapter: Adapter, folder: Path | str, *, with_pickle: bool = True) -> N
 
     Args:
         with_pickle: also write `.bin` files, for programs that read no safetensors. `read` never opens them.
+
+    Raises:
+        UserError: a weight is NaN or infinite.
     """
     folder = Path(folder)
+    check_values(adapter, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     name, missing = weights_name(adapter.config), _self_attention_layers(adapter)
     # diffusers requires an entry for each self-attention layer: in safetensors a zero-length tensor, which
@@ -96,7 +100,7 @@ def read(folder: Path | str) -> Adapter:
     """Read an adapter from its safetensors files.
 
     Raises:
-        UserError: a file is missing, damaged or incomplete.
+        UserError: a file is missing, damaged or incomplete, or a weight is NaN or infinite.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -104,13 +108,35 @@ def read(folder: Path | str) -> Adapter:
         weights = {}
         if methods.trains_unet(config):
             weights = load_file(folder / f"{weights_name(config)}.safetensors")
-        return Adapter(
+        adapter = Adapter(
             weights={name: weight for name, weight in weights.items() if weight.numel()},
             embeddings={token: _read_embedding(folder, token) for token in config.tokens},
             config=config,
         )
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{folder}: incomplete adapter ({error}); train again with `dvc repro`") from error
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: incomplete adapter ({reason}); train again with `dvc repro`") from error
+    check_values(adapter, str(folder))
+    return adapter
+
+
+def check_values(adapter: Adapter, name: str) -> None:
+    """Check that all weights and embeddings are finite floating-point numbers, and that embeddings are vectors.
+
+    Raises:
+        UserError: one is not; the message names it, and the adapter by `name`.
+    """
+    embeddings = {
+        f"the embedding of {token} in {encoder}": vector
+        for token, embedding in adapter.embeddings.items()
+        for encoder, vector in embedding.items()
+    }
+    for key, tensor in (adapter.weights | embeddings).items():
+        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+            raise UserError(f"{name}: {key} has values that are not finite; train again with a lower learning rate")
+    for key, vector in embeddings.items():
+        if vector.ndim != 1:
+            raise UserError(f"{name}: {key} has {vector.ndim} dimensions instead of 1; train again with `dvc repro`")
 
 
 def size(folder: Path | str) -> int:
@@ -196,11 +222,18 @@ def full_weights(adapter: Adapter, pipe: DiffusionPipeline) -> dict[str, Tensor]
     for name, original in attention.originals(pipe.unet, adapter.config.freeze_model).items():
         stem = name.removesuffix("weight")
         if f"{stem}up" in adapter.weights:
-            up, down = (adapter.weights[f"{stem}{factor}"].float() for factor in ("up", "down"))
-            weights[name] = _plain(original) + up @ down
+            weights[name] = _plain(original) + _product(adapter, stem, original.shape)
         else:
             weights[name] = adapter.weights.get(name, torch.zeros(0))
     return weights
+
+
+def _product(adapter: Adapter, stem: str, shape: torch.Size) -> Tensor:
+    """The product, of `shape`, of a weight's two factors in a compressed adapter."""
+    up, down = (adapter.weights.get(f"{stem}{factor}", torch.zeros(0)).float() for factor in ("up", "down"))
+    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0] or (up.shape[0], down.shape[1]) != shape:
+        raise UserError(f"incomplete adapter: the factors of {stem}weight do not have the base model's shape")
+    return up @ down
 
 
 def verify(pipe: DiffusionPipeline, adapter: Adapter) -> None:
@@ -225,10 +258,16 @@ def fingerprint(pipe: DiffusionPipeline) -> list[float]:
     """Samples that identify a base model by its weights: four key weights of each cross-attention layer, in order.
 
     Half precision changes them by less than the tolerance of `check_base`.
+
+    Raises:
+        UserError: one is NaN or infinite.
     """
     layers = [m for m in pipe.unet.modules() if getattr(m, "is_cross_attention", False)]
     samples = [layer.to_k.weight.detach().flatten()[:: max(1, layer.to_k.weight.numel() // 4)][:4] for layer in layers]
-    return [round(value, 6) for value in torch.cat(samples).float().cpu().tolist()]
+    values = torch.cat(samples).float().cpu()
+    if not bool(values.isfinite().all()):
+        raise UserError("base.model: its cross-attention has NaN or infinite weights; download it again")
+    return [round(value, 6) for value in values.tolist()]
 
 
 def token_file(token: str) -> str:
@@ -247,7 +286,8 @@ def check_base(pipe: DiffusionPipeline, adapter: Adapter) -> None:
     expected = torch.tensor(adapter.config.fingerprint)
     actual = torch.tensor(fingerprint(pipe))
     same_layers = attention.processor_names(pipe.unet) == adapter.config.processors and expected.shape == actual.shape
-    if not same_layers or torch.dist(expected, actual) > 0.02 * expected.norm():
+    # The comparison is false for NaN.
+    if not (same_layers and torch.dist(expected, actual) <= 0.02 * expected.norm()):
         raise UserError(
             f"the adapter was trained on {adapter.config.base.model}, but the pipeline is of another base model"
         )

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from customdiff.config import Base
+from customdiff.config.section import ModifierToken
 from customdiff.errors import UserError
 
 CONFIG_FILE = "adapter.json"
@@ -35,7 +36,7 @@ class LearnedConcept(_Part):
         initializer: words whose mean embedding initialized the token; None for imported adapters.
     """
 
-    modifier_token: str = Field(min_length=1)
+    modifier_token: ModifierToken
     class_prompt: str = ""
     instance_prompt: str = "{}"
     initializer: str | None = None
@@ -73,7 +74,7 @@ class AdapterConfig(_Part):
     concepts: dict[str, LearnedConcept] = Field(min_length=1)
     method: Literal["custom_diffusion", "textual_inversion", "lora"] = "custom_diffusion"
     freeze_model: Literal["crossattn_kv", "crossattn"] = "crossattn_kv"
-    lora_rank: int | None = None
+    lora_rank: int | None = Field(None, ge=1, le=4096)
     resolution: int | None = None
     steps: int | None = None
     seed: int | None = None
@@ -85,14 +86,30 @@ class AdapterConfig(_Part):
     imported: dict[str, str] | None = None
     merged_from: list[dict] | None = None
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "AdapterConfig":
+        tokens = [token.casefold() for token in self.tokens]
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("two concepts have the same modifier_token")
+        if self.method == "lora" and self.lora_rank is None:
+            raise ValueError("lora_rank is missing")
+        return self
+
     @property
     def tokens(self) -> list[str]:
         """Modifier tokens, in the order of the concepts."""
         return [concept.modifier_token for concept in self.concepts.values()]
 
     def base_model(self, override: str | None = None) -> Base:
-        """The base model to load: the folder or Hub repository `override`, or by default the one the adapter names."""
-        return Base(model=override) if override else Base.model_validate(self.base.model_dump(include=_BASE_KEYS))
+        """The base model to load: the folder or Hub repository `override`, or by default the one the adapter names.
+
+        Raises:
+            UserError: neither names a model.
+        """
+        try:
+            return Base(model=override) if override else Base.model_validate(self.base.model_dump(include=_BASE_KEYS))
+        except ValidationError as error:
+            raise UserError(f"the adapter's base model is invalid ({_first(error)}); name it with --base") from error
 
     def with_changes(self, **changes: object) -> "AdapterConfig":
         """A validated copy with some fields replaced."""
@@ -111,11 +128,17 @@ def read_config(folder: Path | str) -> AdapterConfig:
     """
     path = Path(folder) / CONFIG_FILE
     try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device would never end
+            raise OSError("not a file")
         return AdapterConfig.model_validate_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: no adapter found; give the folder of one, such as models/adapter") from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        reason = f"{key}: {problem['msg']}" if key else problem["msg"]
-        raise UserError(f"{path}: invalid ({reason}); train again with `dvc repro`") from error
+        raise UserError(f"{path}: invalid ({_first(error)}); train again with `dvc repro`") from error
+
+
+def _first(error: ValidationError) -> str:
+    """The first of the problems: key and message."""
+    problem = error.errors(include_input=False, include_url=False)[0]
+    key = ".".join(" ".join(str(part).split()) for part in problem["loc"])
+    return f"{key}: {problem['msg']}" if key else problem["msg"]

@@ -5,7 +5,7 @@ Commands import torch and diffusers when they run, so that help and errors appea
 
 import typer
 
-from customdiff.cli import adapters, compare, formats, hub, plots, preset, sample, sweep
+from customdiff.cli import adapters, captions, compare, formats, hub, new, plots, preset, sample, sweep
 from customdiff.errors import one_line_errors
 
 commands = typer.Typer(
@@ -16,11 +16,14 @@ commands = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="""Custom Diffusion: teach a text-to-image model a subject from a few photos.
 
-    To run the pipeline, edit params.yaml and run `dvc repro`. These commands prepare it and use its results.""",
+    To run the pipeline, add your photos with `customdiff new`, or edit params.yaml, and run `dvc repro`. These commands
+    prepare it and use its results.""",
 )
 commands.command(epilog=sample.EXAMPLES, short_help="Generate images with an adapter.")(sample.sample)
+commands.command(epilog=new.EXAMPLES, short_help="Add a concept to params.yaml from photos.")(new.new)
 commands.command(epilog=preset.EXAMPLES, short_help="List, print or install presets of params.yaml.")(preset.preset)
 commands.command(short_help="Check params.yaml.")(preset.check)
+commands.command(epilog=captions.EXAMPLES, short_help="Show or write the captions of photos.")(captions.captions)
 commands.command(epilog=sweep.EXAMPLES, short_help="Evaluate several checkpoints of a training.")(sweep.sweep)
 commands.command(short_help="List the checkpoints of all trainings.")(sweep.checkpoints)
 commands.command(epilog=compare.EXAMPLES, short_help="Compare methods or adapters.")(compare.compare)

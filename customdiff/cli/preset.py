@@ -75,12 +75,17 @@ def install_preset(source: Path, target: Path, presets: Iterable[Path], *, force
     elif not force and target.read_bytes() not in [path.read_bytes() for path in presets]:
         raise UserError(f"{target}: edited by you; --force replaces it and keeps a copy in {_free_backup(target)}")
     else:
-        backup = _free_backup(target)
-        shutil.copy2(target, backup)
-        kept = f"; the old file is kept as {backup}"
+        kept = f"; the old file is kept as {keep_backup(target)}"
     with atomic_file(target) as incoming:
         incoming.write_bytes(new)
     return f"{target} is now preset {source.stem}{kept}"
+
+
+def keep_backup(target: Path) -> Path:
+    """Copy a file to its first free backup name, and return that."""
+    backup = _free_backup(target)
+    shutil.copy2(target, backup)
+    return backup
 
 
 def _free_backup(target: Path) -> Path:

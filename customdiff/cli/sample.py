@@ -1,5 +1,6 @@
 """`customdiff sample`: generate images with an adapter."""
 
+import io
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +10,8 @@ import typer
 from pydantic import ValidationError
 
 from customdiff import config
-from customdiff.errors import UserError
+from customdiff.errors import UNPRINTABLE, UserError
+from customdiff.files import atomic_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +38,7 @@ class Precision(StrEnum):
 
 
 FROM_PARAMS = "(default: evaluate in params.yaml)"
-Steps = Annotated[int | None, typer.Option(min=1, help=f"Sampler steps {FROM_PARAMS}.")]
+Steps = Annotated[int | None, typer.Option(min=1, max=1000, help=f"Sampler steps {FROM_PARAMS}.")]
 GuidanceScale = Annotated[float | None, typer.Option(min=0, help=f"Scale of classifier-free guidance {FROM_PARAMS}.")]
 Eta = Annotated[
     float | None, typer.Option(min=0, max=1, help=f"Noise of ddim; other samplers ignore it {FROM_PARAMS}.")
@@ -82,13 +84,14 @@ def sample(
     scheduler: SchedulerOption = None,
     negative_prompt: Annotated[str | None, typer.Option(help="Prompt of what the images should not show.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time.")] = 4,
-    height: Annotated[int | None, typer.Option(min=8, help="Height in px, a multiple of 8 (default: model's).")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="Width in px, a multiple of 8 (default: model's).")] = None,
+    height: Annotated[int | None, typer.Option(min=8, max=4096, help="Height in px, a multiple of 8.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, max=4096, help="Width in px, a multiple of 8.")] = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, mps, cuda, cuda:1, ...")] = "auto",
     precision: Annotated[Precision, typer.Option(help="Precision of the weights.")] = Precision.fp32,
 ) -> None:
     """Generate images with an adapter: PNG files, named by prompt and seed, and a grid of all images."""
-    _check_options(height, width, device)
+    settings = _settings(steps=steps, guidance_scale=guidance_scale, eta=eta, scheduler=scheduler)
+    _check_options(prompts, settings.guidance_scale, height, width, device, out)
     from customdiff.adapters import adapter as adapters
     from customdiff.models import base as base_model
     from customdiff.models import sampling
@@ -100,7 +103,6 @@ def sample(
     _note_missing_tokens(prompts, adapter_config.tokens)
     chosen = _base_of(adapter_config, adapter, base)
     pipe = base_model.load_pipeline(chosen, dtype=base_model.DTYPES[precision], device=base_model.device(device))
-    settings = _settings(steps=steps, guidance_scale=guidance_scale, eta=eta, scheduler=scheduler)
     sampling.set_scheduler(pipe, settings.scheduler)
     adapters.load(pipe, folder)
     images = sampling.generate(
@@ -124,7 +126,15 @@ def _settings(**given: float | str | None) -> config.Evaluate:
     return known.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
-def _check_options(height: int | None, width: int | None, device: str) -> None:
+def _check_options(
+    prompts: list[str], guidance_scale: float, height: int | None, width: int | None, device: str, out: Path
+) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file; name a folder")
+    if any(UNPRINTABLE.search(prompt) for prompt in prompts):
+        raise UserError("PROMPT: contains a character that cannot be printed, or is not UTF-8")
+    if not 0 <= guidance_scale <= 1000:
+        raise UserError(f"--guidance-scale: must be from 0 to 1000 (here: {guidance_scale}), such as 6")
     for name, length in (("--height", height), ("--width", width)):
         if length is not None and length % 8:
             raise UserError(f"{name}: must be a multiple of 8 (here: {length}), such as {length - length % 8}")
@@ -144,9 +154,22 @@ def _write_images(images: "list[Image.Image]", prompts: list[str], num_images: i
     out.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         prompt, number = prompts[index // num_images], index % num_images
-        image.save(out / f"{index // num_images + 1}-{slug(prompt)}-seed{(seed + number) % 2**32}.png")
-    grid(images, num_images).save(out / "grid.png")
-    typer.echo(f"{len(images)} images in {out}; grid: {out / 'grid.png'}")
+        _write_new(image, out / f"{index // num_images + 1}-{slug(prompt)}-seed{(seed + number) % 2**32}.png")
+    sheet = _write_new(grid(images, num_images), out / "grid.png")
+    typer.echo(f"{len(images)} images in {out}; grid: {sheet}")
+
+
+def _write_new(image: "Image.Image", path: Path) -> Path:
+    """Write a PNG file; another image of the same name is kept, and the new one gets `-2`, `-3` and so on."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    data, free, number = buffer.getvalue(), path, 1
+    while free.exists() and free.read_bytes() != data:
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}.png")
+    with atomic_file(free) as incoming:
+        incoming.write_bytes(data)
+    return free
 
 
 def _base_of(adapter_config: "AdapterConfig", adapter: str, base: str | None) -> config.Base:

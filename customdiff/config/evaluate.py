@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from customdiff.config.section import Fraction, Section
+from customdiff.config.section import Fraction, SamplerSteps, Section
 
 
 class Evaluate(Section):
@@ -16,7 +16,7 @@ class Evaluate(Section):
     scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler", "base"] = Field(
         "ddim", description="Sampler; base: the model's own."
     )
-    steps: int = Field(100, ge=1, description="Sampler steps.")
+    steps: SamplerSteps = Field(100, description="Sampler steps.")
     guidance_scale: float = Field(6.0, ge=0, description="Scale of classifier-free guidance.")
     eta: Fraction = Field(1.0, description="Noise of ddim; other samplers ignore it.")
     precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Precision of the weights.")

@@ -1,16 +1,18 @@
 """Loading and validation of params.yaml, with one error line per wrong key."""
 
 import difflib
+import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from customdiff.config import strict_yaml
 from customdiff.config.base import Base
-from customdiff.config.concepts import Concept
+from customdiff.config.concepts import Concept, unknown_tokens
 from customdiff.config.download import Download
 from customdiff.config.evaluate import Evaluate
 from customdiff.config.prepare import Prepare
@@ -32,12 +34,34 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
 
+    @property
+    def validation_prompts(self) -> list[str]:
+        """`train.validation.prompts`, those with {} once for every concept with its subject, such as `<new1> cat`."""
+        prompts: list[str] = []
+        for prompt in self.train.validation.prompts:
+            prompts += (
+                [prompt.replace("{}", each.subject) for each in self.concepts.values()] if "{}" in prompt else [prompt]
+            )
+        return prompts
+
     @model_validator(mode="after")
     def _distinct_tokens(self) -> "Params":
         tokens = [concept.modifier_token for concept in self.concepts.values()]
+        folded = [token.casefold() for token in tokens]  # some file systems ignore case
         for token in tokens:
-            if tokens.count(token) > 1:
+            if folded.count(token.casefold()) > 1:
                 raise ValueError(f"concepts: modifier_token {token} is used twice; give each concept its own")
+        return self
+
+    @model_validator(mode="after")
+    def _known_tokens(self) -> "Params":
+        for prompt in self.train.validation.prompts:
+            if unknown := unknown_tokens(prompt, self.concepts.values()):
+                tokens = ", ".join(concept.modifier_token for concept in self.concepts.values())
+                raise ValueError(
+                    f"train.validation.prompts: {prompt!r} names {unknown[0]}, which no concept has (modifier tokens: "
+                    f"{tokens}); {{}} stands for every concept in turn"
+                )
         return self
 
 
@@ -49,13 +73,26 @@ def load(path: Path | str = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(
             f"{path}: cannot be read ({error}); run in the project folder, or `customdiff preset NAME --install`"
         ) from error
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    return parse(text, path)
+
+
+def parse(text: str, path: Path | str = "params.yaml") -> Params:
+    """Validate the text of a params file; `path` is its name in errors.
+
+    Raises:
+        ParamsError: the text is not YAML, or has unknown keys or values out of range.
+    """
+    try:
+        raw = strict_yaml.parse(text)
+    except ValueError as error:
+        raise ParamsError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ParamsError(f"{path}: must contain sections such as base:, concepts: and train:")
     try:
@@ -82,23 +119,23 @@ def concept(params: Params, name: str) -> Concept:
     return params.concepts[name]
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML loader that rejects duplicate keys, of which PyYAML silently keeps the last."""
+def stage_concept(params: Params, arguments: Sequence[str]) -> tuple[str, Concept]:
+    """Name and section of the concept that a stage runs for.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    Args:
+        arguments: of the stage script: the name, or nothing if DVC runs it, which sets DVC_STAGE to `<stage>@<name>`.
+
+    Raises:
+        ParamsError: there is no such concept.
+    """
+    name = arguments[0] if arguments else os.environ.get("DVC_STAGE", "").partition("@")[2]
+    return name, concept(params, name)
 
 
 def _explain(problem: ErrorDetails) -> str:
     """One line for one pydantic error: the key, what is wrong and what would be right."""
     *parents, key = problem["loc"] or ("",)
-    path = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    path = ".".join(" ".join(str(part).split()) for part in problem["loc"] if part != "[key]")
     if problem["type"] == "extra_forbidden":
         valid = _keys_at(parents)
         near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
@@ -108,7 +145,8 @@ def _explain(problem: ErrorDetails) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{path}: {message}" if path else message
-    return f"{path}: {message[0].lower()}{message[1:]} (here: {problem['input']!r})"
+    here = "" if key == "url" else f" (here: {reprlib.repr(problem['input'])})"  # an address may contain a password
+    return f"{path}: {message[0].lower()}{message[1:]}{here}"
 
 
 def _keys_at(parents: Sequence[int | str]) -> list[str]:

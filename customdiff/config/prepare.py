@@ -10,11 +10,17 @@ Color = Literal["white", "black", "grey", "red", "orange", "yellow", "green", "b
 
 
 class Backgrounds(Section):
-    """Views of a photo that show the masked subject on a plain background, which their caption names."""
+    """Views of a photo that show the masked subject on another background, which their caption names."""
 
     share: Fraction = Field(0.75, description="Share of such views of each photo; 0: none.")
     colors: list[Color] = Field(
         ["white", "black", "grey", "yellow", "purple", "brown"], min_length=1, description="Background colors."
+    )
+    images: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of images that serve as backgrounds too, each with a .txt file that names the place, such "
+        "as `in the snow`.",
     )
     vary_place: bool = Field(False, description="Vary the subject's place and size in such views.")
     captioned: bool = Field(False, description="Also for photos with a sidecar caption.")
@@ -24,14 +30,23 @@ class Prepare(Section):
     """prepare: captions, the paper's augmented views of each instance image, and their VAE moments."""
 
     resolution: int = Field(
-        512, ge=32, multiple_of=8, description="Height and width in px; 768 for SD 2.x, 128 for the embedded model."
+        512,
+        ge=32,
+        le=4096,
+        multiple_of=8,
+        description="Height and width in px; 768 for SD 2.x, 128 for the embedded model.",
     )
-    captions: Literal["auto", "template", "sidecar", "blip"] = Field(
+    captions: Literal["auto", "sidecar", "template"] = Field(
         "auto",
-        description="template: instance_prompt; sidecar: a .txt file per image; auto: a sidecar if there is one, else "
-        "the template; blip: a BLIP model.",
+        description="auto: the .txt file beside a photo, else `captioner`; sidecar: a .txt file beside every photo; "
+        "template: instance_prompt.",
     )
-    captioner: str = Field("Salesforce/blip-image-captioning-base", description="Captioner folder or Hub repository.")
+    captioner: str | None = Field(
+        "data/captioner",
+        min_length=1,
+        description="Captioner of captions: auto; folder or Hub repository of an image-to-text model, such as BLIP; "
+        "null: the template instead.",
+    )
     masks: str = Field(
         "auto",
         min_length=1,
@@ -54,6 +69,11 @@ class Prepare(Section):
         True, description="Store VAE moments; false: store pixels and encode them at each step."
     )
     batch_size: int = Field(4, ge=1, description="Images that the VAE encodes at a time.")
+
+    @property
+    def captioning_model(self) -> str | None:
+        """Folder or Hub repository of the captioner; None if it is not used."""
+        return self.captioner if self.captions == "auto" else None
 
     @property
     def segmentation_model(self) -> str | None:

@@ -4,17 +4,24 @@ from typing import Literal
 
 from pydantic import Field
 
-from customdiff.config.section import Fraction, Section
+from customdiff.config.section import Fraction, SamplerSteps, Section
 
 
 class Validation(Section):
     """Images generated during training."""
 
-    prompts: list[str] = Field([], description="Prompts with modifier tokens written out; none: no images.")
-    num_images: int = Field(2, ge=1, description="Images per prompt.")
+    prompts: list[str] = Field(
+        [],
+        description="Prompts; {} stands for the subject of every concept in turn, such as <new1> cat. None: no images.",
+    )
+    num_images: int = Field(2, ge=1, description="Images per prompt and concept.")
     every: int = Field(50, ge=1, description="Steps between validations.")
-    steps: int = Field(25, ge=1, description="Sampler steps.")
+    steps: SamplerSteps = Field(25, description="Sampler steps.")
     guidance_scale: float = Field(6.0, ge=0, description="Scale of classifier-free guidance.")
+
+    def due(self, step: int) -> bool:
+        """Whether images are generated after this step."""
+        return bool(self.prompts) and step % self.every == 0
 
 
 class Launch(Section):

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image
 
 from customdiff.adapters.adapter import fingerprint
 from customdiff.config import Base, Evaluate
-from customdiff.files import project_home, source_hash
+from customdiff.files import atomic_directory, project_home, source_hash
 from customdiff.images import open_rgb, save_all
 from customdiff.models.base import weight_hashes
 
@@ -55,11 +54,8 @@ def base_images(
         os.utime(cached)  # most recently used
         return [open_rgb(cached / f"{number:05d}.png") for number in range(len(texts))]
     images = generate()
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".") as incoming:
-        save_all({Path(incoming) / f"{number:05d}.png": image for number, image in enumerate(images)})
-        with suppress(OSError):  # another experiment has cached the same images meanwhile
-            Path(incoming).rename(cached)
+    with atomic_directory(cached) as incoming:
+        save_all({incoming / f"{number:05d}.png": image for number, image in enumerate(images)})
     with suppress(FileNotFoundError):  # another experiment removes old sets as well
         for old in sorted(cache.glob("[!.]*"), key=lambda path: path.stat().st_mtime)[:-SETS]:
             shutil.rmtree(old, ignore_errors=True)

@@ -16,9 +16,9 @@ from customdiff.adapters import adapter
 from customdiff.config import Params
 from customdiff.evaluation import report
 from customdiff.evaluation.generation import Generation, ImagePair, generate_pairs
-from customdiff.evaluation.metrics import PairedMetric
+from customdiff.evaluation.metrics import PairedMetric, PhotoShare
 from customdiff.evaluation.prompts import Prompt
-from customdiff.evaluation.scores import METRICS, Summary, score_prompts, summarize
+from customdiff.evaluation.scores import METRICS, Summary, photo_ceilings, score_prompts, summarize
 from customdiff.models.clip import Clip
 from customdiff.tracking import Tracker
 from customdiff.training import trainer
@@ -35,6 +35,7 @@ COLUMNS = (
     "adapter",
     "concept",
     *(f"{name}{end}" for name in METRICS for end in ("", "_delta", "_delta_low", "_delta_high")),
+    "photo_share",
     *FACTS,
 )
 
@@ -61,6 +62,7 @@ class Row:
     Attributes:
         metrics: by name.
         facts: see `GradedAdapter`; empty for the base model.
+        share: of the way from the base model to the photos; None for the base model, and where it is unknown.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Row:
     metrics: dict[str, PairedMetric]
     facts: dict[str, float]
     is_base: bool = False
+    share: PhotoShare | None = None
 
     def value(self, metric: str) -> float:
         """The model's own value of a metric."""
@@ -115,11 +118,13 @@ def grade(
     Raises:
         UserError: an adapter is damaged, or was trained on another base model.
     """
-    graded = {}
+    graded, ceilings = {}, photo_ceilings(instances, judge)
     for name, pairs in generate_pairs(generation, adapters, prompts):
         scores = score_prompts(pairs, instances, judge)
         settings = generation.settings
-        summary = summarize(scores, len(pairs), resamples=settings.bootstrap, seed=generation.base.seed)
+        summary = summarize(
+            scores, len(pairs), resamples=settings.bootstrap, seed=generation.base.seed, ceilings=ceilings
+        )
         graded[name] = GradedAdapter(pairs, summary, {"bytes": adapter.size(adapters[name])})
     return graded
 
@@ -130,7 +135,7 @@ def table(graded: Mapping[str, GradedAdapter]) -> list[Row]:
     base_rows: dict[str, Row] = {}
     for name, each in graded.items():
         for concept, metrics in each.summary.concepts.items():
-            rows.append(Row(name, concept, metrics, each.facts))
+            rows.append(Row(name, concept, metrics, each.facts, share=each.summary.photo_share(concept)))
             base_rows.setdefault(concept, Row("base model", concept, metrics, {}, is_base=True))
     return [*base_rows.values(), *rows]
 
@@ -142,6 +147,8 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
         writer.writeheader()
         for row in rows:
             values: dict[str, object] = {"adapter": row.model, "concept": row.concept, **row.facts}
+            if row.share:
+                values["photo_share"] = row.share.value
             for name, metric in row.metrics.items():
                 values[name] = row.value(name)
                 if not row.is_base:
@@ -150,14 +157,15 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The comparison as a Markdown table: metrics with their change and its 95 % interval, seconds, megabytes."""
-    head = ["adapter", "concept", *(name.replace("_", " ") for name in METRICS), "seconds", "MB"]
+    """The comparison as a Markdown table: metrics with change and 95 % interval, way to the photos, seconds, MB."""
+    head = ["adapter", "concept", *(name.replace("_", " ") for name in METRICS), "way to the photos", "seconds", "MB"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         metrics = [_with_change(row, name) for name in METRICS]
+        share = f"{100 * row.share.value:.0f} %" if row.share else ""
         seconds = f"{row.facts['seconds']:.0f}" if "seconds" in row.facts else ""
         megabytes = f"{row.facts['bytes'] / 1e6:.3f}" if "bytes" in row.facts else ""
-        lines.append([row.model, row.concept, *metrics, seconds, megabytes])
+        lines.append([row.model, row.concept, *metrics, share, seconds, megabytes])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 

@@ -102,7 +102,7 @@ def class_subject(concept: Concept) -> str:
 
 def customized_subject(concept: Concept) -> str:
     """The words for a concept in prompts of an adapter: "<new1> cat"."""
-    return f"{concept.modifier_token} {concept.class_prompt}"
+    return concept.subject
 
 
 def generate_pairs(

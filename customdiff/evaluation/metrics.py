@@ -11,6 +11,9 @@ import numpy as np
 
 CLIPSCORE_WEIGHT = 2.5
 DIGITS = 6  # of a metric in files
+MIN_ROOM = (
+    0.05  # below it the judge hardly tells the base model's images from photos: as far as a delta's interval reaches
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,33 @@ class IntervalMetric:
     value: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class PhotoShare(IntervalMetric):
+    """The share of the way from the base model to the photos; `ceiling`: the image alignment of the photos."""
+
+    ceiling: float
+
+
+def photo_share(metric: PairedMetric, ceiling: float) -> PhotoShare | None:
+    """(adapter - base) / (ceiling - base) of image alignment, with the interval of the difference on the same scale.
+
+    0: as far from the photos as the base model; 1: as near to them as they are to one another. The interval is of
+    the prompts; it does not cover that the ceiling is of few photos.
+
+    Args:
+        metric: image alignment.
+        ceiling: see `leave_one_out_alignment`.
+
+    Returns:
+        None if ceiling and base are nearer than `MIN_ROOM`.
+    """
+    room = ceiling - metric.base
+    if room < MIN_ROOM:
+        return None
+    value, low, high = (round(each / room, DIGITS) for each in (metric.delta, metric.delta_low, metric.delta_high))
+    return PhotoShare(value, low, high, round(ceiling, DIGITS))
 
 
 def paired_metric(
@@ -100,6 +130,43 @@ def image_alignment(images: np.ndarray, instances: np.ndarray) -> np.ndarray:
         (N,), -1 to 1.
     """
     return (images.astype(np.float64) @ instances.astype(np.float64).T).mean(axis=1)
+
+
+def leave_one_out_alignment(instances: np.ndarray) -> float | None:
+    """Image alignment of the photos themselves: the mean cosine of each instance image to all others.
+
+    It is what a further photo of the subject would have, on average; an image is not compared with itself.
+
+    Args:
+        instances: (M, D), the concept's instance images.
+
+    Returns:
+        -1 to 1; None for fewer than two images.
+    """
+    count = len(instances)
+    if count < 2:
+        return None
+    rows = instances.astype(np.float64)
+    cosines = rows @ rows.T
+    return float((cosines.sum() - np.trace(cosines)) / (count * (count - 1)))
+
+
+def follows_prompt(images: np.ndarray, prompts: np.ndarray, own: Sequence[int]) -> np.ndarray:
+    """Whether no other prompt of the concept fits an image better than its own.
+
+    All prompts name the same class, so it does not matter how well the judge knows the subject, as it does for the
+    text alignment.
+
+    Args:
+        images: (N, D), generated images of one concept.
+        prompts: (P, D), all prompts of the concept, without modifier tokens.
+        own: row of each image's prompt.
+
+    Returns:
+        (N,), 0 or 1.
+    """
+    cosines = images.astype(np.float64) @ prompts.astype(np.float64).T
+    return (cosines[np.arange(len(own)), list(own)] >= cosines.max(axis=1)).astype(np.float64)
 
 
 def bootstrap_interval(

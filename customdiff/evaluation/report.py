@@ -15,6 +15,8 @@ from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Concept, Params
 from customdiff.evaluation.generation import ImagePair, class_subject, customized_subject
 from customdiff.evaluation.scores import METRICS, PromptScore, Summary
+from customdiff.evaluation.verdict import Verdict
+from customdiff.redaction import redact_values
 
 TEMPLATES = Path(__file__).parent / "templates"
 INK, FAINT, BASE, CUSTOMIZED = "#1f2430", "#7a8194", "#9aa3b5", "#2f6fde"
@@ -149,16 +151,22 @@ def html(
     params: Params,
     adapter_config: AdapterConfig,
     steps: Path | None = None,
+    photos: Sequence[Path] = (),
+    verdicts: Sequence[Verdict] = (),
 ) -> str:
-    """The report: metrics with intervals, curves, contact sheet, table of prompts, parameters. One file, no scripts.
+    """The report: verdicts, metrics with intervals, curves, contact sheet, table of prompts, parameters.
+
+    One file, no scripts.
 
     Args:
         summary: the contents of metrics.json.
         scores: one per prompt.
         sheet: the contact sheet, embedded as JPEG.
-        params: shown as YAML.
+        params: shown as YAML, without the secrets of addresses.
         adapter_config: of the adapter that was evaluated.
         steps: CSV with one row per training step (results/train/steps.csv); left out where it does not exist.
+        photos: JPEG sheets of instance images with masks and captions (data/prepared/<concept>/sheet.jpg).
+        verdicts: one per concept, shown at the top.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -172,18 +180,20 @@ def html(
         summary=summary,
         concepts=params.concepts,
         metrics=METRICS,
-        verdicts=verdicts(summary),
+        verdicts=verdicts,
+        changes=changes(summary),
         scores=scores,
         sheet=_data_uri(_jpeg(sheet), "image/jpeg"),
+        photos=[_data_uri(path.read_bytes(), "image/jpeg") for path in photos if path.is_file()],
         plane=_data_uri(alignment_plane(scores), "image/svg+xml"),
         curves=_data_uri(loss_curves(curves), "image/svg+xml") if curves else None,
         adapter=adapter_config,
         settings=params.evaluate,
-        parameters=yaml.safe_dump(params.model_dump(), sort_keys=False, allow_unicode=True),
+        parameters=yaml.safe_dump(redact_values(params.model_dump()), sort_keys=False, allow_unicode=True),
     )
 
 
-def verdicts(summary: Summary) -> list[str]:
+def changes(summary: Summary) -> list[str]:
     """One sentence per metric; a change whose interval includes zero is not called one."""
     sentences = []
     for name, metric in summary.overall.items():

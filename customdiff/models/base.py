@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import logging as diffusers_logging
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from customdiff.config import Base
@@ -106,6 +107,17 @@ def load_part(
     return part.to(device, torch.float32).eval().requires_grad_(False)
 
 
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base model's (first) text encoder, without modifier tokens.
+
+    Raises:
+        UserError: the model cannot be found or read.
+    """
+    quiet()
+    with _loading(base):
+        return AutoTokenizer.from_pretrained(base.model, subfolder="tokenizer", revision=base.revision)
+
+
 def weight_hashes(base: Base) -> dict[str, str]:
     """SHA-256 of each weights file of a local base model by its path in the folder; empty for models on the Hub."""
     paths = sorted(Path(base.model).glob("*/*.safetensors"))
@@ -114,6 +126,8 @@ def weight_hashes(base: Base) -> dict[str, str]:
 
 @contextmanager
 def _loading(base: Base) -> Iterator[None]:
+    if Path(base.model).exists() and not Path(base.model).is_dir():
+        raise UserError(f"base.model: {base.model} is not a folder")
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -82,15 +82,22 @@ def generate(
         guidance_scale: scale of classifier-free guidance; 1 or less turns it off.
         eta: noise of DDIM, 0 to 1; other schedulers ignore it.
         batch_size: images generated at a time.
-        height, width: px; None: the model's default.
+        height, width: px; None: the model's default, also of one of the two.
         negative_prompt: negative prompt of all images.
         progress: label of the progress bar; None: no bar.
 
     Raises:
         ValueError: `prompts` and `seeds` differ in length.
+        UserError: the model's noise schedule has fewer time steps than `steps`.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds")
+    available = pipe.scheduler.config.num_train_timesteps
+    if steps > available:
+        raise UserError(f"steps: {steps} sampler steps, but the model's noise schedule has only {available} time steps")
+    if (height is None) != (width is None):  # pipelines ignore one without the other
+        default = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        height, width = height or default, width or default
     arguments = {
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,

@@ -1,98 +1,152 @@
-"""Captions of instance and class images: from the template, from sidecar files, or from a captioner."""
+"""Captions of instance images: from sidecar files, from a captioner or from the template."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from customdiff.config import Concept, Prepare
 from customdiff.errors import UserError
+from customdiff.preparation.captioner import Captioner
+
+PREFIX_TOKENS = 6  # room for the words that augmentation puts before a caption, such as "zoomed in"
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption with the modifier token, and its origin: sidecar, template or blip."""
+    """A caption with the modifier token.
+
+    Attributes:
+        origin: where its words come from.
+        warnings: what was wrong with it and mended, for the user.
+    """
 
     text: str
-    origin: str
+    origin: Literal["sidecar", "captioner", "template"]
+    warnings: tuple[str, ...] = ()
 
 
-def instance_captions(paths: list[Path], concept: Concept, settings: Prepare, device: torch.device) -> list[Caption]:
-    """Captions of a concept's instance images by the method `prepare.captions`; each contains the modifier token.
+def instance_captions(
+    paths: Sequence[Path],
+    concept: Concept,
+    settings: Prepare,
+    device: torch.device,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Caption]:
+    """Captions of a concept's instance images as `prepare.captions` says; each contains the modifier token.
+
+    Args:
+        tokenizer: the base model's; captions that are too long for it are cut at a word. None: any length.
 
     Raises:
-        UserError: the method is sidecar and an image has no caption file, or the captioner cannot be loaded.
+        UserError: a sidecar file is wrong, or missing with `captions: sidecar`, or the captioner cannot be loaded.
     """
-    if settings.captions == "blip":
-        described = describe(paths, settings.captioner, device)
-        return [Caption(with_token(text, concept), "blip") for text in described]
-    return [_caption(path, concept, settings.captions) for path in paths]
-
-
-def _caption(path: Path, concept: Concept, kind: str) -> Caption:
-    if kind == "sidecar" or (kind == "auto" and path.with_suffix(".txt").is_file()):
-        return Caption(sidecar_caption(path, concept), "sidecar")
-    return Caption(concept.caption, "template")
+    captions = {} if settings.captions == "template" else _sidecars(paths, concept, settings.captions == "sidecar")
+    rest = [path for path in paths if path not in captions]
+    if rest and settings.captioning_model:
+        captions |= _described(rest, concept, settings.captioning_model, device)
+    template = Caption(concept.caption, "template")
+    return [_fitted(captions.get(path, template), concept, tokenizer) for path in paths]
 
 
 def with_token(description: str, concept: Concept) -> str:
     """Insert the modifier token before the class; if the class is missing, append the text to the instance prompt.
 
-    `a cat on a sofa` becomes `a <new1> cat on a sofa`; `an animal` becomes `photo of a <new1> cat, an animal`.
+    `a cat on a sofa` becomes `a <new1> cat on a sofa`, and `an owl` becomes `a <new1> owl`, as in prompts. If the class
+    is cat, `an animal` becomes `photo of a <new1> cat, an animal`.
     """
     words = description.split()
     class_words = concept.class_prompt.lower().split()
     for start in range(len(words) - len(class_words) + 1):
         candidate = [word.lower().strip(",.") for word in words[start : start + len(class_words)]]
         if candidate == class_words:
-            return " ".join([*words[:start], concept.modifier_token, *words[start:]])
+            before = words[:start]
+            if before[-1:] == ["an"]:
+                before[-1] = "a"
+            return " ".join([*before, concept.modifier_token, *words[start:]])
     return f"{concept.caption}, {description}"
 
 
-def sidecar_caption(path: Path, concept: Concept) -> str:
-    """The caption in the .txt file beside an image, with {} replaced by the modifier token.
+def sidecar_caption(path: Path, concept: Concept) -> str | None:
+    """The caption in the .txt file beside an image, with {} replaced by the modifier token; None without a file.
 
     Raises:
-        UserError: the file is missing, or its caption contains neither {} nor the token.
+        UserError: the file is not text, is empty, contains neither {} nor the token, or names another token.
     """
     sidecar = path.with_suffix(".txt")
     try:
         caption = " ".join(sidecar.read_text(encoding="utf-8").split())
-    except OSError as error:
-        raise UserError(
-            f"prepare.captions: {path.name} has no caption file; add a .txt file beside it in the source, "
-            "or use captions: template"
-        ) from error
-    caption = caption.replace("{}", concept.modifier_token)
-    if concept.modifier_token not in caption:
-        raise UserError(f"{sidecar}: the caption must contain {{}} or {concept.modifier_token}")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{sidecar}: cannot be read as UTF-8 text ({error})") from error
+    token = concept.modifier_token
+    wanted = f"such as `{concept.instance_prompt} on the grass`"
+    if not caption:
+        raise UserError(f"{sidecar}: is empty; write a caption with {{}} for the subject, {wanted}, or delete the file")
+    caption = caption.replace("{}", token)
+    if token not in caption:
+        raise UserError(f"{sidecar}: the caption must contain {{}} or {token}, {wanted}")
+    if others := [word for word in re.findall(r"<[^\s<>]+>", caption) if word != token]:
+        raise UserError(f"{sidecar}: names {others[0]}, but the token of this concept is {token}; write {{}} instead")
     return caption
 
 
-def describe(paths: list[Path], captioner: str, device: torch.device) -> list[str]:
-    """Captions of images by a BLIP model.
+def cut_to_tokens(text: str, tokenizer: PreTrainedTokenizerBase, token: str) -> str:
+    """The longest start of a caption, in whole words, that leaves room for `PREFIX_TOKENS` in the text encoder.
 
     Args:
-        captioner: folder or Hub repository.
-
-    Raises:
-        UserError: the model cannot be loaded.
+        token: the modifier token, which will be one token, but may not be in the tokenizer yet.
     """
-    from transformers import AutoProcessor, BlipForConditionalGeneration
+    limit = tokenizer.model_max_length - 2 - PREFIX_TOKENS  # without start and end
+    words = text.split()
+    while len(words) > 1 and _length(words, tokenizer, token) > limit:
+        words.pop()
+    return " ".join(words).rstrip(",;")
 
-    try:
-        processor = AutoProcessor.from_pretrained(captioner)
-        model = BlipForConditionalGeneration.from_pretrained(captioner, use_safetensors=True).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"prepare.captioner: {captioner} cannot be loaded ({' '.join(str(error).split())[:200]})"
-        ) from error
-    captions = []
-    for path in tqdm(paths, desc="captions", unit="image"):
-        with Image.open(path) as image, torch.inference_mode():
-            inputs = processor(images=image.convert("RGB"), return_tensors="pt").to(device)
-            ids = model.generate(**inputs, max_new_tokens=30, do_sample=False)
-        captions.append(processor.decode(ids[0], skip_special_tokens=True).strip())
+
+def _length(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    text = " ".join(word.replace(token, "a") for word in words)
+    return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _sidecars(paths: Sequence[Path], concept: Concept, required: bool) -> dict[Path, Caption]:
+    captions = {}
+    for path in paths:
+        text = sidecar_caption(path, concept)
+        if text:
+            captions[path] = Caption(text, "sidecar")
+        elif required:
+            raise UserError(
+                f"prepare.captions: {path.name} has no caption file; add a .txt file beside it in the source, "
+                "or use captions: auto"
+            )
     return captions
+
+
+def _described(paths: Sequence[Path], concept: Concept, captioner: str, device: torch.device) -> dict[Path, Caption]:
+    images = []
+    for path in paths:
+        with Image.open(path) as image:
+            images.append(image.convert("RGB"))
+    described = Captioner(captioner, device).captions(images, concept.class_prompt)
+    silent = Caption(concept.caption, "template", ("the captioner answered nothing",))
+    return {
+        path: Caption(with_token(text, concept), "captioner") if text else silent
+        for path, text in zip(paths, described, strict=True)
+    }
+
+
+def _fitted(caption: Caption, concept: Concept, tokenizer: PreTrainedTokenizerBase | None) -> Caption:
+    if tokenizer is None:
+        return caption
+    text = cut_to_tokens(caption.text, tokenizer, concept.modifier_token)
+    if text == caption.text:
+        return caption
+    warning = f"the caption is too long for the text encoder and ends after {text[-30:]!r}"
+    return replace(caption, text=text, warnings=(*caption.warnings, warning))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from customdiff.config import Prepare
 from customdiff.preparation.segmenter import Segmenter
@@ -14,6 +15,7 @@ from customdiff.sources.masks import stored_masks
 
 SMALLEST, LARGEST = 0.005, 0.95  # shares of a photo
 EDGE = 0.5  # share of an edge from which the mask touches it
+SECOND = 0.4  # area of the second part, relative to the largest, from which it may be another subject
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class SubjectMask:
 
 @dataclass(frozen=True)
 class FoundMask:
-    """The mask of one photo, or why there is none."""
+    """The mask of one photo, and what is wrong with it: with a problem and no mask, the mask was set aside."""
 
     mask: SubjectMask | None = None
     problem: str = ""
@@ -75,9 +77,18 @@ def problem_of(coverage: np.ndarray) -> str:
     return ""
 
 
+def has_two_parts(coverage: np.ndarray) -> bool:
+    """Whether a mask (H, W) has a second part that is not much smaller than the largest."""
+    labels, parts = ndimage.label(coverage > 0.5)
+    areas = np.sort(np.bincount(labels.ravel(), minlength=parts + 1)[1:])
+    return parts > 1 and bool(areas[-2] >= SECOND * areas[-1])
+
+
 def _checked(mask: SubjectMask) -> FoundMask:
     if problem := problem_of(mask.coverage):
         return FoundMask(problem=f"mask from {mask.origin} set aside: {problem}")
+    if has_two_parts(mask.coverage):
+        return FoundMask(mask, "the mask has two parts of similar size; does the photo show two subjects?")
     return FoundMask(mask)
 
 

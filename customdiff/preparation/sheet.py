@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from customdiff.preparation import backgrounds
 
 if TYPE_CHECKING:
-    from customdiff.preparation.prepare import Example
+    from customdiff.preparation.examples import Example
 
 SIDE, GAP, TEXT_WIDTH, LINE = 160, 8, 380, 16
 OUTLINE = (255, 0, 90)
@@ -28,13 +28,13 @@ def contact_sheet(examples: Sequence["Example"]) -> Image.Image:
         if example.mask:
             shown = [outlined(photo, example.mask.coverage)]
             if example.captions_on:
-                color = list(example.captions_on)[row % len(example.captions_on)]
+                name = list(example.captions_on)[row % len(example.captions_on)]
                 rng = np.random.default_rng(row)
-                shown.append(backgrounds.composite(photo, example.mask.coverage, color, rng))
+                shown.append(backgrounds.composite(photo, example.mask.coverage, name, rng))
         for column, image in enumerate(shown):
             image.thumbnail((SIDE, SIDE))
             sheet.paste(image, (GAP + column * (SIDE + GAP), top))
-        lines = [part for text in (example.caption, *example.notes.split("; ")) for part in textwrap.wrap(text, 52)]
+        lines = [part for text in (example.caption, *example.notes) for part in textwrap.wrap(text, 52)]
         for number, line in enumerate(lines[: SIDE // LINE]):
             draw.text((2 * (SIDE + GAP) + GAP, top + number * LINE), line, "black", font)
     return sheet

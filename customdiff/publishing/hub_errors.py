@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from customdiff.errors import UserError
+from customdiff.redaction import redact
 
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 # OSError includes the file system, connections, hf_xet, and huggingface_hub's own offline and cache errors.
@@ -66,12 +67,11 @@ def _advice(error: Exception) -> str:
 
 
 def redacted(text: str) -> str:
-    """A text on one line, without tokens, and without the user and password of an address."""
+    """A text on one line, without tokens, and without the secrets of an address."""
     line = " ".join(text.split())
     for token in tokens():
         line = line.replace(token, "***")
-    line = re.sub(r"(?<=://)[^/\s@]+@", "", line)
-    return re.sub(r"\bhf_\w{8,}|(?<=Bearer )\S+", "***", line)[:500]
+    return re.sub(r"\bhf_\w{8,}|(?<=Bearer )\S+", "***", redact(line))[:500]
 
 
 def tokens() -> set[str]:

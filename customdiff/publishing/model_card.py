@@ -4,6 +4,7 @@ The card's metadata follow the Hub's specification (huggingface/hub-docs, modelc
 """
 
 import csv
+import html
 import json
 import re
 import shlex
@@ -185,6 +186,7 @@ def make(
             rows=list(_rows(evaluation.metrics)) if evaluation else [],
             weights=f"{adapter.weights_name(config)}.safetensors",
             code=_code,
+            plain=_plain,
             quoted=lambda text: json.dumps(text, ensure_ascii=False),
             shell=shlex.quote,
         )
@@ -221,10 +223,11 @@ def _on_hub(config: AdapterConfig) -> bool:
 
 def _described(concept: LearnedConcept) -> dict[str, str]:
     """The values of a concept that the template needs."""
-    token, class_prompt = concept.modifier_token, concept.class_prompt
+    token, class_prompt = concept.modifier_token, " ".join(concept.class_prompt.split())
     template = concept.instance_prompt if concept.instance_prompt != "{}" else f"photo of a {{}} {class_prompt}".strip()
     file = f"{adapter.token_file(token)}.safetensors"
-    return {"token": token, "class": class_prompt, "prompt": template.replace("{}", token), "file": file}
+    prompt = " ".join(template.replace("{}", token).split())
+    return {"token": token, "class": class_prompt, "prompt": prompt, "file": file}
 
 
 def _samples(
@@ -290,3 +293,9 @@ def _code(text: object) -> str:
     plain = " ".join(str(text).split()).replace("|", "\\|")
     ticks = "`" * (max(map(len, re.findall("`+", plain)), default=0) + 1)
     return f"{ticks}{plain}{ticks}" if len(ticks) == 1 else f"{ticks} {plain} {ticks}"
+
+
+def _plain(text: object) -> str:
+    """Markdown that shows any text as it is, without HTML, links or images, also inside a table."""
+    escaped = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", escaped)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
@@ -20,14 +21,30 @@ PREFIX = "models:/"
 RESULTS = ("report.html", "contact_sheet.jpg", "metrics.json", "per_prompt.csv")
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What an evaluation says about an adapter, besides metrics.json.
+
+    Attributes:
+        verdict: sentences at the top of the run's description.
+        figures: further metrics, such as `photo_share`.
+        tags: of the run, such as the verdict as text.
+        seconds: that the evaluation took.
+    """
+
+    verdict: Sequence[str]
+    figures: dict[str, float]
+    tags: Mapping[str, str]
+    seconds: float
+
+
 def log_evaluation(
     tracker: Tracker,
     params: Params,
     results: Path,
     adapter: Path,
     prompts: Sequence[str],
-    verdict: Sequence[str],
-    seconds: float,
+    judged: Judged,
 ) -> str | None:
     """Log the results of `evaluate`, and the adapter as a registered model.
 
@@ -36,8 +53,7 @@ def log_evaluation(
         results: folder of the results (results/evaluate).
         adapter: folder of the adapter (models/adapter); its pickled files are not logged.
         prompts: that images were generated from.
-        verdict: sentences at the top of the run's description.
-        seconds: that the evaluation took.
+        judged: the verdict.
 
     Returns:
         One line about the registered version and the champion; None if nothing is tracked.
@@ -48,19 +64,21 @@ def log_evaluation(
     score = tracking.score(params.tracking.score, metrics)
     tracker.params(params, evaluation=True)
     tracker.inputs([*training, graded_on])
+    tracker.tags(judged.tags)
     for name in RESULTS:
         tracker.artifact(results / name, "evaluate")
     for name in ("params.yaml", "dvc.lock"):
         tracker.text_artifact(name)
     pictures = _pictures(tracker, results)
-    tracker.description(tracking.evaluation_description(params, metrics, verdict, pictures, seconds))
+    tracker.description(tracking.evaluation_description(params, metrics, judged.verdict, pictures, judged.seconds))
     scored_on = _digest(params, graded_on, training)
     tags = {SCORE: f"{score:.6f}", SCORED_ON: scored_on}
     model = Model(
         name=f"{'-'.join(params.concepts)}-adapter",
         kind="adapter",
         step=params.train.max_steps,
-        metrics={f"{tracking.EVALUATION}score": score} | tracking.evaluation_metrics(metrics),
+        metrics=tracking.evaluation_metrics(metrics)
+        | {tracking.EVALUATION + name: value for name, value in (judged.figures | {"score": score}).items()},
         data=graded_on,
         params=tracking.run_params(params),
         tags=tags,
@@ -72,7 +90,7 @@ def log_evaluation(
     if logged is None:
         return None
     name = tracking.model_name(list(params.concepts))
-    return tracker.do(lambda client: _register(client, logged, name, tags, " ".join(verdict)))
+    return tracker.do(lambda client: _register(client, logged, name, tags, " ".join(judged.verdict)))
 
 
 def download(address: str) -> Path:

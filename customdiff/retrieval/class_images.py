@@ -3,11 +3,16 @@
 Four backends find them: a clip-retrieval index over a pool (`index`), a clip-retrieval HTTP service (`service`), the
 base model itself (`generate`) and a folder (`folder`). All write the layout of the reference's `retrieve.py`
 (section 3.2 of Kumari et al. 2023): `images/`, `caption.txt`, `urls.txt`, `images.txt`.
+
+The nearest images of a pool need not show the class. `retrieve.min_similarity` keeps those whose caption names the
+class or whose cosine reaches it, and `retrieve.fill` decides what happens if too few are left. The reference's
+`retrieve.py` has no floor; the paper keeps images whose caption has a cosine above 0.85 to the prompt, in CLIP's text
+space.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,6 +27,7 @@ from customdiff import files, images
 from customdiff.config import Base, Download, Params, Retrieve, Service, Train
 from customdiff.errors import UserError
 from customdiff.retrieval import clip_index, clip_service, clip_tool
+from customdiff.retrieval.naming import names_class
 from customdiff.sources import image_folder
 from customdiff.sources.image_folder import Refused, SourceImage
 from customdiff.sources.instance_images import read_instance_images
@@ -34,19 +40,47 @@ class ClassImage:
     """One class image that a backend found."""
 
     image: Image.Image
-    caption: str
+    caption: str | None  # its own; None: it is captioned with the class prompt
     url: str  # origin: a web address, or the name in the pool or folder
     similarity: float | None = None  # cosine to the query
     data: bytes = b""  # the encoded image, if there was one
+    generated: bool = False  # by the base model
 
 
 @dataclass
 class Retrieved:
-    """What `retrieve` wrote: manifest entries of the images kept, images skipped, and warnings."""
+    """What `retrieve` wrote.
 
+    Attributes:
+        class_prompt: the class.
+        kept: manifest entries of the images.
+        set_aside: images skipped.
+        notes: warnings.
+        captions: number of images that were found with a caption of their own.
+        captions_naming_class: how many of these captions name the class (`naming.names_class`).
+        generated: number of images that the base model generated.
+    """
+
+    class_prompt: str
     kept: list[dict[str, Any]] = field(default_factory=list)
     set_aside: list[Refused] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    captions: int = 0
+    captions_naming_class: int = 0
+    generated: int = 0
+
+    @property
+    def origin(self) -> str:
+        """How many captions name the class, how many images have no caption, and how many are generated."""
+        uncaptioned = len(self.kept) - self.captions - self.generated
+        parts = []
+        if self.captions:
+            parts.append(f"{self.captions_naming_class} of {self.captions} captions name {self.class_prompt!r}")
+        if uncaptioned:
+            parts.append(f"{uncaptioned} images without a caption")
+        if self.generated:
+            parts.append(f"{self.generated} images generated from {self.class_prompt!r}")
+        return ", ".join(parts)
 
 
 def retrieve(
@@ -61,9 +95,9 @@ def retrieve(
     """Gather a concept's class images in a folder, which is replaced as a whole or left as it was.
 
     Writes `images/000000.jpg` or `.png`, ...; `caption.txt`, `urls.txt` and `images.txt` (one line per image, in the
-    same order, paths relative to the folder); and `manifest.json`: file, caption, similarity, source and SHA-256 of
-    each image. With every backend, an image is skipped if its pixels equal those of an instance image or of an earlier
-    class image.
+    same order, paths relative to the folder); and `manifest.json`: how many captions name the class, and file, caption,
+    similarity, source and SHA-256 of each image. With every backend, an image is skipped if its pixels equal those of
+    an instance image or of an earlier class image.
 
     Args:
         instances: the folder that download-data wrote for this concept.
@@ -76,20 +110,47 @@ def retrieve(
     """
     section, limits = params.retrieve, params.download
     class_prompt = params.concepts[concept].class_prompt
-    result = Retrieved()
+    result = Retrieved(class_prompt)
+    keep = _floor(section.min_similarity, class_prompt)
     own = read_instance_images(instances)
     if section.backend == "index":
-        found = from_index(section, limits, class_prompt, own, Path(index), result)
+        found = from_index(section, limits, class_prompt, own, Path(index), keep, result)
     elif section.backend == "service":
-        found = from_service(section.service, limits, class_prompt, section.num_class_images, result, transport)
+        found = from_service(section.service, limits, class_prompt, section.num_class_images, keep, result, transport)
     elif section.backend == "generate":
-        found = from_base_model(params.base, section, class_prompt)
+        found = from_base_model(params.base, section, class_prompt, section.num_class_images)
     else:
-        found = from_folder(Path(section.folder.replace("{}", concept)), class_prompt, limits, result)
+        found = from_folder(Path(section.folder.replace("{}", concept)), limits, result)
+    if section.fill == "generate" and section.backend != "generate":
+        found = _filled(found, params.base, section, result)
     with files.atomic_directory(out) as folder:
         _write(found, section.num_class_images, {pixel_sha256(image) for image in own}, folder, result)
         _check_count(section, f"{class_prompt!r} (concepts.{concept})", result)
+    _check_captions(section, result)
     return result
+
+
+def _floor(min_similarity: float | None, class_prompt: str) -> Callable[[str, float | None], bool] | None:
+    """Whether an image is kept, from its caption and its cosine to the query; None: there is no floor.
+
+    The cosine is that of the image alone, also if `retrieve.caption_weight` ranks by the caption as well: the caption
+    is judged by its words.
+    """
+    if min_similarity is None:
+        return None
+    named = names_class(class_prompt)
+
+    def keep(caption: str, similarity: float | None) -> bool:
+        return named(caption) or (similarity is not None and similarity >= min_similarity)
+
+    return keep
+
+
+def _filled(found: Iterable[ClassImage], base: Base, retrieve: Retrieve, result: Retrieved) -> Iterator[ClassImage]:
+    """The images that were found, then generated ones in place of those that are missing."""
+    yield from found
+    if missing := retrieve.num_class_images - len(result.kept):
+        yield from from_base_model(base, retrieve, result.class_prompt, missing)
 
 
 def write_unused(train: Train, out: Path | str) -> str:
@@ -108,7 +169,7 @@ def write_unused(train: Train, out: Path | str) -> str:
     key = "method: textual_inversion" if train.method == "textual_inversion" else "with_prior_preservation: false"
     reason = f"train.{key} uses no class images."
     with files.atomic_directory(out) as folder:
-        _write_lists([], folder)
+        _write_lists([], folder, {})
         (folder / "README.txt").write_text(f"{reason}\n", encoding="utf-8")
     return reason
 
@@ -122,6 +183,7 @@ def _write(found: Iterable[ClassImage], count: int, excluded: set[str], folder: 
     """Write the first `count` images that are neither excluded nor duplicates."""
     (folder / "images").mkdir()
     seen: dict[str, str] = {}
+    named = names_class(result.class_prompt)
     with tqdm(total=count, desc="class images", unit="image", disable=None) as bar:
         for item in found:
             pixels = pixel_sha256(item.image)
@@ -132,11 +194,15 @@ def _write(found: Iterable[ClassImage], count: int, excluded: set[str], folder: 
                 result.set_aside.append(Refused(item.url, f"the same pixels as {seen[pixels]}"))
                 continue
             seen[pixels] = item.url
+            caption = image_folder.one_line(item.caption or "")
+            result.generated += item.generated
+            result.captions += caption is not None
+            result.captions_naming_class += caption is not None and named(caption)
             path = images.save(item.image, folder / "images" / f"{len(result.kept):06}", source=item.data)
             result.kept.append(
                 {
                     "file": path.relative_to(folder).as_posix(),
-                    "caption": image_folder.one_line(item.caption) or "",
+                    "caption": caption or result.class_prompt,
                     "similarity": None if item.similarity is None else round(item.similarity, 6),
                     "source": image_folder.one_line(item.url) or "",
                     "sha256": files.sha256(path),
@@ -145,14 +211,15 @@ def _write(found: Iterable[ClassImage], count: int, excluded: set[str], folder: 
             bar.update()
             if len(result.kept) == count:
                 break
-    _write_lists(result.kept, folder)
+    counts = ("class_prompt", "captions", "captions_naming_class", "generated")
+    _write_lists(result.kept, folder, {name: getattr(result, name) for name in counts})
 
 
-def _write_lists(kept: list[dict[str, Any]], folder: Path) -> None:
-    """Write the reference's three lists, and the manifest."""
+def _write_lists(kept: list[dict[str, Any]], folder: Path, counts: dict[str, Any]) -> None:
+    """Write the reference's three lists, and the manifest, which starts with `counts`."""
     for name, key in (("caption.txt", "caption"), ("urls.txt", "source"), ("images.txt", "file")):
         (folder / name).write_text("".join(f"{entry[key]}\n" for entry in kept), encoding="utf-8")
-    manifest = json.dumps({"images": kept}, indent=1, ensure_ascii=False) + "\n"
+    manifest = json.dumps({**counts, "images": kept}, indent=1, ensure_ascii=False) + "\n"
     (folder / "manifest.json").write_text(manifest, encoding="utf-8")
 
 
@@ -167,7 +234,11 @@ def _check_count(retrieve: Retrieve, wanted: str, result: Retrieved) -> None:
         "generate": "lower retrieve.num_class_images",
         "folder": "add images to retrieve.folder",
     }[retrieve.backend]
+    if not retrieve.generates:
+        fix += ", or set retrieve.fill: generate"
     summary = f"{found} class images found for {wanted}, retrieve.num_class_images is {retrieve.num_class_images}"
+    if retrieve.backend in ("index", "service") and retrieve.min_similarity is not None:
+        summary += f" (with retrieve.min_similarity: {retrieve.min_similarity:g})"
     if found < retrieve.minimum:
         aside = "; ".join(f"{refused.name}: {refused.reason}" for refused in result.set_aside[:3])
         raise UserError(
@@ -176,6 +247,17 @@ def _check_count(retrieve: Retrieve, wanted: str, result: Retrieved) -> None:
             + f"{fix}, or lower retrieve.minimum"
         )
     result.notes.append(f"{summary}; to get more, {fix}")
+
+
+def _check_captions(retrieve: Retrieve, result: Retrieved) -> None:
+    """Warn if fewer than half of the captions name the class."""
+    if 2 * result.captions_naming_class >= result.captions:
+        return
+    fix = "check the images of retrieve.folder"
+    if retrieve.backend != "folder":
+        verb = "set" if retrieve.min_similarity is None else "raise"
+        fix = f"{verb} retrieve.min_similarity (1: only images whose caption names the class)"
+    result.notes.append(f"{result.origin}; the other images may not show the class: {fix}")
 
 
 def query_vector(clip: Any, class_prompt: str) -> np.ndarray:
@@ -194,11 +276,12 @@ def from_index(
     class_prompt: str,
     own: list[Image.Image],
     index: Path,
+    keep: Callable[[str, float], bool] | None,
     result: Retrieved,
 ) -> Iterator[ClassImage]:
     """Images of the pool by descending similarity to the class prompt.
 
-    Near-duplicates of each other and of the instance images `own` are skipped.
+    Near-duplicates of each other and of the instance images `own` are skipped, and images that `keep` refuses.
 
     Raises:
         UserError: there is no index, it was built with another CLIP, or the pool has changed since.
@@ -213,6 +296,7 @@ def from_index(
         query_vector(clip, class_prompt),
         duplicate_similarity=retrieve.duplicate_similarity,
         exclude=clip.images(own),
+        keep=keep,
         caption_weight=retrieve.caption_weight,
         embed=clip.text,
     )
@@ -225,11 +309,11 @@ def from_index(
                 raise UserError(
                     f"retrieve.index.pool: {row['name']} is no longer in {pool}; run `dvc repro index-pool`"
                 )
-            yield from _decoded(items[row["name"]], row["caption"] or class_prompt, hit.similarity, limits, result)
+            yield from _decoded(items[row["name"]], row["caption"], hit.similarity, limits, result)
 
 
 def _decoded(
-    item: SourceImage, caption: str, similarity: float | None, limits: Download, result: Retrieved
+    item: SourceImage, caption: str | None, similarity: float | None, limits: Download, result: Retrieved
 ) -> Iterator[ClassImage]:
     """One image, decoded; nothing if it is skipped."""
     try:
@@ -240,8 +324,8 @@ def _decoded(
         yield ClassImage(image, caption, item.name, similarity, item.data)
 
 
-def from_folder(folder: Path, class_prompt: str, limits: Download, result: Retrieved) -> Iterator[ClassImage]:
-    """The images of a folder in natural order; an image without a caption file gets the class prompt as its caption.
+def from_folder(folder: Path, limits: Download, result: Retrieved) -> Iterator[ClassImage]:
+    """The images of a folder in natural order, with the captions beside them.
 
     Raises:
         UserError: the folder has no images.
@@ -250,14 +334,14 @@ def from_folder(folder: Path, class_prompt: str, limits: Download, result: Retri
     if not names:
         raise UserError(f"retrieve.folder: no images in {folder}; give images with .txt captions")
     for item in image_folder.folder_images(folder, names, limits.max_megabytes):
-        yield from _decoded(item, item.caption or class_prompt, None, limits, result)
+        yield from _decoded(item, item.caption, None, limits, result)
 
 
-def from_base_model(base_model: Base, retrieve: Retrieve, class_prompt: str) -> Iterator[ClassImage]:
+def from_base_model(base_model: Base, retrieve: Retrieve, class_prompt: str, count: int) -> Iterator[ClassImage]:
     """Images that the base model generates from the class prompt, each from its own seed."""
     from customdiff.models import base, sampling
 
-    generate, count = retrieve.generate, retrieve.num_class_images
+    generate = retrieve.generate
     device = base.device(base_model.device)
     pipe = base.load_pipeline(base_model, dtype=base.DTYPES[generate.precision], device=device)
     seeds = [sampling.image_seed(base_model.seed, class_prompt, number) for number in range(count)]
@@ -271,7 +355,7 @@ def from_base_model(base_model: Base, retrieve: Retrieve, class_prompt: str) -> 
         progress="generating class images",
     )
     for seed, image in zip(seeds, generated, strict=True):
-        yield ClassImage(image.convert("RGB"), class_prompt, f"{base_model.model} seed {seed}")
+        yield ClassImage(image.convert("RGB"), None, f"{base_model.model} seed {seed}", generated=True)
 
 
 def from_service(
@@ -279,13 +363,15 @@ def from_service(
     limits: Download,
     class_prompt: str,
     count: int,
+    keep: Callable[[str, float | None], bool] | None,
     result: Retrieved,
     transport: httpx.BaseTransport | None = None,
 ) -> Iterator[ClassImage]:
-    """Images that a clip-retrieval HTTP service finds, in its order; see `clip_service.service_images`.
+    """Images that a clip-retrieval HTTP service finds and `keep` accepts; see `clip_service.service_images`.
 
     Raises:
         UserError: the service cannot be reached, or its response is not that of a clip-retrieval service.
     """
-    for item, similarity in clip_service.service_images(service, class_prompt, count, transport=transport):
-        yield from _decoded(item, item.caption or class_prompt, similarity, limits, result)
+    found = clip_service.service_images(service, class_prompt, count, keep=keep, transport=transport)
+    for item, similarity in found:
+        yield from _decoded(item, item.caption, similarity, limits, result)

@@ -8,7 +8,6 @@ than building an approximate index of them.
 import json
 import shutil
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,8 +112,7 @@ def build_index(pool: Path | str, clip: str, out: Path | str, *, max_megapixels:
     """
     pool, out, result = Path(pool), Path(out), Indexed()
     command = clip_tool.command()
-    with tempfile.TemporaryDirectory(prefix="customdiff-index-") as name, files.atomic_directory(out) as folder:
-        work = Path(name)
+    with files.atomic_directory(out) as folder, files.work_directory(out) as work:
         with _timed(result, "prepare images"):
             staged = _stage(pool, work / "images", max_megapixels, result)
         model = clip_tool.model_argument(clip, work / "clip")
@@ -210,6 +208,7 @@ def query_index(
     *,
     duplicate_similarity: float,
     exclude: np.ndarray | None = None,
+    keep: Callable[[str, float], bool] | None = None,
     first: int = 1000,
     caption_weight: float = 0.0,
     embed: Callable[[list[str]], np.ndarray] | None = None,
@@ -221,6 +220,7 @@ def query_index(
     Args:
         query: (D,) float32 of norm 1.
         exclude: (M, D) float32 of norm 1.
+        keep: whether a row is a result, from its caption and its cosine to the query; None: every row is.
         first: size of the first group of nearest rows, which is ranked as a whole; later groups end at four times the
             place of the one before.
         caption_weight: w of the ranking (1 - w) * cosine to the image + w * cosine to its caption, within a group.
@@ -240,7 +240,9 @@ def query_index(
     taken = np.zeros((max(1024, 2 * size), len(query)), np.float32)  # doubled when full
     if size:
         taken[:size] = exclude
-    nearest = np.argsort(-_cosines(embeddings, query), kind="stable")
+    nearest = np.argsort(-(similarities := _cosines(embeddings, query)), kind="stable")
+    if keep:
+        nearest = nearest[[keep(names[row]["caption"], float(similarities[row])) for row in nearest]]
     start, end = 0, first
     while start < len(nearest):
         fresh = nearest[start:end]

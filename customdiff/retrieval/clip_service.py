@@ -7,16 +7,17 @@ pinned versions as requirements. The addresses in the response are untrusted: ea
 import base64
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
 from customdiff.config import Service
-from customdiff.errors import UserError
+from customdiff.errors import UserError, printable
+from customdiff.redaction import redact
 from customdiff.sources import http, image_folder
 from customdiff.sources.image_folder import SourceImage
 
@@ -24,6 +25,8 @@ FACTOR = 1.5  # ratio of images requested to images wanted, as in the reference
 MAX_RESULTS = 10_000  # above this the reference does not request more
 MAX_IMAGE_BYTES = 32_000_000
 MAX_ANSWER_BYTES = 512_000_000
+MAX_LIST_BYTES = 1_000_000
+DEADLINES = 2  # a request may take this many times `service.timeout`
 
 
 def service_images(
@@ -31,6 +34,7 @@ def service_images(
     class_prompt: str,
     count: int,
     *,
+    keep: Callable[[str, float | None], bool] | None = None,
     transport: httpx.BaseTransport | None = None,
     pause: Callable[[float], None] = time.sleep,
 ) -> Iterator[tuple[SourceImage, float | None]]:
@@ -41,6 +45,7 @@ def service_images(
     twice as many ahead of their use. Images whose server sends `X-Robots-Tag: noai` are not used.
 
     Args:
+        keep: whether an image is downloaded, from its caption and its similarity; None: every image is.
         transport, pause: replace the network and the waiting in tests.
 
     Raises:
@@ -52,12 +57,13 @@ def service_images(
         while True:
             fresh = []
             for answer in ask_service(client, service, class_prompt, asked, pause):
-                label = str(answer.get("url") or answer.get("image_path") or answer.get("id"))
+                label = printable(str(answer.get("url") or answer.get("image_path") or answer.get("id")))
                 if label not in tried:
                     tried.add(label)
                     fresh.append((label, answer))
-            for start in range(0, len(fresh), 2 * service.parallel):
-                batch = fresh[start : start + 2 * service.parallel]
+            wanted = [each for each in fresh if keep is None or keep(_caption(each[1]), _number(each[1]))]
+            for start in range(0, len(wanted), 2 * service.parallel):
+                batch = wanted[start : start + 2 * service.parallel]
                 items = threads.map(lambda named: _download(client, service, *named), batch)
                 for item, (_, answer) in zip(items, batch, strict=True):
                     yield item, _number(answer)
@@ -98,18 +104,21 @@ def ask_service(
             pause(min(2.0 ** (attempt - 1), 30))
         body = io.BytesIO()
         try:
-            http.post_json(client, service.url, query, body, max_bytes=MAX_ANSWER_BYTES)
+            http.post_json(
+                client, service.url, query, body, max_bytes=MAX_ANSWER_BYTES, deadline=DEADLINES * service.timeout
+            )
             break
         except http.FetchError as error:
             if attempt == service.retries or not error.retry:
                 raise UserError(_problem(client, service, error)) from error
     try:
-        answers = json.loads(body.getvalue())
-    except ValueError:
+        answers = json.loads(body.getvalue(), parse_int=_integer)
+    except (ValueError, RecursionError):
         answers = None
     if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
         raise UserError(
-            f"retrieve.service.url: {service.url} did not answer with a list of images; give a knn-service's address"
+            f"retrieve.service.url: {redact(service.url)} did not answer with a list of images; "
+            "give the address of a knn-service"
         )
     return answers
 
@@ -119,25 +128,34 @@ def _problem(client: httpx.Client, service: Service, error: http.FetchError) -> 
     names = _index_names(client, service) if error.status == 500 else []  # its answer to an unknown index
     if names and service.index_name not in names:
         return f"retrieve.service.index_name: the service has no {service.index_name}; it has {', '.join(names)}"
-    message = f"retrieve.service.url: {service.url}: {error}"
-    if (urlsplit(service.url).hostname or "").endswith("laion.ai"):
+    message = f"retrieve.service.url: {redact(service.url)}: {error}"
+    if http.origin_of(service.url)[0].endswith("laion.ai"):
         message += "; LAION's public service has been off since 2024"
     return f"{message}; use retrieve.backend: index or generate, or serve your own index with `clip-retrieval back`"
 
 
 def _index_names(client: httpx.Client, service: Service) -> list[str]:
     """Names of a service's indices, from its indices-list; empty if that fails."""
+    body = io.BytesIO()
     try:
-        answer = client.get(str(httpx.URL(service.url).join("indices-list")))
-        names = answer.json() if answer.status_code == 200 else []
-    except (httpx.HTTPError, ValueError):
+        http.fetch(
+            client,
+            str(httpx.URL(service.url).join("indices-list")),
+            body,
+            max_bytes=MAX_LIST_BYTES,
+            schemes=("http", "https"),
+            trusted=frozenset({http.origin_of(service.url)}),
+            deadline=DEADLINES * service.timeout,
+        )
+        names = json.loads(body.getvalue())
+    except (http.FetchError, httpx.InvalidURL, ValueError, RecursionError):
         return []
-    return [str(name) for name in names][:20] if isinstance(names, list) else []
+    return [printable(str(name)[:100]) for name in names][:20] if isinstance(names, list) else []
 
 
 def _download(client: httpx.Client, service: Service, label: str, answer: dict[str, Any]) -> SourceImage:
     """The image of one entry of a service's response; runs in a thread."""
-    caption = image_folder.one_line(str(answer.get("caption") or ""))
+    caption = _caption(answer)
     if encoded := answer.get("image"):
         try:
             return SourceImage(label, base64.b64decode(encoded, validate=True), caption)
@@ -153,8 +171,8 @@ def _download(client: httpx.Client, service: Service, label: str, answer: dict[s
             body,
             max_bytes=MAX_IMAGE_BYTES,
             schemes=("http", "https"),
-            trusted_hosts=frozenset({urlsplit(service.url).hostname or ""}),
-            deadline=2 * service.timeout,
+            trusted=frozenset({http.origin_of(service.url)}),
+            deadline=DEADLINES * service.timeout,
         )
     except http.FetchError as error:
         return SourceImage(label, b"", caption, str(error))
@@ -164,6 +182,15 @@ def _download(client: httpx.Client, service: Service, label: str, answer: dict[s
     return SourceImage(label, body.getvalue(), caption)
 
 
+def _caption(answer: dict[str, Any]) -> str:
+    return image_folder.one_line(str(answer.get("caption") or "")) or ""
+
+
 def _number(answer: dict[str, Any]) -> float | None:
     similarity = answer.get("similarity")
-    return float(similarity) if isinstance(similarity, int | float) else None
+    return float(similarity) if isinstance(similarity, int | float) and math.isfinite(similarity) else None
+
+
+def _integer(digits: str) -> float:
+    """An integer of JSON; of more than 64 bits the nearest float, because `int` refuses thousands of digits."""
+    return int(digits) if len(digits) < 19 else float(digits)

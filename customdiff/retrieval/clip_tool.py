@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from customdiff.errors import UserError
+from customdiff.interrupts import end_with_parent
 
 NAME = "clip-retrieval"
 ENVIRONMENT = ".venv-clip-retrieval"
@@ -80,6 +82,8 @@ def run(command: list[str], arguments: list[str], folder: Path) -> None:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            # Also if this process is killed.
+            preexec_fn=(lambda: end_with_parent(signal.SIGKILL)) if sys.platform == "linux" else None,
         )
     except OSError as error:
         raise UserError(f"{command[0]}: cannot be run ({error.strerror or error})") from error

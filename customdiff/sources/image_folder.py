@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from customdiff import images
+from customdiff.errors import UNPRINTABLE, printable
 
 MAX_CAPTION_BYTES = 64 * 1024
 IMAGE_SUFFIXES = images.SUFFIXES + images.OTHER_SUFFIXES
@@ -48,7 +50,13 @@ def decode(item: SourceImage, max_megapixels: float) -> Image.Image:
 
 def natural(name: str) -> list[Any]:
     """Sort key that puts `img2` before `img10`; ignores case, which only breaks ties."""
-    parts = [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name.lower())]
+    pieces = re.split(r"([0-9]+)", name.lower())
+    # A number by its digits, because names in archives may have more of them than `int` accepts.
+    digits = [piece.lstrip("0") for piece in pieces]
+    parts = [
+        (1, len(number), number) if piece.isdecimal() else (0, 0, piece)
+        for piece, number in zip(pieces, digits, strict=True)
+    ]
     return [parts, name]
 
 
@@ -78,11 +86,14 @@ def is_hidden(part: str) -> bool:
 
 def folder_images(folder: Path, names: Iterable[str], max_megabytes: float) -> Iterator[SourceImage]:
     """Read the named images of a folder one by one, each with its caption (`.txt`) and subject mask (`.mask.png`)."""
-    for name in names:
-        path = folder / name
+    for raw in names:
+        path, name = folder / raw, printable(raw)
         try:
-            megabytes = path.stat().st_size / 1e6
-            if megabytes > max_megabytes:
+            status = path.stat()
+            megabytes = status.st_size / 1e6
+            if not stat.S_ISREG(status.st_mode):
+                yield SourceImage(name, b"", problem="not a file, but a folder, a pipe or a device")
+            elif megabytes > max_megabytes:
                 yield SourceImage(name, b"", problem=f"file of {megabytes:.0f} MB, above {max_megabytes:g} MB")
             else:
                 yield SourceImage(name, path.read_bytes(), sidecar_caption(path), mask=mask_beside(path, max_megabytes))
@@ -109,7 +120,7 @@ def mask_beside(image: Path, max_megabytes: float) -> bytes | None:
 
 
 def one_line(text: str | bytes) -> str | None:
-    """A caption with each run of whitespace replaced by one space; None if it is empty. Bytes are read as UTF-8."""
+    """A caption on one line, without control characters; None if it is empty. Bytes are read as UTF-8."""
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig", errors="replace")
-    return " ".join(text.replace("\0", " ").split()) or None
+    return " ".join(UNPRINTABLE.sub(" ", text).split()) or None

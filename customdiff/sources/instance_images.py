@@ -7,13 +7,12 @@ Images that are skipped are reported with the reason.
 
 import hashlib
 import json
-import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 from PIL import Image
@@ -23,6 +22,7 @@ from customdiff import files, images
 from customdiff.config import Download, Source
 from customdiff.errors import UserError
 from customdiff.images import brief
+from customdiff.redaction import redact
 from customdiff.sources import archive, http, image_folder, masks
 from customdiff.sources.image_folder import Refused, SourceImage
 
@@ -62,8 +62,8 @@ def collect(
     key = f"concepts.{concept}.source"
     result = Collected()
     out = Path(out)
-    with tempfile.TemporaryDirectory(prefix="customdiff-") as work, files.atomic_directory(out) as folder:
-        found = _open_source(key, source, limits, Path(work), result, transport)
+    with files.atomic_directory(out) as folder, files.work_directory(out) as work:
+        found = _open_source(key, source, limits, work, result, transport)
         seen: dict[str, str] = {}
         for item in found:
             digest = hashlib.sha256(item.data).hexdigest()
@@ -111,6 +111,15 @@ def read_instance_images(folder: Path | str) -> list[Image.Image]:
     """
     # Their size was limited when they were downloaded.
     return [images.open_rgb(path, max_megapixels=float("inf")) for path in instance_paths(folder)]
+
+
+def captioned_photos(folder: Path | str) -> list[bool]:
+    """Whether each instance image that `collect` wrote has a caption file beside it, in order.
+
+    Raises:
+        UserError: there are no images.
+    """
+    return [path.with_suffix(".txt").is_file() for path in instance_paths(folder)]
 
 
 def _keep(item: SourceImage, digest: str, image: Image.Image, folder: Path, result: Collected) -> None:
@@ -201,6 +210,8 @@ def _from_folder(
     key: str, root: Path, subfolder: str | None, limits: Download, result: Collected
 ) -> Iterator[SourceImage]:
     folder = root / subfolder if subfolder else root
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{key}.subfolder: {subfolder} is a link out of the source; name a folder inside it")
     names = [name for name in image_folder.walk(folder) if image_folder.is_image(name)]
     if not names:
         raise UserError(f"{key}: no images in {subfolder or root}; {_folders_with_images(root)}")
@@ -235,7 +246,7 @@ def download(url: str, path: Path, limits: Download, *, key: str, transport: htt
     Raises:
         UserError: the download failed; names `key`.
     """
-    host = urlsplit(url).hostname or ""
+    host, _ = http.origin_of(url)
     bar = tqdm(unit="B", unit_scale=True, desc=f"download {host}", leave=False, disable=None)
 
     def show(count: int, total: int | None) -> None:
@@ -249,13 +260,16 @@ def download(url: str, path: Path, limits: Download, *, key: str, transport: htt
                 url,
                 file,
                 max_bytes=limits.max_megabytes * 1e6,
-                trusted_hosts=frozenset({host}),
+                trusted=frozenset({http.origin_of(url)}),
+                deadline=limits.deadline,
                 on_chunk=show,
             )
     except http.FetchError as error:
         too_large = isinstance(error, http.TooLargeError)
         fix = "raise download.max_megabytes" if too_large else "check the address and the network"
-        raise UserError(f"{key}: {url}: {error}; {fix}, or download the archive yourself and set path") from error
+        raise UserError(
+            f"{key}: {redact(url)}: {error}; {fix}, or download the archive yourself and set path"
+        ) from error
 
 
 def hub_images(key: str, source: Source, limits: Download) -> Iterator[SourceImage]:
@@ -283,7 +297,12 @@ def hub_images(key: str, source: Source, limits: Download) -> Iterator[SourceIma
         raise UserError(f"{key}.hub: {name} has no image column; its columns: {', '.join(columns) or 'unknown'}")
     caption = next((column for column in ("text", "caption") if column in columns), None)
     undecoded = rows.cast_column(pictures[0], datasets.Image(decode=False))
+    end = time.monotonic() + limits.deadline
     for number, row in enumerate(_rows(key, name, undecoded)):
+        if time.monotonic() > end:
+            raise UserError(
+                f"{key}.hub: {name} was not read within download.deadline ({limits.deadline:g} s); raise it"
+            )
         if number >= limits.maximum:
             raise UserError(
                 f"{key}.hub: {name} has more than {limits.maximum} images (download.maximum) in split "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from customdiff.config import Concept, Params
-from customdiff.tracking.store import without_credentials
+from customdiff.redaction import redact
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
 CONTEXT = "mlflow.data.context"  # MLflow's tag for the use of a data set
@@ -39,7 +39,7 @@ class DataSet:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         key = {"http": "url", "hugging_face": "path"}.get(self.kind, "uri")
-        source = json.dumps({key: without_credentials(self.source)})
+        source = json.dumps({key: redact(self.source)})
         dataset = Dataset(self.name, self.digest, self.kind, source, profile=json.dumps(self.counts))
         return DatasetInput(dataset, [InputTag(CONTEXT, self.context)])
 

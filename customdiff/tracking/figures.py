@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from customdiff.config import Params
 from customdiff.config.section import Section
+from customdiff.redaction import redact
 
 # MLflow's pages sort groups of charts by name; this one comes before those of curves and images.
 EVALUATION = "evaluation/"
@@ -30,13 +31,13 @@ def run_params(params: Params) -> dict[str, str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested values under dotted keys: {"train": {"max_steps": 250}} -> {"train.max_steps": "250"}."""
+    """Nested values under dotted keys, without secrets: {"train": {"max_steps": 250}} -> {"train.max_steps": "250"}."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+            flat[prefix + name] = redact(value if isinstance(value, str) else json.dumps(value))
     return flat
 
 

@@ -1,6 +1,7 @@
 """Models in MLflow: checkpoints and adapters with their figures, and registered versions of them."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -70,6 +71,8 @@ def log_model_metrics(client: Any, run_id: str, model_id: str, model: Model) -> 
     """Link figures to a model and to the data set that they were measured on."""
     data = {"dataset_name": model.data.name, "dataset_digest": model.data.digest} if model.data else {}
     for name, value in model.metrics.items():
+        if not math.isfinite(value):
+            continue
         client.log_metric(run_id, name, value, step=model.metrics_step, model_id=model_id, **data)
 
 

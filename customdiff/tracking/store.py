@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from customdiff.files import project_home
+from customdiff.redaction import redact
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
@@ -111,15 +111,10 @@ def upload_timeout() -> Iterator[None]:
         os.environ[name] = before
 
 
-def without_credentials(text: str) -> str:
-    """A text whose addresses have no user name, password and query."""
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", re.sub(r"//[^/@\s]+@", "//", text))
-
-
 def warn(store: str, problem: BaseException | str, consequence: str) -> None:
-    """Print one line with the store's address without credentials, the root cause and the consequence."""
+    """Print one line with the store's address without its secrets, the root cause and the consequence."""
     while isinstance(problem, BaseException) and (cause := problem.__cause__ or problem.__context__):
         problem = cause
     reason = " ".join(str(problem).split())[:160] or type(problem).__name__
-    line = without_credentials(f"warning: MLflow at {store}: {reason}; {consequence}")
+    line = redact(f"warning: MLflow at {store}: {reason}; {consequence}")
     tqdm.write(line, file=sys.stderr)  # keeps a progress bar whole

@@ -1,6 +1,7 @@
 """Runs: opening or continuing one, and what stages log in it."""
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,12 @@ from PIL import Image
 
 from customdiff.config import Params, Tracking
 from customdiff.files import atomic_file
+from customdiff.interrupts import Interrupted
+from customdiff.redaction import redact
 from customdiff.tracking.datasets import DataSet
 from customdiff.tracking.figures import run_params
 from customdiff.tracking.models import Model, log_model
-from customdiff.tracking.store import Store, connect, experiment_id, upload_timeout, warn, without_credentials
+from customdiff.tracking.store import Store, connect, experiment_id, upload_timeout, warn
 
 EVALUATED = "evaluation/text_alignment"  # a run that has this metric has been evaluated
 TRAINING_RUN = "customdiff.training_run"
@@ -155,9 +158,7 @@ class Tracker:
             from mlflow.entities import Param
 
             known = client.get_run(self.run_id).data.params
-            new = [
-                Param(key, without_credentials(value)[:MAX_VALUE]) for key, value in values.items() if key not in known
-            ]
+            new = [Param(key, redact(value)[:MAX_VALUE]) for key, value in values.items() if key not in known]
             for first in range(0, len(new), PARAMS_PER_BATCH):
                 client.log_batch(self.run_id, params=new[first : first + PARAMS_PER_BATCH])
 
@@ -167,7 +168,7 @@ class Tracker:
         """Log metrics of one step in the background.
 
         Args:
-            metrics: values by name; None is skipped.
+            metrics: values by name; None, NaN and infinities are skipped.
             step: counted from 1.
             group: prefix of names without a /, by which MLflow's page groups charts.
         """
@@ -179,7 +180,7 @@ class Tracker:
             points = [
                 Metric(name if "/" in name else group + name, float(value), now, step)
                 for name, value in metrics.items()
-                if value is not None
+                if value is not None and math.isfinite(value)
             ]
             self._pending.append(client.log_batch(self.run_id, metrics=points, synchronous=False))
 
@@ -205,10 +206,10 @@ class Tracker:
             self.do(log)
 
     def text_artifact(self, path: Path | str) -> None:
-        """Log a text file without the credentials in its addresses; a missing file is skipped."""
+        """Log a text file without the secrets in its addresses; a missing file is skipped."""
         path = Path(path)
         if path.exists():
-            text = without_credentials(path.read_text(encoding="utf-8"))
+            text = redact(path.read_text(encoding="utf-8"))
             self.do(lambda client: client.log_text(self.run_id, text, path.name))
 
     def tags(self, tags: Mapping[str, str]) -> None:
@@ -258,7 +259,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        killed = kind is not None and issubclass(kind, KeyboardInterrupt)
+        killed = kind is not None and issubclass(kind, KeyboardInterrupt | Interrupted)
         self.finish("KILLED" if killed else "FAILED" if kind else "FINISHED")
 
     def _give_up(self, error: Exception) -> None:

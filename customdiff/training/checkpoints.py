@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from customdiff.adapters import adapter
 from customdiff.adapters.adapter import Adapter
 from customdiff.adapters.config import CONFIG_FILE
+from customdiff.config import Train
 from customdiff.errors import UserError
-from customdiff.files import atomic_directory
+from customdiff.files import atomic_directory, atomic_file
 from customdiff.tracking import Tracker
 
 RUNS = Path(".checkpoints")
@@ -52,25 +53,34 @@ class RunFolder:
     """The folder of one run.
 
     It contains identity.json, run.json (the MLflow run), step-000100/ (an adapter and state.pt) and validation/. A
-    complete run also has adapter/, steps.csv, metrics.json, performance.json and the empty file `complete`.
+    complete run also has adapter/, steps.csv, metrics.json, performance.json and the file `complete`.
     """
 
     path: Path
 
     @classmethod
-    def open(cls, runs: Path, identity: dict, accelerator: Accelerator) -> "RunFolder":
-        """Open the folder of the run with this identity, and remove complete runs, whose results are in DVC's cache.
+    def of(cls, runs: Path, identity: dict) -> "RunFolder":
+        """The folder, which may not exist yet, of the run with this identity."""
+        return cls(runs / _name(identity))
 
-        A complete run with this identity is removed as well, so it starts again from step 0.
+    def open(self, identity: dict, train: Train, accelerator: Accelerator) -> None:
+        """Create the folder, and remove complete runs, whose results are in DVC's cache.
+
+        The run itself is kept if it is complete, because it would end with the same results.
         """
-        folder = cls(runs / _name(identity))
         with accelerator.main_process_first():
             if accelerator.is_main_process:
-                for marker in runs.glob(f"*/{COMPLETE}"):
-                    shutil.rmtree(marker.parent)
-                folder.path.mkdir(parents=True, exist_ok=True)
-                (folder.path / "identity.json").write_text(_text(identity), encoding="utf-8")
-        return folder
+                for marker in self.path.parent.glob(f"*/{COMPLETE}"):
+                    if marker.parent != self.path or not self.is_complete(train):
+                        shutil.rmtree(marker.parent)
+                self.path.mkdir(parents=True, exist_ok=True)
+                with atomic_file(self.path / "identity.json") as incoming:
+                    incoming.write_text(_text(identity), encoding="utf-8")
+
+    def is_complete(self, train: Train) -> bool:
+        """Whether the run is complete, also with regard to the settings that its identity does not contain."""
+        marker = self.path / COMPLETE
+        return marker.is_file() and marker.read_text(encoding="utf-8") == _outputs(train)
 
     @classmethod
     def finished(cls, runs: Path, identity: dict) -> "RunFolder | None":
@@ -157,13 +167,19 @@ class RunFolder:
         (self.path / "validation").mkdir(exist_ok=True)
         image.save(self.path / "validation" / name)
 
-    def finish(self, learned: Adapter, rows: list[dict], summary: dict, performance: dict) -> None:
+    def has_images(self, train: Train, step: int) -> bool:
+        """Whether the validation images of a step are complete."""
+        expected = len(train.validation.prompts) * train.validation.num_images
+        return len(list(self.path.glob(f"validation/step{step:06d}-*.png"))) == expected
+
+    def finish(self, learned: Adapter, rows: list[dict], summary: dict, performance: dict, train: Train) -> None:
         """Write adapter/, steps.csv, metrics.json and performance.json, then mark the run as complete.
 
         Args:
             rows: metrics of each step.
             summary: reproducible metrics of the run.
             performance: time and memory, which differ between equal runs.
+            train: the run's settings.
         """
         with atomic_directory(self.path / "adapter") as out:
             adapter.save(learned, out)
@@ -172,8 +188,9 @@ class RunFolder:
             table.writeheader()
             table.writerows(rows)
         for name, values in (("metrics.json", summary), ("performance.json", performance)):
-            (self.path / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        (self.path / COMPLETE).touch()
+            (self.path / name).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        with atomic_file(self.path / COMPLETE) as incoming:
+            incoming.write_text(_outputs(train), encoding="utf-8")
 
     def copy_results(self, models: Path, results: Path) -> None:
         """Copy the results of a complete run to models/adapter and results/train, each atomically."""
@@ -251,6 +268,11 @@ def last_opened(run: RunFolder) -> float:
     """Time at which a training last opened the folder, which rewrites identity.json."""
     identity = run.path / "identity.json"
     return (identity if identity.exists() else run.path).stat().st_mtime
+
+
+def _outputs(train: Train) -> str:
+    """Settings that determine the files of a run, but not its weights."""
+    return train.model_dump_json(include={"validation", "checkpointing_steps", "checkpoints_total_limit"})
 
 
 def _text(identity: dict) -> str:

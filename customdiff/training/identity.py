@@ -1,4 +1,4 @@
-"""The identity of a training run: everything that determines its weights."""
+"""The identity of a training run: everything that determines its weights, and what adapter.json says of it."""
 
 import platform
 from pathlib import Path
@@ -8,6 +8,7 @@ import diffusers
 import torch
 import transformers
 
+from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Params
 from customdiff.files import sha256, source_hash
 from customdiff.models import base
@@ -43,3 +44,30 @@ def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that training computes with."""
     libraries = (torch, diffusers, transformers, accelerate)
     return {"python": platform.python_version()} | {library.__name__: library.__version__ for library in libraries}
+
+
+def adapter_config(params: Params) -> AdapterConfig:
+    """The contents of adapter.json for a run of these parameters."""
+    train = params.train
+    concepts = {
+        name: {
+            "modifier_token": concept.modifier_token,
+            "initializer": concept.initializer_token or concept.class_prompt,
+            "class_prompt": concept.class_prompt,
+            "instance_prompt": concept.instance_prompt,
+        }
+        for name, concept in params.concepts.items()
+    }
+    return AdapterConfig.model_validate(
+        {
+            "base": params.base.model_dump(include={"model", "revision", "variant"}),
+            "concepts": concepts,
+            "method": train.method,
+            "freeze_model": train.freeze_model,
+            "lora_rank": train.lora_rank,
+            "resolution": params.prepare.resolution,
+            "steps": train.max_steps,
+            "seed": params.base.seed,
+            "versions": library_versions(),
+        }
+    )

@@ -1,10 +1,14 @@
-"""Command line of `accelerate launch` for training in several processes, and its default configuration."""
+"""Command line of `accelerate launch` for training in several processes, its configuration, and what it excludes."""
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from customdiff.config import Train
 from customdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate.utils import DistributedType
 
 DEFAULT_CONFIG = Path(".checkpoints/accelerate.yaml")
 
@@ -41,3 +45,17 @@ def default_config(path: Path = DEFAULT_CONFIG) -> Path:
     if not path.exists():
         write_basic_config(save_location=path)
     return path
+
+
+def check_distributed_type(kind: "DistributedType") -> None:
+    """Reject sharded training, because checkpoints are written from the main process's weights only.
+
+    Raises:
+        UserError: the Accelerate config selects FSDP, DeepSpeed or Megatron-LM.
+    """
+    from accelerate.utils import DistributedType
+
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"train.launch.config_file: {kind.value} is not supported; use distributed_type MULTI_GPU or MULTI_CPU"
+        )

@@ -8,22 +8,24 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, set_seed
+from accelerate.utils import AutocastKwargs, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from customdiff import interrupts
 from customdiff.adapters import adapter
-from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Params, Train
 from customdiff.errors import UserError
+from customdiff.files import locked
 from customdiff.models import attention, base, memory_efficient, methods, modifier_tokens
 from customdiff.models.text import Text, encode_text, text_encoders
 from customdiff.preparation import prepared_set
@@ -32,7 +34,8 @@ from customdiff.tracking import Tracker
 from customdiff.training import run_log, step_log, validation
 from customdiff.training.batches import Batches
 from customdiff.training.checkpoints import Progress, RunFolder
-from customdiff.training.identity import library_versions, run_identity
+from customdiff.training.identity import adapter_config, run_identity
+from customdiff.training.launch import check_distributed_type
 from customdiff.training.objective import learning_rate, losses, optimizer_for, target_of
 from customdiff.training.step_log import StepLog
 
@@ -143,8 +146,29 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
         UserError: the base model, the prepared sets or the options are invalid or do not fit together.
     """
     accelerator = _accelerator(params)
-    folder = RunFolder.open(runs, run_identity(params, prepared, accelerator.num_processes), accelerator)
-    checkpoint = folder.last_checkpoint()
+    identity = run_identity(params, prepared, accelerator.num_processes)
+    folder = RunFolder.of(runs, identity)
+    with locked(folder.path) if accelerator.is_main_process else nullcontext():
+        folder.open(identity, params.train, accelerator)
+        if folder.is_complete(params.train):
+            accelerator.print("the training is complete already; remove .checkpoints to repeat it")
+            if accelerator.is_main_process and folder.run_id():
+                with tracker_for(folder.run_id()) as tracker:  # a process that was killed has not ended its MLflow run
+                    folder.save_run_id(tracker)
+        else:
+            _train(params, prepared, folder, tracker_for, accelerator)
+    return folder
+
+
+def _train(
+    params: Params,
+    prepared: Path,
+    folder: RunFolder,
+    tracker_for: Callable[[str | None], Tracker],
+    accelerator: Accelerator,
+) -> None:
+    """Train from the last checkpoint of an open run folder, or from the start, and write the results to it."""
+    train, checkpoint = params.train, folder.last_checkpoint()
     pipe, vae, scaling_factor = _load_base(params, accelerator.device)
     trained = _make_trainable(pipe, params, checkpoint)
     trainer = _trainer(params, _load_sets(params, prepared), pipe, vae, scaling_factor, trained, accelerator)
@@ -159,45 +183,64 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
             progress = folder.restore(checkpoint, trainer.optimizer, trainer.schedule, accelerator)
             log.rows, log.speeds = progress.rows, progress.speeds
             accelerator.print(f"continuing an interrupted run after step {progress.step}")
+            missing = train.validation.due(progress.step) and not folder.has_images(train, progress.step)
+            if missing and accelerator.is_main_process:
+                validation.generate(pipe, params, folder, tracker, progress.step)
         seconds = _loop(trainer, progress, params, folder, log)
         if accelerator.is_main_process:
-            learned = adapter.from_pipeline(pipe, _adapter_config(params))
+            learned = adapter.from_pipeline(pipe, adapter_config(params))
             summary = step_log.summary(log.rows, sum(parameter.numel() for parameter in trainer.trained))
             performance = step_log.performance(log, seconds)
-            folder.finish(learned, log.rows, summary, performance)
+            folder.finish(learned, log.rows, summary, performance, train)
             run_log.end(tracker, params, prepared, folder, log.rows, seconds)
     accelerator.wait_for_everyone()
-    return folder
 
 
 def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolder, log: StepLog) -> float:
-    """Train to the last step, with checkpoints and validation images; returns the run's training time in seconds."""
+    """Train to the last step, with checkpoints and validation images; returns the run's training time in seconds.
+
+    A signal stops a single process after its step, with a checkpoint; several processes stop at once.
+
+    Raises:
+        Interrupted: by a signal.
+        UserError: a loss or a weight is not finite.
+    """
     train, accelerator = trainer.train, trainer.accelerator
     first, is_main = progress.step, accelerator.is_main_process
-    bar = tqdm(total=train.max_steps, initial=first, desc="train", unit="step", disable=not is_main)
+    single = accelerator.num_processes == 1
     started = time.perf_counter()
     if is_main and first == 0 and train.validation.prompts:
         validation.generate(trainer.pipe, params, folder, log.tracker, 0)
     log.restart_clock()
-    for done in range(first + 1, train.max_steps + 1):
-        metrics = trainer.step(done - 1)
-        log.add({"step": done, **metrics, "learning_rate": trainer.schedule.get_last_lr()[0]})
-        bar.update()
-        if not log.pending:
-            bar.set_postfix(loss=f"{log.rows[-1]['loss']:.4f}", images_s=f"{log.speeds[-1]:.1f}")
-        validate = bool(train.validation.prompts) and done % train.validation.every == 0
-        checkpoint = done % train.checkpointing_steps == 0 or done == train.max_steps
-        if is_main and (validate or checkpoint):
-            log.flush()
-            if validate:
-                validation.generate(trainer.pipe, params, folder, log.tracker, done)
-            if checkpoint:
-                learned = adapter.from_pipeline(trainer.pipe, _adapter_config(params))
+    with (
+        tqdm(total=train.max_steps, initial=first, desc="train", unit="step", disable=not is_main) as bar,
+        interrupts.deferred() if single else nullcontext(interrupts.Deferral()) as stop,
+    ):
+        for done in range(first + 1, train.max_steps + 1):
+            metrics = trainer.step(done - 1)
+            log.add({"step": done, **metrics, "learning_rate": trainer.schedule.get_last_lr()[0]})
+            bar.update()
+            validate = train.validation.due(done)
+            checkpoint = done % train.checkpointing_steps == 0 or done == train.max_steps or stop.requested
+            if is_main and (validate or checkpoint):
+                log.flush()
+            if not log.pending:
+                step_log.check_finite(log, trainer.trained, folder.last_checkpoint())
+                bar.set_postfix(loss=f"{log.rows[-1]['loss']:.4f}", images_s=f"{log.speeds[-1]:.1f}")
+            if is_main and validate and not stop.requested:
+                with stop.during():
+                    validation.generate(trainer.pipe, params, folder, log.tracker, done)
+            stopping = stop.requested
+            if is_main and (checkpoint or stopping):
+                learned = adapter.from_pipeline(trainer.pipe, adapter_config(params))
                 now = Progress(done, progress.seconds + time.perf_counter() - started, log.rows, log.speeds)
                 folder.save(now, learned, trainer.optimizer, trainer.schedule, accelerator)
                 folder.prune(train.checkpoints_total_limit)
-            log.restart_clock()
-    bar.close()
+            if stopping:
+                break
+            if validate or checkpoint:
+                log.restart_clock()
+        stop.check()
     accelerator.wait_for_everyone()
     return progress.seconds + time.perf_counter() - started
 
@@ -226,18 +269,6 @@ def _accelerator(params: Params) -> Accelerator:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set at run time
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = params.train.allow_tf32
     return accelerator
-
-
-def check_distributed_type(kind: DistributedType) -> None:
-    """Reject sharded training, because checkpoints are written from the main process's weights only.
-
-    Raises:
-        UserError: the Accelerate config selects FSDP, DeepSpeed or Megatron-LM.
-    """
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"train.launch.config_file: {kind.value} is not supported; use distributed_type MULTI_GPU or MULTI_CPU"
-        )
 
 
 def _load_sets(params: Params, prepared: Path) -> list[PreparedSet]:
@@ -336,29 +367,3 @@ def _make_trainable(pipe: DiffusionPipeline, params: Params, checkpoint: Path | 
                 parameter.copy_(saved.weights[name])
     trained_embeddings = [layer.trained.weight for layer in layers if layer.trained.weight.requires_grad]
     return Trained(list(weights.values()), trained_embeddings)
-
-
-def _adapter_config(params: Params) -> AdapterConfig:
-    train = params.train
-    concepts = {
-        name: {
-            "modifier_token": concept.modifier_token,
-            "initializer": concept.initializer_token or concept.class_prompt,
-            "class_prompt": concept.class_prompt,
-            "instance_prompt": concept.instance_prompt,
-        }
-        for name, concept in params.concepts.items()
-    }
-    return AdapterConfig.model_validate(
-        {
-            "base": params.base.model_dump(include={"model", "revision", "variant"}),
-            "concepts": concepts,
-            "method": train.method,
-            "freeze_model": train.freeze_model,
-            "lora_rank": train.lora_rank,
-            "resolution": params.prepare.resolution,
-            "steps": train.max_steps,
-            "seed": params.base.seed,
-            "versions": library_versions(),
-        }
-    )

@@ -17,7 +17,7 @@ def generate(pipe: DiffusionPipeline, params: Params, folder: RunFolder, tracker
         step: after which; 0: before the training, by the base model, from the prompts without their modifier tokens.
     """
     settings = params.train.validation
-    titles = [prompt for prompt in settings.prompts for _ in range(settings.num_images)]
+    titles = [prompt for prompt in params.validation_prompts for _ in range(settings.num_images)]
     tokens = [concept.modifier_token for concept in params.concepts.values()]
     training = pipe.unet.training
     pipe.unet.eval()

@@ -209,3 +209,37 @@ def test_new_embeddings_change_no_other_token(tiny_base):
     before = text_of(pipe, ["photo of a cat"])
     modifier_tokens.add_tokens(pipe, {"<new1>": {"text_encoder": torch.randn(32)}})
     torch.testing.assert_close(text_of(pipe, ["photo of a cat"]).states, before.states)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["weights", "embedding", "fingerprint", "integers", "matrix"])
+def test_an_adapter_that_is_not_finite_is_refused(tiny_base, tmp_path, part, value):
+    _, folder = teach(tiny_base, tmp_path / "adapter")
+    if part == "fingerprint":
+        config = json.loads((folder / "adapter.json").read_text())
+        config["fingerprint"][0] = value
+        (folder / "adapter.json").write_text(json.dumps(config))
+    else:
+        path = folder / ("pytorch_custom_diffusion_weights.safetensors" if part == "weights" else "<new1>.safetensors")
+        tensors = load_file(path)
+        name, tensor = max(tensors.items(), key=lambda item: item[1].numel())
+        tensor.flatten()[-1] = 0 if part in ("integers", "matrix") else value
+        tensors[name] = (
+            tensor.int() if part == "integers" else torch.stack([tensor] * 2, 1) if part == "matrix" else tensor
+        )
+        save_file(tensors, path)
+    with pytest.raises(UserError, match=f"{'fingerprint' if part == 'fingerprint' else 'adapter: '}") as error:
+        adapter.load(base.load_pipeline(tiny_params(tiny_base).base), folder)
+    assert "\n" not in str(error.value)
+    if part in ("weights", "embedding"):
+        with pytest.raises(UserError, match="not finite"):
+            adapter.read(folder)
+
+
+def test_a_base_model_that_is_not_finite_has_no_fingerprint(tiny_base):
+    pipe = base.load_pipeline(tiny_params(tiny_base).base)
+    layer = next(m for m in pipe.unet.modules() if getattr(m, "is_cross_attention", False))
+    with torch.no_grad():
+        layer.to_k.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"base\.model"):
+        adapter.fingerprint(pipe)

@@ -85,7 +85,7 @@ def graded(alignments, colors=None, facts=None):
         for prompt in alignments
         for number in (0, 1)
     ]
-    summary = scores.summarize(given, len(pairs), resamples=100, seed=0)
+    summary = scores.summarize(given, len(pairs), resamples=100, seed=0, ceilings={"cat": 0.75, "dog": 1.0})
     return comparison.GradedAdapter(pairs, summary, facts or {"bytes": 2_000_000})
 
 
@@ -116,18 +116,20 @@ def test_the_table_has_the_base_model_then_each_adapter_with_its_change(two, tmp
     assert [float(dog[f"text_alignment{end}"]) for end in ends] == [0.25, -0.25, -0.25, -0.25]
     assert [float(dog[name]) for name in comparison.FACTS] == [61.4, 1_500_000, 32, 1e-4]
     assert [alone[name] for name in comparison.FACTS] == ["", "2000000", "", ""]
+    assert [row["photo_share"] for row in (base, rows[3], dog, rows[5], alone)] == ["", "0.5", "0.5", "", "1.5"]
 
 
 def test_the_markdown_table_shows_changes_seconds_and_megabytes(two):
     head, rule, *lines = comparison.markdown(comparison.table(two)).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len(head.split("|")) == len(rule.split("|")) == len(rows[0]) + 2
-    assert rows[0] == ["base model", "cat", "0.500", "0.250", "", ""]
+    assert rows[0] == ["base model", "cat", "0.500", "0.250", "", "", ""]
     assert rows[4] == [
         *("joint", "dog", "0.250 (-0.250, -0.250 to -0.250)", "0.750 (+0.250, +0.250 to +0.250)"),
-        *("61", "1.500"),
+        *("50 %", "61", "1.500"),
     ]
-    assert rows[6][-2:] == ["", "2.000"]
+    assert rows[5][-3] == "", "a prompt of both concepts has no share"
+    assert rows[6][-3:] == ["150 %", "", "2.000"]
 
 
 def test_the_sheet_leaves_white_what_an_adapter_has_not_learned(two):

@@ -1,5 +1,6 @@
 """The sheet shows every image in its place; the report holds the metrics, and needs nothing beside it."""
 
+import base64
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -181,7 +182,7 @@ def test_without_training_steps_the_curves_are_left_out(tmp_path, content):
 def test_a_change_is_claimed_only_where_its_interval_excludes_zero(delta, interval, verb):
     metric = PairedMetric(0.5, 0.5 + delta, delta, *interval)
     summary = scores.Summary(dict.fromkeys(scores.METRICS, metric), {}, 1, 1)
-    text, image = report.verdicts(summary)
+    text, image = report.changes(summary)
     assert verb in text
     assert f"{interval[0]:+.3f} to {interval[1]:+.3f}" in text
     assert (text.lower().startswith("text alignment"), image.lower().startswith("image alignment")) == (True, True)
@@ -203,3 +204,10 @@ def test_charts_are_whole_svg_and_the_same_bytes_each_time():
     for draw in (lambda: report.alignment_plane(scored()), lambda: report.loss_curves({"loss": [0.5, 0.4]})):
         assert ElementTree.fromstring(draw()).tag.endswith("svg")
         assert draw() == draw()
+
+
+def test_the_photos_with_masks_and_captions_are_part_of_the_page(tmp_path):
+    plain(BLUE).save(tmp_path / "sheet.jpg")
+    encoded = base64.b64encode((tmp_path / "sheet.jpg").read_bytes()).decode()
+    assert encoded in page(photos=[tmp_path / "sheet.jpg", tmp_path / "missing.jpg"])
+    assert "<h2>Photos</h2>" not in page()

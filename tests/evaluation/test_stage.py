@@ -73,6 +73,26 @@ def test_the_metrics_are_those_of_the_images(project, tmp_path, capsys):
     assert "results/evaluate/report.html" in capsys.readouterr().out
 
 
+def test_the_verdict_is_in_the_terminal_the_report_and_the_metrics(project, tmp_path, capsys):
+    project()
+    output = capsys.readouterr().out
+    assert "concepts.tom.source" in output  # a single photo
+    assert "photo_share" not in json.loads((tmp_path / "results/evaluate/metrics.json").read_text())
+    plain(60).save(tmp_path / "data/instances/tom/2.png")
+    project()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tom: ")]
+    metrics = json.loads((tmp_path / "results/evaluate/metrics.json").read_text())
+    ceiling = float(Judge().images([plain(30)])[0] @ Judge().images([plain(60)])[0])
+    image, report = metrics["image_alignment"], (tmp_path / "results/evaluate/report.html").read_text()
+    if ceiling - image["base"] < 0.05:
+        assert "photo_share" not in metrics
+    else:
+        share = (image["adapter"] - image["base"]) / (ceiling - image["base"])
+        assert metrics["photo_share"]["value"] == pytest.approx(share, abs=1e-3)
+        assert f"{100 * share:.0f} %" in line
+    assert line in report
+
+
 @pytest.mark.parametrize(
     ("path", "text", "named"),
     [

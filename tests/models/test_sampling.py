@@ -108,3 +108,14 @@ def test_image_seeds_are_fixed_forever_and_distinct():
     seeds = {image_seed(42, "cat", prompt, i) for prompt in ("a", "b") for i in range(50)}
     assert len(seeds) == 100
     assert image_seed(42, "ab", "c") != image_seed(42, "a", "bc")
+
+
+@pytest.mark.parametrize(("option", "size"), [("height", (32, 48)), ("width", (48, 32))])
+def test_one_of_height_and_width_alone_is_used(pipe, option, size):
+    (image,) = generate(pipe, ["a cat"], [1], steps=1, guidance_scale=1, progress=None, **{option: 48})
+    assert image.size == size
+
+
+def test_more_steps_than_the_noise_schedule_has_are_refused(pipe):
+    with pytest.raises(UserError, match=r"steps: 1001 .* 1000"):
+        generate(pipe, ["a cat"], [1], steps=1001, guidance_scale=1, progress=None)

@@ -12,9 +12,12 @@ from scipy.ndimage import gaussian_filter
 
 from customdiff.config import Concept
 from customdiff.config.prepare import Backgrounds
+from customdiff.errors import UserError
 from customdiff.models import base
 from customdiff.preparation import augmentation, backgrounds, prepare, prepared_set
+from customdiff.preparation.examples import Example
 from customdiff.preparation.masks import SubjectMask
+from customdiff.preparation.views import Views
 from customdiff.training.objective import losses
 
 
@@ -26,8 +29,7 @@ def disc(height=40, width=50):
 def examples_of(tmp_path, colors=("red", "blue"), count=2):
     captions = {color: f"a <new1> cat on a {color} background" for color in colors}
     return [
-        prepare.Example(path, "a <new1> cat", SubjectMask(disc(), "file"), captions)
-        for path in noisy_images(tmp_path, count)
+        Example(path, "a <new1> cat", SubjectMask(disc(), "file"), captions) for path in noisy_images(tmp_path, count)
     ]
 
 
@@ -62,6 +64,33 @@ def test_captions_name_the_background(template, color, caption):
     assert backgrounds.caption_on(color, Concept.model_validate(values)) == caption
 
 
+def test_images_serve_as_backgrounds_with_their_captions(tmp_path, tiny_base):
+    folder = tmp_path / "places"
+    folder.mkdir()
+    for name, color, caption in (("a", "navy", "at night"), ("b", "lime", "a meadow")):
+        Image.new("RGB", (30, 90), color).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"{caption}\n")
+    settings = Backgrounds(colors=["red"], images=str(folder))
+    names = backgrounds.names(settings)
+    assert names == ["red", str(folder / "a.png"), str(folder / "b.png")]
+    concept = tiny_params(tiny_base).concepts["cat"]
+    assert [backgrounds.caption_on(name, concept) for name in names[1:]] == [
+        "photo of a <new1> cat at night",
+        "photo of a <new1> cat, a meadow",
+    ]
+    photo, coverage = Image.new("RGB", (50, 40), "red"), disc()
+    found = np.asarray(backgrounds.composite(photo, coverage, names[2], np.random.default_rng(0)))
+    assert found.shape == (40, 50, 3)
+    np.testing.assert_array_equal(found[0, 0], (0, 255, 0))
+    np.testing.assert_array_equal(found[20, 24], (255, 0, 0))
+
+    (folder / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"b\.png.*b\.txt"):
+        backgrounds.names(settings)
+    with pytest.raises(UserError, match=r"prepare\.backgrounds\.images"):
+        backgrounds.names(Backgrounds(images=str(tmp_path / "nothing")))
+
+
 def test_every_color_has_a_value():
     with pytest.raises(ValueError, match="colors"):
         Backgrounds(colors=["mauve"])
@@ -83,10 +112,10 @@ def test_views_repeat_and_keep_their_own_background_bit_for_bit(tmp_path, tiny_b
     settings = {"hflip": True, "backgrounds": {"share": 0.5, "colors": ["red", "blue"]}}
     params = tiny_params(tiny_base, prepare=settings)
     examples = examples_of(tmp_path)
-    plain = [prepare.Example(example.path, example.caption) for example in examples]
+    plain = [Example(example.path, example.caption) for example in examples]
 
     def draw(of):
-        return list(prepare._views(of, params.prepare, 4, augmentation.resized_view, 4, [7]))
+        return list(Views(of, params.prepare, 4, augmentation.resized_view, 4, [7]))
 
     first, again, whole = draw(examples), draw(examples), draw(plain)
     for (view, caption, subject), (other, repeated, share) in zip(first, again, strict=True):
@@ -107,8 +136,8 @@ def test_the_subject_mask_follows_the_view(tmp_path, tiny_base):
     shown = disc()
     path = tmp_path / "000.png"
     Image.fromarray((shown * 255).astype(np.uint8)).convert("RGB").save(path)
-    example = prepare.Example(path, "a <new1> cat", SubjectMask(shown, "file"))
-    for view, _, subject in prepare._views([example], params.prepare, 12, augmentation.resized_view, 4, [1]):
+    example = Example(path, "a <new1> cat", SubjectMask(shown, "file"))
+    for view, _, subject in Views([example], params.prepare, 12, augmentation.resized_view, 4, [1]):
         exact = ((view.pixels[0].astype(np.float64) + 1) / 2).reshape(8, 4, 8, 4).mean((1, 3)) * view.mask
         np.testing.assert_allclose(subject, exact, atol=1e-6)
 
@@ -143,7 +172,7 @@ def test_sets_with_and_without_masks_are_joined(tmp_path, tiny_base):
     vae = base.load_part(params.base, "vae", AutoencoderKL)
     masked = prepare.prepare_instances(examples_of(tmp_path / "a"), params.prepare, vae, [0])
     whole = prepare.prepare_instances(
-        [prepare.Example(path, "a dog") for path in noisy_images(tmp_path / "b", 1)], params.prepare, vae, [0]
+        [Example(path, "a dog") for path in noisy_images(tmp_path / "b", 1)], params.prepare, vae, [0]
     )
     assert whole.subject is None
     prepared_set.save(masked, tmp_path / "instance")

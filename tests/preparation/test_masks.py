@@ -1,7 +1,6 @@
 """Subject masks: where they are from, which are set aside, and segmenters of random weights loaded by name."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -19,7 +18,8 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from customdiff.errors import UserError
-from customdiff.preparation import masks, prepare, sheet
+from customdiff.preparation import masks, sheet
+from customdiff.preparation.examples import Example, instance_examples
 from customdiff.preparation.segmenter import CLIPSEG_THRESHOLD, Segmenter
 
 CPU = torch.device("cpu")
@@ -156,21 +156,21 @@ def test_masks_brought_along_are_used_before_the_segmenter(tmp_path, tiny_base):
     segmenter = str(segformer(tmp_path / "model"))
     params = tiny_params(tiny_base, prepare={"segmenter": segmenter})
     concept = params.concepts["cat"]
-    examples = prepare.instance_examples(tmp_path / "images", concept, params.prepare, CPU)
+    examples = instance_examples(tmp_path / "images", concept, params.prepare, CPU)
     assert len(examples) == 4  # masks are not photos
-    assert "mask from alpha" in examples[0].notes
+    assert any("mask: alpha" in note for note in examples[0].notes)
     assert examples[0].caption == "photo of a <new1> cat on a white background"
     np.testing.assert_array_equal(examples[0].mask.coverage * 255, solid)
-    assert re.search("warning: mask from file set aside: it is empty; the photo is used whole", examples[1].notes)
+    assert "warning: mask from file set aside: it is empty; the photo is used whole" in examples[1].notes
     assert not examples[1].captions_on
     assert examples[2].caption == "a <new1> cat on red"
-    assert "caption from sidecar; no mask" in examples[2].notes  # none is needed
-    assert "segmenter" in examples[3].notes
+    assert examples[2].notes == ("caption: sidecar", "mask: none")  # none is needed
+    assert any("segmenter" in note for note in examples[3].notes)
 
     none = tiny_params(tiny_base, prepare={"masks": "none", "segmenter": "nowhere"}).prepare
-    assert all(example.mask is None for example in prepare.instance_examples(tmp_path / "images", concept, none, CPU))
-    every = prepare.instance_examples(tmp_path / "images", concept, params.prepare, CPU, all_masks=True)
-    assert "mask" in every[2].notes
+    assert all(example.mask is None for example in instance_examples(tmp_path / "images", concept, none, CPU))
+    every = instance_examples(tmp_path / "images", concept, params.prepare, CPU, all_masks=True)
+    assert any("segmenter" in note for note in every[2].notes)
     assert not every[2].captions_on
 
 
@@ -178,10 +178,10 @@ def test_no_segmenter_is_loaded_where_no_mask_is_needed(tmp_path, tiny_base):
     for path in noisy_images(tmp_path, 2):
         path.with_suffix(".txt").write_text("a {} cat on red\n")
     params = tiny_params(tiny_base, prepare={"segmenter": str(tmp_path / "nowhere")})
-    examples = prepare.instance_examples(tmp_path, params.concepts["cat"], params.prepare, CPU)
+    examples = instance_examples(tmp_path, params.concepts["cat"], params.prepare, CPU)
     assert [example.caption for example in examples] == ["a <new1> cat on red"] * 2
     with pytest.raises(UserError, match=r"prepare\.segmenter"):
-        prepare.instance_examples(tmp_path, params.concepts["cat"], params.prepare, CPU, all_masks=True)
+        instance_examples(tmp_path, params.concepts["cat"], params.prepare, CPU, all_masks=True)
 
 
 def test_the_sheet_outlines_the_mask(tmp_path):
@@ -195,5 +195,5 @@ def test_the_sheet_outlines_the_mask(tmp_path):
     assert changed[10:30, 39].all()
     assert not changed[12:28, 12:38].any()
     assert not changed[coverage == 0].any()
-    example = prepare.Example(path, "a <new1> cat", masks.SubjectMask(coverage, "file"), {"red": "x"}, "mask from file")
-    assert sheet.contact_sheet([example, prepare.Example(path, "a cat")]).height > 2 * sheet.SIDE
+    example = Example(path, "a <new1> cat", masks.SubjectMask(coverage, "file"), {"red": "x"}, "mask from file")
+    assert sheet.contact_sheet([example, Example(path, "a cat")]).height > 2 * sheet.SIDE

@@ -12,14 +12,17 @@ from PIL import Image
 
 from customdiff.errors import UserError
 from customdiff.models import base
-from customdiff.preparation import augmentation, captions, prepare, prepared_set
+from customdiff.preparation import augmentation, prepare, prepared_set
+from customdiff.preparation.examples import Example
+from customdiff.preparation.latent_cache import LatentCache
+from customdiff.preparation.views import Views
 
 
 def test_moments_and_samples_are_those_of_the_vae(tiny_base, tmp_path):
     params = tiny_params(tiny_base, prepare={"augmentation": False, "views": 1, "center_crop": True})
     paths = noisy_images(tmp_path, 3)
     vae = base.load_part(params.base, "vae", AutoencoderKL)
-    examples = [prepare.Example(path, "a cat") for path in paths]
+    examples = [Example(path, "a cat") for path in paths]
     prepared = prepare.prepare_instances(examples, params.prepare, vae, [0])
 
     crop = Image.open(paths[2]).crop((5, 0, 45, 40)).resize((32, 32), Image.Resampling.BILINEAR)
@@ -38,11 +41,11 @@ def test_pixels_are_stored_without_cached_latents(tiny_base, tmp_path):
     params = tiny_params(tiny_base, prepare={"cache_latents": False})
     cached = tiny_params(tiny_base)
     vae = base.load_part(params.base, "vae", AutoencoderKL)
-    examples = [prepare.Example(path, "a cat") for path in noisy_images(tmp_path, 2)]
+    examples = [Example(path, "a cat") for path in noisy_images(tmp_path, 2)]
     kept = prepare.prepare_instances(examples, params.prepare, vae, [0])
     encoded = prepare.prepare_instances(examples, cached.prepare, vae, [0])
     assert kept.mean is None
-    drawn = prepare._views(examples, params.prepare, 4, augmentation.resized_view, 4, [0])
+    drawn = Views(examples, params.prepare, 4, augmentation.resized_view, 4, [0])
     exact = torch.stack([torch.from_numpy(view.pixels) for view, *_ in drawn])
     torch.testing.assert_close(prepared_set.to_pixels(kept.pixels), exact, rtol=0, atol=0.5 / 127.5 + 1e-6)
     assert kept.captions == encoded.captions
@@ -72,7 +75,7 @@ def test_a_damaged_set_is_rejected(tiny_base, tmp_path):
 def test_captions_carry_the_prefix_of_their_view(tiny_base, tmp_path):
     params = tiny_params(tiny_base, prepare={"views": 30})
     vae = base.load_part(params.base, "vae", AutoencoderKL)
-    example = prepare.Example(noisy_images(tmp_path, 1)[0], "photo of a <new1> cat")
+    example = Example(noisy_images(tmp_path, 1)[0], "photo of a <new1> cat")
     prepared = prepare.prepare_instances([example], params.prepare, vae, [0])
     for caption, mask in zip(prepared.captions, prepared.mask, strict=True):
         prefix = caption.removesuffix("photo of a <new1> cat")
@@ -94,55 +97,31 @@ def test_batches_see_every_image_once_before_any_twice(length, batch_size):
     assert drawn[:length] != drawn[length : 2 * length] or length < 4
 
 
-def test_sidecar_captions(tmp_path, tiny_base):
-    params = tiny_params(tiny_base, prepare={"captions": "sidecar"})
-    concept = params.concepts["cat"]
-    path = noisy_images(tmp_path, 1)[0]
-    with pytest.raises(UserError, match=r"000\.png"):
-        prepare.instance_examples(tmp_path, concept, params.prepare, torch.device("cpu"))
-    path.with_suffix(".txt").write_text("a cat on red\n")
-    with pytest.raises(UserError, match=r"000.txt: .*<new1>"):
-        prepare.instance_examples(tmp_path, concept, params.prepare, torch.device("cpu"))
-    path.with_suffix(".txt").write_text("a {} cat\n  on red\n")
-    found = prepare.instance_examples(tmp_path, concept, params.prepare, torch.device("cpu"))
-    assert [example.caption for example in found] == ["a <new1> cat on red"]
+def test_cached_moments_are_the_same_bits_and_spare_the_vae(tiny_base, tmp_path):
+    """Views of the same pixels are not encoded again, whatever their captions; other pixels are."""
+    params = tiny_params(tiny_base)
+    vae = base.load_part(params.base, "vae", AutoencoderKL)
+    first, second = noisy_images(tmp_path / "images", 2)
 
+    def prepared(paths, caption):
+        cache = LatentCache(tmp_path / "cache", vae)
+        found = prepare.prepare_instances([Example(p, caption) for p in paths], params.prepare, vae, [0], cache)
+        cache.prune()
+        return found, cache.encoded
 
-def test_the_token_is_inserted_into_a_description(tiny_base):
-    concept = tiny_params(tiny_base).concepts["cat"]
-    assert captions.with_token("a Cat, on red", concept) == "a <new1> Cat, on red"
-    assert captions.with_token("an animal", concept) == "photo of a <new1> cat, an animal"
-
-
-def test_a_blip_captioner_is_loaded_by_name(tmp_path, tiny_base):
-    """A BLIP of random weights: what it says is noise, that its words become captions is what is tested."""
-    from transformers import (
-        BertTokenizer,
-        BlipConfig,
-        BlipForConditionalGeneration,
-        BlipImageProcessorPil,
-        BlipProcessor,
-    )
-
-    torch.manual_seed(0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "on", "red", "[DEC]"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = BlipConfig(
-        text_config=sizes
-        | {"vocab_size": 10, "bos_token_id": 9, "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 3},
-        vision_config=sizes | {"image_size": 32, "patch_size": 16},
-    )
-    folder = tmp_path / "blip"
-    BlipForConditionalGeneration(config).save_pretrained(folder)
-    processor = BlipImageProcessorPil(size={"height": 32, "width": 32})
-    BlipProcessor(processor, BertTokenizer(str(tmp_path / "vocab.txt"))).save_pretrained(folder)
-
-    params = tiny_params(tiny_base, prepare={"captions": "blip", "captioner": str(folder)})
-    images = tmp_path / "images"
-    noisy_images(images, 2)
-    found = prepare.instance_examples(images, params.concepts["cat"], params.prepare, torch.device("cpu"))
-    assert len(found) == 2
-    assert all("<new1>" in example.caption for example in found)
-    with pytest.raises(UserError, match=r"prepare\.captioner"):
-        captions.describe([], str(tmp_path / "nothing"), torch.device("cpu"))
+    plain = prepare.prepare_instances([Example(p, "a") for p in (first, second)], params.prepare, vae, [0])
+    fresh, encoded = prepared([first, second], "a")
+    assert encoded == 2  # batches of 4 views
+    again, encoded = prepared([first, second], "b")
+    assert encoded == 0
+    assert again.captions[0].endswith("b")
+    for name in ("mean", "std"):
+        assert torch.equal(getattr(plain, name), getattr(fresh, name))
+        assert torch.equal(getattr(plain, name), getattr(again, name))
+    _, encoded = prepared([second, first], "a")  # the views of a photo depend on its number
+    assert encoded == 2
+    with torch.no_grad():
+        vae.encoder.conv_in.bias += 1
+    _, encoded = prepared([second, first], "a")
+    assert encoded == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -1,8 +1,10 @@
 """The model card has the concepts and figures in the Hub's form, and nothing of the machine it was made on."""
 
 import dataclasses
+import html
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import yaml
 from adapters_on_disk import write_adapter
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
@@ -261,18 +264,35 @@ def test_what_is_published_has_no_path_and_loses_nothing_else(tmp_path):
     assert Base.model_validate(published["base"]).revision == "v2"
 
 
-@pytest.mark.parametrize("word", ["<a|b>", "`<x>`", "--- # <y>", "{{ 7 * 7 }}", "{% raw %}", "'\"\\"])
+HOSTILE = [
+    "<a|b>",
+    "`<x>`",
+    "--- # <y>",
+    "{{ 7 * 7 }}",
+    "{% raw %}",
+    "'\"\\",
+    "<script>x</script>",
+    "![x](https://y/z)",
+]
+
+
+@pytest.mark.parametrize("word", [*HOSTILE, "[x](javascript:alert(1))", "<img src=x onerror=alert(1)>", "</code><b>"])
 def test_no_word_breaks_the_card(word):
-    concept = CAT | {"modifier_token": word, "instance_prompt": "photo of a {} cat\nlicense: mit"}
-    made = model_card.make(REPO, CONFIG.with_changes(concepts={"cat": concept}), license="apache-2.0")
+    token = re.sub(r"[\s/\\]", "", word)
+    words = {"modifier_token": token, "class_prompt": word, "instance_prompt": f"photo of a {{}} {word}\nlicense: mit"}
+    config = CONFIG.with_changes(concepts={"cat": CAT | words}, versions={word: word})
+    made = model_card.make(REPO, config, license="apache-2.0")
     read = ModelCard(made.content)
     assert read.data.license == "apache-2.0"
     assert word in read.data.to_dict()["instance_prompt"]
-    shown = word.replace("|", r"\|")
-    assert shown in read.text
     code = read.text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert "49" not in read.text
+    shown = MarkdownIt("commonmark").enable("table").render(read.text)
+    tags = set(re.findall(r"<(/?\w+)", shown))
+    assert not tags & {"script", "img", "b", "a|b", "x", "y"}
+    assert "javascript" not in " ".join(re.findall(r'href="([^"]*)"', shown))
+    assert word in html.unescape(shown)
 
 
 # what `customdiff push` makes of the pipeline's own folders

@@ -51,7 +51,9 @@ def log(project, tiny_base):
         (results / "metrics.json").write_text(json.dumps(metrics))
         chosen = params(tiny_base, method, **settings)
         with tracking.start(chosen.tracking, "a run") as tracker:
-            return registry.log_evaluation(tracker, chosen, results, learned, prompts, ["Learned."], 1.0)
+            return registry.log_evaluation(
+                tracker, chosen, results, learned, prompts, registry.Judged(["Learned."], {"photo_share": 0.5}, {}, 1.0)
+            )
 
     return logged
 

@@ -554,3 +554,126 @@ def test_a_dead_service_gets_one_line_that_says_what_to_use_instead(tmp_path, in
     page = httpx.MockTransport(lambda request: httpx.Response(200, content=b"<html>parked</html>"))
     with pytest.raises(UserError, match=r"^retrieve\.service\.url: "):
         next(clip_service.service_images(section, "cat", 4, transport=page))
+
+
+def test_images_of_a_service_below_the_floor_are_not_downloaded(tmp_path, instances, knn):
+    """Even numbers are captioned "cat"; of the others those from 0.46 on are kept; without a similarity none is."""
+    serve_images(knn, 14)
+    for number in range(1, 14, 2):
+        knn.answers[number]["caption"] = "a hat" if number % 4 == 1 else ""
+    knn.answers[3].pop("similarity")
+    requested = []
+    plain = KnnService.do_GET
+    try:
+        KnnService.do_GET = lambda self: (requested.append(self.path), plain(self))
+        params = asking(knn)
+        params = params.model_copy(
+            update={"retrieve": params.retrieve.model_copy(update={"min_similarity": 0.46, "num_class_images": 8})}
+        )
+        result = retrieve(tmp_path, params)
+    finally:
+        KnnService.do_GET = plain
+    expected = [0, 1, 2, 4, 6, 8, 10, 12]
+    assert [url.rpartition("/")[2] for _, _, url in layout(tmp_path / "out")] == [f"{n}.png" for n in expected]
+    assert sorted(requested) == sorted(f"/{number}.png" for number in expected)
+    assert (result.captions_naming_class, result.captions) == (7, 8)
+
+
+# the floor and the filling
+
+
+CAPTIONS = ["a dog", "two dogs", "a cat", "hot dog stand", "a teapot", "", "a hotdog", "a penguin", "", "a cat"]
+
+
+@pytest.fixture
+def pool(tmp_path, clip_folder, instances):
+    """A pool of ten images with `CAPTIONS`, its index, and settings that use it; and the cosines in float64."""
+    colors = flat_colors(10)
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    for number, (image, caption) in enumerate(zip(colors, CAPTIONS, strict=True)):
+        image.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    clip = Clip.load(clip_folder)
+    write_index(tmp_path / "index", clip.images(colors), [f"{number}.png" for number in range(10)])
+    rows = [{"name": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS)]
+    (tmp_path / "index/rows.json").write_text(json.dumps(rows))
+    stored = np.load(tmp_path / "index" / clip_index.EMBEDDINGS).astype(np.float64)
+    cosines = unit(stored).astype(np.float64) @ class_images.query_vector(clip, "dog")
+
+    def of(base: str = "none", **retrieve) -> Params:
+        index = {"pool": str(folder), "clip": str(clip_folder)}
+        wanted = {"backend": "index", "duplicate_similarity": 1.0, "num_class_images": 10, "index": index} | retrieve
+        params = settings(wanted, base)
+        concept = params.concepts["cat"].model_copy(update={"class_prompt": "dog"})
+        return params.model_copy(update={"concepts": {"cat": concept}})
+
+    return of, cosines
+
+
+def sources(result: class_images.Retrieved) -> list[int]:
+    return [int(entry["source"].removesuffix(".png")) for entry in result.kept]
+
+
+@pytest.mark.parametrize("caption_weight", [0.0, 0.5])
+def test_an_image_is_kept_if_its_caption_names_the_class_or_its_cosine_reaches_the_floor(
+    tmp_path, pool, caption_weight
+):
+    of, cosines = pool
+    by_cosine = np.argsort(-cosines)
+    floor = float(cosines[by_cosine[4]] + cosines[by_cosine[5]]) / 2  # five of ten reach it
+    result = retrieve(tmp_path, of(min_similarity=max(0.0, floor), caption_weight=caption_weight))
+    named = {0, 1, 3}
+    expected = named | {row for row in range(10) if cosines[row] >= max(0.0, floor)}
+    assert named < expected < set(range(10))  # neither route alone keeps these
+    assert set(sources(result)) == expected
+    if not caption_weight:
+        assert sources(result) == [row for row in by_cosine if row in expected]
+    similarities = {int(e["source"].removesuffix(".png")): e["similarity"] for e in result.kept}
+    assert similarities == pytest.approx({row: cosines[row] for row in expected}, abs=1e-4)
+
+
+def test_a_run_says_how_many_captions_name_the_class(tmp_path, pool):
+    of, _ = pool
+    result = retrieve(tmp_path, of())
+    assert "3 of 8 captions name 'dog', 2 images without a caption" in result.origin
+    (warning,) = [note for note in result.notes if "captions name" in note]
+    assert "retrieve.min_similarity" in warning
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    counts = {"class_prompt": "dog", "captions": 8, "captions_naming_class": 3, "generated": 0}
+    assert {name: value for name, value in manifest.items() if name != "images"} == counts
+    assert [caption for _, caption, url in layout(tmp_path / "out") if url in ("5.png", "8.png")] == ["dog", "dog"]
+    floored = retrieve(tmp_path, of(min_similarity=1.0))
+    assert floored.origin == "3 of 3 captions name 'dog'"
+    (note,) = floored.notes  # fewer than requested, and no warning about captions
+    assert "retrieve.fill: generate" in note
+
+
+def test_too_few_above_the_floor_name_the_floor(tmp_path, pool):
+    of, _ = pool
+    with pytest.raises(UserError, match=r"3 class images .*retrieve\.min_similarity: 1.* retrieve\.minimum is 4; "):
+        retrieve(tmp_path, of(min_similarity=1.0, minimum=4))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_base_model_generates_what_is_missing(tmp_path, pool, tiny_base):
+    of, _ = pool
+    generate = {"steps": 2, "guidance_scale": 1.5, "batch_size": 3}
+    options = {"min_similarity": 1.0, "minimum": 6, "num_class_images": 6, "generate": generate}
+    with pytest.raises(UserError, match=r"retrieve\.fill: generate"):
+        retrieve(tmp_path, of(str(tiny_base), **options))
+    result = retrieve(tmp_path, of(str(tiny_base), fill="generate", **options))
+    rows = layout(tmp_path / "out")
+    assert sorted(url for _, _, url in rows[:3]) == ["0.png", "1.png", "3.png"]
+    assert [caption for _, caption, _ in rows[3:]] == ["dog"] * 3
+    assert [entry["similarity"] for entry in result.kept[3:]] == [None] * 3
+    assert result.origin == "3 of 3 captions name 'dog', 3 images generated from 'dog'"
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["generated"] == 3
+    drawn = retrieve(tmp_path, of(str(tiny_base), backend="generate", num_class_images=3, generate=generate))
+    assert [entry["sha256"] for entry in drawn.kept] == [entry["sha256"] for entry in result.kept[3:]]
+
+
+def test_the_base_model_is_not_loaded_if_nothing_is_missing(tmp_path, pool):
+    of, _ = pool
+    result = retrieve(tmp_path, of("no-such-model", fill="generate", min_similarity=1.0, num_class_images=3))
+    assert len(result.kept) == 3

@@ -406,8 +406,8 @@ def test_an_endless_answer_is_cut_at_the_limit_and_at_the_deadline():
 
     client = http.client(5, httpx.MockTransport(lambda request: httpx.Response(200, content=endless())))
     with pytest.raises(http.TooLargeError, match=r"0\.1 MB"):
-        http.fetch(client, HOME, io.BytesIO(), max_bytes=1e5)
-    with pytest.raises(http.FetchError, match="deadline"):
+        http.fetch(client, HOME, io.BytesIO(), max_bytes=1e5, deadline=5)
+    with pytest.raises(http.FetchError, match="not complete"):
         http.fetch(client, HOME, io.BytesIO(), max_bytes=1e12, deadline=0.05)
 
 

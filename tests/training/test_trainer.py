@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ from diffusers import DDPMScheduler
 
 from customdiff import files
 from customdiff.adapters import adapter
-from customdiff.config import Params, Train
-from customdiff.errors import UserError
+from customdiff.config import Params, Tracking, Train
+from customdiff.errors import UserError, one_line_errors
 from customdiff.files import sha256
 from customdiff.models import attention, base, memory_efficient, methods, modifier_tokens
 from customdiff.models.text import text_encoders, text_of
@@ -161,7 +162,7 @@ def test_a_killed_run_continues_to_the_same_bits(request, tmp_path, model, optio
     shutil.rmtree(killed.path / "adapter")
     for step in ("step-000004", "step-000006"):
         shutil.rmtree(killed.path / step)
-    (killed.path / ".step-000004.99999999-0badf00d.incoming").mkdir()  # as a kill in the middle of writing leaves it
+    (killed.path / ".step-000004.0badf00d0badf00d.incoming").mkdir()  # as a kill in the middle of writing leaves it
     continued = train(params, tmp_path, "killed")
     assert learned(continued) == learned(whole)
     rows = [path.joinpath("steps.csv").read_text().splitlines() for path in (whole.path, continued.path)]
@@ -224,12 +225,75 @@ def test_a_changed_base_model_starts_a_new_run(tiny_base, tmp_path):
     assert run_identity(params, prepared, 1) != before
 
 
-def test_a_complete_run_starts_again(tiny_base, tmp_path):
+def test_a_complete_run_is_handed_over_again(tiny_base, tmp_path):
+    """A process that is killed between the end of its training and DVC's commit is not trained a second time."""
     params = tiny_params(tiny_base)
     first = train(params, tmp_path)
     marks = {path.stat().st_mtime_ns for path in first.path.glob("step-*/state.pt")}
     again = train(params, tmp_path)
-    assert {path.stat().st_mtime_ns for path in again.path.glob("step-*/state.pt")}.isdisjoint(marks)
+    assert {path.stat().st_mtime_ns for path in again.path.glob("step-*/state.pt")} == marks
+    weights = learned(first)
+    (first.path / "complete").unlink()  # as a kill between the last checkpoint and the results leaves it
+    shutil.rmtree(first.path / "adapter")
+    again = train(params, tmp_path)
+    assert {path.stat().st_mtime_ns for path in again.path.glob("step-*/state.pt")} == marks
+    assert learned(again) == weights
+    again.copy_results(tmp_path / "models/adapter", tmp_path / "results/train")
+    assert sha256(tmp_path / "models" / WEIGHTS) == sha256(first.path / WEIGHTS)
+    with_images = tiny_params(tiny_base, validation={"prompts": ["a cat"], "every": 3, "steps": 1})
+    assert len(list(train(with_images, tmp_path).path.glob("validation/*.png"))) == 4
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_signal_ends_a_run_with_a_checkpoint(tiny_base, tmp_path, monkeypatch, step):
+    """At any step, also one of validation; the continued run has the weights and the images of an undisturbed one."""
+    params = tiny_params(tiny_base, checkpointing_steps=6, validation={"prompts": ["a cat"], "every": 3, "steps": 1})
+    whole = train(params, tmp_path, "whole")
+    ended = []
+
+    class Recorder(Tracker):
+        def finish(self, status="FINISHED"):
+            ended.append(status)
+
+    one_step = trainer.Trainer.step
+
+    def step_with_signal(self, number):
+        if number == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return one_step(self, number)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped, one_line_errors():
+        patched.setattr(trainer.Trainer, "step", step_with_signal)
+        trainer.run(params, tmp_path / "prepared", tmp_path / "stopped", lambda run_id: Recorder())
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert ended == ["KILLED"]
+    (folder,) = (path for path in (tmp_path / "stopped").iterdir() if path.is_dir())
+    assert [path.name for path in folder.glob("step-*")] == [f"step-{step:06d}"]
+    continued = train(params, tmp_path, "stopped")
+    assert learned(continued) == learned(whole)
+    images = [{path.name: sha256(path) for path in run.path.glob("validation/*")} for run in (whole, continued)]
+    assert len(images[0]) == 4
+    assert images[0] == images[1]
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_diverging_run_stops_in_one_line(tiny_base, tmp_path, monkeypatch, every):
+    params = tiny_params(tiny_base, learning_rate=1e10, max_steps=20, checkpointing_steps=1)
+    params = params.model_copy(update={"tracking": Tracking(log_every=every)})
+    with pytest.raises(UserError, match=r"train\.learning_rate: .* not finite .*last good checkpoint: ") as error:
+        train(params, tmp_path)
+    assert "\n" not in str(error.value)
+    for checkpoint in tmp_path.glob("runs/*/step-*"):
+        assert all(weight.isfinite().all() for weight in adapter.read(checkpoint).weights.values())
+    assert not list(tmp_path.glob("runs/*/complete"))
+
+
+def test_two_processes_cannot_train_the_same_run(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
+    params = tiny_params(tiny_base)
+    run = train(params, tmp_path)
+    with files.locked(run.path), pytest.raises(UserError, match=f"process {os.getpid()} is writing it"):
+        train(params, tmp_path)
 
 
 def test_old_checkpoints_are_removed(tiny_base, tmp_path):
@@ -251,6 +315,19 @@ def test_results_are_copied_completely(tiny_base, tmp_path):
     )
     adapter_config = adapter.read_config(tmp_path / "models/adapter")
     assert adapter_config.concepts["cat"].modifier_token == "<new1>"
+
+
+def test_validation_prompts_are_filled_in_for_every_concept(tiny_base, tmp_path):
+    """The images of a prompt with {} are those of the prompts that a user would write out for each concept."""
+    concepts = {"cat": concept_values(), "rex": concept_values("<new2>", "dog")}
+    written = ["a <new1> cat", "a <new2> dog", "the grass"]
+    images = {}
+    for name, prompts in (("short", ["a {}", "the grass"]), ("long", written)):
+        validation = {"prompts": prompts, "every": 6, "steps": 1, "num_images": 1}
+        run = train(tiny_params(tiny_base, concepts=concepts, validation=validation), tmp_path / name)
+        images[name] = {path.name: sha256(path) for path in (run.path / "validation").iterdir()}
+    assert len(set(images["long"].values())) == 3
+    assert images["short"] == images["long"]
 
 
 def test_options_of_the_reference_train(tiny_v_base, tmp_path):

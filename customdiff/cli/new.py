@@ -1,0 +1,246 @@
+"""`customdiff new`: a new concept from photos."""
+
+import difflib
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from customdiff import config
+from customdiff.cli.preset import keep_backup
+from customdiff.errors import UserError
+from customdiff.files import atomic_directory, atomic_file
+
+if TYPE_CHECKING:
+    from customdiff.preparation.examples import Example
+    from customdiff.sources.instance_images import Collected
+
+CONCEPTS = Path("data/concepts")
+EXAMPLES_OF_THE_REPOSITORY = (CONCEPTS / "cat", CONCEPTS / "teapot")
+
+EXAMPLES = """Examples:
+
+\b
+  customdiff new rex ~/photos/rex/*.jpg --class dog --only     learn Rex alone; then run `dvc repro`
+  customdiff new rex ~/photos/rex --class dog                  learn Rex beside the concepts of params.yaml
+  customdiff new rex ~/photos/rex.zip                          propose the class from the photos, and ask
+  customdiff new rex /mnt/photos/rex --class dog --no-copy     leave the photos where they are
+  customdiff new rex ~/photos/better/*.jpg --class dog --replace
+
+A caption beside a photo (01.txt for 01.jpg, with {} for the subject) and its mask (01.mask.png) are copied with it.
+"""
+
+
+class _Photos(NamedTuple):
+    """Photos that were read and checked, in temporary folders until everything else is known to be right."""
+
+    path: str  # for params.yaml
+    copy: Path | None  # to become data/concepts/<name>; None with --no-copy
+    instances: Path  # as download-data stores them
+    checked: "Collected"
+
+
+def new(
+    name: Annotated[str, typer.Argument(help="Name of the concept: lower-case letters, digits, _ and -.")],
+    photos: Annotated[
+        list[Path], typer.Argument(metavar="PHOTOS", help="4 to 5 photos, or folders, or zip or tar archives.")
+    ],
+    class_words: Annotated[
+        str | None, typer.Option("--class", help="Class of the subject, such as dog (default: proposed by CLIP).")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Modifier token (default: the first free one of <new1>, ...)")
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy/--no-copy", help="Copy the photos to data/concepts/NAME, or name their folder.")
+    ] = True,
+    only: Annotated[bool, typer.Option("--only", help="Remove all other concepts from params.yaml.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the photos and the entry of this name.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Use the most probable class without asking.")] = False,
+    sheet: Annotated[bool, typer.Option("--sheet/--no-sheet", help="Show masks and captions as a picture.")] = True,
+    path: Annotated[Path, typer.Option("--params", help="File to change; the old one is kept as .bak.")] = Path(
+        "params.yaml"
+    ),
+) -> None:
+    """Add a concept to params.yaml from photos of one subject.
+
+    Checks the photos, copies them, writes the entry, and shows the mask and caption of each photo. Nothing is written
+    if anything is wrong.
+    """
+    from customdiff.new_concept import entry
+
+    entry.check_name(name)
+    params = config.load(path)
+    _check_is_new(name, params, copy=copy, replace=replace)
+    with tempfile.TemporaryDirectory(prefix="customdiff-") as work:
+        gathered = _gather(name, photos, params, Path(work), copy=copy)
+        words = _class_of(gathered, params, class_words, yes=yes)
+        token = token or _token(name, params, only=only)
+        text = path.read_bytes().decode()
+        edited = entry.with_concept(text, name, entry.new_entry(gathered.path, token, words), only=only)
+        changed = config.parse(edited, path)
+        examples = _examples(gathered, changed.concepts[name], changed) if sheet else []
+        if gathered.copy:
+            with atomic_directory(CONCEPTS / name) as incoming:
+                shutil.copytree(gathered.copy, incoming, dirs_exist_ok=True)
+        _report_photos(name, gathered)
+        (CONCEPTS / f"{name}-sheet.jpg").unlink(missing_ok=True)  # of photos that were replaced
+        if examples:
+            _write_sheet(name, examples, gathered.checked)
+    backup = keep_backup(path)
+    with atomic_file(path) as incoming:
+        incoming.write_bytes(edited.encode())
+    typer.echo(f"{path}: concepts.{name} is a {words} with modifier token {token}; the old file is kept as {backup}")
+    typer.echo(f"validation prompts: {entry.validation_prompts_of(changed)}")
+    _report_others(name, changed, set(params.concepts) - set(changed.concepts))
+    typer.echo("next: dvc repro")
+
+
+def _check_is_new(name: str, params: config.Params, *, copy: bool, replace: bool) -> None:
+    if replace:
+        return
+    if name in params.concepts:
+        raise UserError(f"NAME: params.yaml has a concept {name} already; choose another name, or give --replace")
+    if copy and (CONCEPTS / name).exists():
+        raise UserError(
+            f"NAME: {CONCEPTS / name} exists already; choose another name, give --replace to replace its photos, or "
+            f"use them with `customdiff new {name} {CONCEPTS / name} --no-copy`"
+        )
+
+
+def _gather(name: str, sources: Sequence[Path], params: config.Params, work: Path, *, copy: bool) -> _Photos:
+    """Copy the photos into `work`, and read them as download-data does."""
+    from customdiff.new_concept import photos
+
+    sources = [source.expanduser() for source in sources]
+    inside = [source for source in sources if source.resolve().is_relative_to((CONCEPTS / name).resolve())]
+    if copy and inside:
+        raise UserError(f"PHOTOS: {inside[0]} is in {CONCEPTS / name} already; give the folder and --no-copy")
+    if copy:
+        copied, target = work / "copy", (CONCEPTS / name).as_posix()
+        photos.gather(sources, copied, work / "unpacked", params.download)
+    else:
+        if len(sources) != 1 or (sources[0].is_file() and photos.is_photo(sources[0])):
+            raise UserError("PHOTOS: --no-copy needs one folder or one archive, which params.yaml will name")
+        copied, target = None, sources[0].as_posix()
+    instances = work / name
+    checked = photos.check(name, config.Source(path=str(copied or target)), params.download, instances)
+    if copied:
+        photos.remove_set_aside(copied, checked)
+    return _Photos(target, copied, instances, checked)
+
+
+def _class_of(gathered: _Photos, params: config.Params, given: str | None, *, yes: bool) -> str:
+    """The class that the user gave, or confirms among the proposals of CLIP."""
+    from customdiff.new_concept.class_words import pool_words
+
+    known = pool_words(params)
+    words = _confirmed_class(gathered, params, known, yes=yes) if given is None else given
+    words = " ".join(words.split())
+    if not words:
+        raise UserError("--class: is empty; give a word such as dog")
+    if known and words not in known:
+        near = difflib.get_close_matches(words, known, n=1)
+        typer.echo(
+            f"warning: the pool of class images has no {words!r}, and the base model may not know it; "
+            + (f"did you mean {near[0]}?" if near else f"its subjects: {', '.join(known)}")
+        )
+    return words
+
+
+def _confirmed_class(gathered: _Photos, params: config.Params, known: list[str], *, yes: bool) -> str:
+    """The proposal of CLIP that the user confirms; a proposal alone can be wrong, however probable (docs)."""
+    from customdiff.models import base
+    from customdiff.models.clip import Clip
+    from customdiff.new_concept.class_words import COMMON_WORDS, clip_of, propose
+    from customdiff.sources.instance_images import read_instance_images
+
+    name, key = clip_of(params)
+    clip = Clip.load(name, base.device(params.base.device), key=f"--class is not given, and {key}")
+    guesses = propose(clip, read_instance_images(gathered.instances), known or COMMON_WORDS)
+    shown = ", ".join(f"{guess.word} ({guess.probability:.0%})" for guess in guesses[:3])
+    if not (yes or _is_terminal()):
+        raise UserError(f"--class: is needed; {name} proposes {shown}; give one of them, another word, or --yes")
+    typer.echo(f"class of the subject, as {name} sees it: {shown}")
+    return guesses[0].word if yes else typer.prompt("class", default=guesses[0].word)
+
+
+def _is_terminal() -> bool:
+    """Whether the user can be asked."""
+    return sys.stdin.isatty()
+
+
+def _token(name: str, params: config.Params, *, only: bool) -> str:
+    """The token of the entry that is replaced, or the first free one."""
+    from customdiff.new_concept import entry
+
+    if name in params.concepts:
+        return params.concepts[name].modifier_token
+    return entry.free_token({} if only else params.concepts)
+
+
+def _examples(gathered: _Photos, concept: config.Concept, params: config.Params) -> "list[Example]":
+    """The photos with masks and captions, as the stage prepare will make them."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from customdiff.models import base
+    from customdiff.preparation.examples import instance_examples
+
+    disable_progress_bar()
+    try:
+        return instance_examples(
+            gathered.instances,
+            concept,
+            params.prepare,
+            base.device(params.base.device),
+            tokenizer=base.load_tokenizer(params.base),
+        )
+    except UserError as error:
+        message = str(error)
+        for photo in gathered.checked.kept:  # name the user's file instead of the temporary copy
+            caption = Path(photo["source"]).with_suffix(".txt").as_posix()
+            message = message.replace(str(gathered.instances / photo.get("caption", photo["file"])), caption)
+        raise UserError(f"{message}; --no-sheet adds the concept without this check") from error
+
+
+def _write_sheet(name: str, examples: "Sequence[Example]", checked: "Collected") -> None:
+    from customdiff.preparation.sheet import contact_sheet
+
+    target = CONCEPTS / f"{name}-sheet.jpg"
+    with atomic_file(target) as incoming:
+        contact_sheet(examples).save(incoming, "JPEG", quality=90)
+    typer.echo(f"masks and captions: {target}")
+    for example, photo in zip(examples, checked.kept, strict=True):
+        typer.echo(f"  {photo['source']}: {example.caption!r} ({'; '.join(example.notes)})")
+
+
+def _report_photos(name: str, gathered: _Photos) -> None:
+    place = f"copied to {gathered.path}" if gathered.copy else f"used in {gathered.path}, not copied"
+    typer.echo(f"{name}: {len(gathered.checked.kept)} photos, {place}")
+    for refused in gathered.checked.set_aside:
+        typer.echo(f"  set aside: {refused.name}: {refused.reason}")
+    for note in gathered.checked.notes:
+        typer.echo(f"  warning: {note}")
+
+
+def _report_others(name: str, params: config.Params, removed: set[str]) -> None:
+    """What else params.yaml trains, and how to train the new concept alone."""
+    if removed:
+        typer.echo(f"removed: {', '.join(sorted(removed))}")
+    others = {key: concept for key, concept in params.concepts.items() if key != name}
+    if not others:
+        return
+    listed = ", ".join(f"{key} ({concept.modifier_token})" for key, concept in others.items())
+    typer.echo(f"params.yaml also trains {listed}; all concepts share train.max_steps ({params.train.max_steps})")
+    for key, concept in others.items():
+        source = concept.source.path
+        if source and not Path(source).exists():
+            typer.echo(f"warning: concepts.{key}.source.path: {source} does not exist, so `dvc repro` would stop there")
+        if source and (Path(source) in EXAMPLES_OF_THE_REPOSITORY or not Path(source).exists()):
+            typer.echo(
+                f"  to train {name} without it, remove concepts.{key} from params.yaml, or give --only --replace"
+            )
