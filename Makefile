@@ -25,7 +25,7 @@ ui: install ## browse the runs in MLflow
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --port 5000
 
 experiments: install ## what experiments change and what comes of it
-	dvc exp show --only-changed --keep '_(alignment|delta|share)$$' --drop 'Created|^data|^customdiff|^stages|^models|^results'
+	dvc exp show --only-changed --drop 'Created|^data|^customdiff|^stages|^models|^results'
 
 test: install ## run the tests
 	pytest -n $(TEST_PROCESSES)
