@@ -97,6 +97,17 @@ class Summary:
         overall = {name: metric.to_dict() for name, metric in self.overall.items()} | self._extras(None)
         return json.dumps(overall | {"concepts": concepts} | counts, indent=2, allow_nan=False) + "\n"
 
+    def to_short_json(self) -> str:
+        """The text of summary.json: what `dvc exp show` compares, three digits, without intervals."""
+        values = {}
+        for name in ("image_alignment", "text_alignment"):
+            metric = self.overall[name]
+            values[name] = round(metric.adapter, 3)
+            values[f"{name.partition('_')[0]}_delta"] = round(metric.delta, 3)
+        if share := self.photo_share():
+            values["photo_share"] = round(share.value, 3)
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
     def _extras(self, concept: str | None) -> dict[str, dict[str, float]]:
         """`photo_share` and `prompt_accuracy` of a concept or overall, where they are known."""
         share = self.photo_share(concept)
