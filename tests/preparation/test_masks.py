@@ -197,3 +197,17 @@ def test_the_sheet_outlines_the_mask(tmp_path):
     assert not changed[coverage == 0].any()
     example = Example(path, "a <new1> cat", masks.SubjectMask(coverage, "file"), {"red": "x"}, "mask from file")
     assert sheet.contact_sheet([example, Example(path, "a cat")]).height > 2 * sheet.SIDE
+
+
+@pytest.mark.parametrize(("second", "is_warned"), [(0, False), (3, False), (9, True), (10, True)])
+def test_a_second_large_part_of_a_mask_is_a_warning(tmp_path, tiny_base, second, is_warned):
+    """Ten columns, and apart from them some more: from 0.4 of the larger part's area it may be another subject."""
+    (path,) = noisy_images(tmp_path, 1)
+    mask = np.zeros((40, 50), np.uint8)
+    mask[5:35, 5:15] = 255
+    mask[5:35, 30 : 30 + second] = 255
+    Image.fromarray(mask).save(path.with_name("000.mask.png"))
+    params = tiny_params(tiny_base)
+    (example,) = instance_examples(tmp_path, params.concepts["cat"], params.prepare, CPU)
+    np.testing.assert_array_equal(example.mask.coverage * 255, mask)
+    assert any("two subjects" in note for note in example.notes) is is_warned
