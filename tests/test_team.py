@@ -13,7 +13,7 @@ from customdiff.adapters import adapter
 from customdiff.models import base
 
 __all__ = ["clone"]  # the fixture: a project that ran once
-SAMPLE = [sys.executable, "-m", "customdiff.cli", "sample", "a <new1> cat", "--steps", "2", "--out", "drawn"]
+SAMPLE = [sys.executable, "-m", "customdiff.cli", "sample", "a <new1> cat", "--steps", "2", "--out", "samples"]
 
 
 def test_the_adapter_in_the_repository_fits_the_base_model():
@@ -46,7 +46,7 @@ def test_a_pull_brings_everything_and_nothing_reruns(clone, team):
     for name in ("models/adapter/adapter.json", "results/evaluate/report.html", "data/prepared/cat/sheet.jpg"):
         assert (team / name).read_bytes() == (clone / name).read_bytes()
     run(team, *SAMPLE)
-    assert (team / "drawn/grid.png").stat().st_size > 0
+    assert (team / "samples/grid.png").stat().st_size > 0
     assert "Running stage 'train'" not in run(team, *DVC, "repro")
     assert run(team, "git", "status", "--porcelain", "--untracked-files=no") == ""
 
