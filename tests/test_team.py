@@ -10,6 +10,7 @@ from conftest import ROOT
 from test_pipeline import DVC, GIT, clone, run
 
 from customdiff.adapters import adapter
+from customdiff.cli.sweep import DVC_PLOTS
 from customdiff.models import base
 
 __all__ = ["clone"]  # the fixture: a project that ran once
@@ -63,11 +64,21 @@ def test_the_registered_artifact_can_be_fetched(team, tmp_path):
 
 
 def test_plots_open_without_a_network(clone):
+    sweep = clone / "results/sweep"
+    sweep.mkdir(parents=True)
+    (sweep / "dvc.yaml").write_text(DVC_PLOTS)
+    (sweep / "sweep.csv").write_text("step,text_alignment,image_alignment\n0,1.4,0.2\n50,1.3,0.5\n")
     run(clone, sys.executable, "-m", "customdiff.cli", "offline-plots")
     output = run(clone, *DVC, "plots", "show")
     assert "failed" not in output
     page = (clone / "dvc_plots/index.html").read_text(encoding="utf-8")
-    for title in ("Image alignment by prompt", "Text alignment by prompt", "Training loss", "contact_sheet.jpg"):
+    for title in (
+        "Image alignment by prompt",
+        "Text alignment by prompt",
+        "Training loss",
+        "Trade-off",
+        "contact_sheet.jpg",
+    ):
         assert title in page
     assert 'src="http' not in page
     assert "vegaEmbed" in page
