@@ -26,7 +26,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from customdiff import tracking
 
-SIZE = {"width": 1600, "height": 900}
+SIZE = {"width": 1440, "height": 810}
 # Pages of model training instead of language models, and no assistant in front of them
 PREFERENCES = """
 localStorage.setItem('mlflow.workflowType_v1', '"machine_learning"');
@@ -54,7 +54,7 @@ def main() -> None:
         page = context.new_page()
         for name, path in addresses(client).items():
             visit(page, path if path.startswith("file:") else f"{address}/#{path}", name)
-            page.screenshot(path=options.out / f"{name}.jpg", quality=75, type="jpeg")
+            page.screenshot(path=options.out / f"{name}.jpg", quality=60, type="jpeg")
             print(f"{options.out / name}.jpg")
         browser.close()
 
@@ -75,7 +75,6 @@ def addresses(client: MlflowClient) -> dict[str, str]:
         "run": run,
         "charts": f"{run}/model-metrics",
         "comparison": f'/compare-runs?runs={compared}&experiments=["{number}"]',
-        "models": f"/experiments/{number}/models",
         "registry": f"/models/{model.name}",
         "plots": Path("dvc_plots/index.html").resolve().as_uri(),
     }
