@@ -81,6 +81,8 @@ def retrieve_class_images(params: Params, name: str, hashes: "FileHashes") -> In
         inputs |= _base(params.base, hashes)
     if retrieve.backend == "index":
         inputs["files"] = hashes.of(retrieve.index.clip)
+    if retrieve.backend == "service":
+        inputs["files"] = hashes.of(retrieve.service.clip)
     if retrieve.backend == "folder":
         inputs["files"] = hashes.of(retrieve.folder.replace("{}", name))
     return inputs

@@ -26,7 +26,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from customdiff import tracking
 
-SIZE = {"width": 1280, "height": 860}
+SIZE = {"width": 1440, "height": 810}
 # Pages of model training instead of language models, and no assistant in front of them
 PREFERENCES = """
 localStorage.setItem('mlflow.workflowType_v1', '"machine_learning"');
@@ -54,7 +54,7 @@ def main() -> None:
         page = context.new_page()
         for name, path in addresses(client).items():
             visit(page, path if path.startswith("file:") else f"{address}/#{path}", name)
-            page.screenshot(path=options.out / f"{name}.jpg", quality=75, type="jpeg")
+            page.screenshot(path=options.out / f"{name}.jpg", quality=60, type="jpeg")
             print(f"{options.out / name}.jpg")
         browser.close()
 
@@ -65,7 +65,7 @@ def addresses(client: MlflowClient) -> dict[str, str]:
     if experiment is None:
         sys.exit("error: no runs; run `make repro` first")
     number = experiment.experiment_id
-    runs = client.search_runs([number], f"metrics.`{tracking.EVALUATED}` > -1", order_by=["attributes.start_time ASC"])
+    runs = client.search_runs([number], "metrics.`evaluation/score` > -1", order_by=["attributes.start_time ASC"])
     model = next(each for each in client.search_registered_models() if each.name.startswith("customdiff-"))
     champion = client.get_model_version_by_alias(model.name, "champion")
     run = f"/experiments/{number}/runs/{champion.run_id}"
@@ -75,7 +75,6 @@ def addresses(client: MlflowClient) -> dict[str, str]:
         "run": run,
         "charts": f"{run}/model-metrics",
         "comparison": f'/compare-runs?runs={compared}&experiments=["{number}"]',
-        "models": f"/experiments/{number}/models",
         "registry": f"/models/{model.name}",
         "plots": Path("dvc_plots/index.html").resolve().as_uri(),
     }
@@ -95,7 +94,7 @@ def visit(page: Page, address: str, name: str) -> None:
 
 def add_columns(page: Page) -> None:
     """Add the figures to the table of runs."""
-    page.get_by_role("button", name="Columns").click()
+    page.get_by_role("button", name="Columns", exact=True).click()
     for column in COLUMNS:
         page.get_by_placeholder("Search columns").fill(column)
         page.wait_for_timeout(800)

@@ -151,15 +151,15 @@ def test_mlflow_has_checkpoints_and_the_registered_adapter(clone):
     figure = next(metric for metric in adapter.metrics if metric.key == "evaluation/image_alignment")
     assert figure.value == run.data.metrics["evaluation/image_alignment"]
     assert figure.dataset_name == "evaluation prompts"
-    output = run_sample(clone, "models:/customdiff-cat@champion")
-    assert output == run_sample(clone, "models/adapter")
+    registered = run_sample(clone, "models:/customdiff-cat@champion", "samples/registered")
+    assert registered == run_sample(clone, "models/adapter", "samples/own")
 
 
-def run_sample(clone: Path, adapter: str) -> bytes:
+def run_sample(clone: Path, adapter: str, out: str) -> bytes:
     """The grid that `customdiff sample` draws with an adapter."""
-    sample = ["customdiff.cli", "sample", "a <new1> cat", "--steps", "2", "--out", "drawn", "--adapter", adapter]
+    sample = ["customdiff.cli", "sample", "a <new1> cat", "--steps", "2", "--out", out, "--adapter", adapter]
     run(clone, sys.executable, "-m", *sample)
-    return (clone / "drawn/grid.png").read_bytes()
+    return (clone / out / "grid.png").read_bytes()
 
 
 def test_a_second_run_gives_the_same_bytes_and_leaves_git_clean(clone):

@@ -10,10 +10,11 @@ from conftest import ROOT
 from test_pipeline import DVC, GIT, clone, run
 
 from customdiff.adapters import adapter
+from customdiff.cli.sweep import DVC_PLOTS
 from customdiff.models import base
 
 __all__ = ["clone"]  # the fixture: a project that ran once
-SAMPLE = [sys.executable, "-m", "customdiff.cli", "sample", "a <new1> cat", "--steps", "2", "--out", "drawn"]
+SAMPLE = [sys.executable, "-m", "customdiff.cli", "sample", "a <new1> cat", "--steps", "2", "--out", "samples"]
 
 
 def test_the_adapter_in_the_repository_fits_the_base_model():
@@ -46,7 +47,7 @@ def test_a_pull_brings_everything_and_nothing_reruns(clone, team):
     for name in ("models/adapter/adapter.json", "results/evaluate/report.html", "data/prepared/cat/sheet.jpg"):
         assert (team / name).read_bytes() == (clone / name).read_bytes()
     run(team, *SAMPLE)
-    assert (team / "drawn/grid.png").stat().st_size > 0
+    assert (team / "samples/grid.png").stat().st_size > 0
     assert "Running stage 'train'" not in run(team, *DVC, "repro")
     assert run(team, "git", "status", "--porcelain", "--untracked-files=no") == ""
 
@@ -63,11 +64,21 @@ def test_the_registered_artifact_can_be_fetched(team, tmp_path):
 
 
 def test_plots_open_without_a_network(clone):
+    sweep = clone / "results/sweep"
+    sweep.mkdir(parents=True)
+    (sweep / "dvc.yaml").write_text(DVC_PLOTS)
+    (sweep / "sweep.csv").write_text("step,text_alignment,image_alignment\n0,1.4,0.2\n50,1.3,0.5\n")
     run(clone, sys.executable, "-m", "customdiff.cli", "offline-plots")
     output = run(clone, *DVC, "plots", "show")
     assert "failed" not in output
     page = (clone / "dvc_plots/index.html").read_text(encoding="utf-8")
-    for title in ("Image alignment by prompt", "Text alignment by prompt", "Training loss", "contact_sheet.jpg"):
+    for title in (
+        "Image alignment by prompt",
+        "Text alignment by prompt",
+        "Training loss",
+        "Trade-off",
+        "contact_sheet.jpg",
+    ):
         assert title in page
     assert 'src="http' not in page
     assert "vegaEmbed" in page

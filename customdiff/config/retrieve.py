@@ -19,6 +19,9 @@ class Service(Section):
 
     url: str = Field("http://127.0.0.1:1234/knn-service", pattern=r"^https?://", description="Address of knn-service.")
     index_name: str = Field("laion5B-L-14", description="Index to search.")
+    clip: str | None = Field(
+        None, description="CLIP folder or Hub repository that embeds the query; null: the service embeds the text."
+    )
     timeout: Seconds = Field(20, description="Seconds without data per request; a request may take twice as long.")
     retries: int = Field(3, ge=0, le=100, description="Retries per request, with growing pauses.")
     parallel: int = Field(8, ge=1, le=64, description="Concurrent image downloads.")

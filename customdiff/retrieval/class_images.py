@@ -372,6 +372,14 @@ def from_service(
     Raises:
         UserError: the service cannot be reached, or its response is not that of a clip-retrieval service.
     """
-    found = clip_service.service_images(service, class_prompt, count, keep=keep, transport=transport)
+    embedding = None
+    if service.clip:
+        from customdiff.models.clip import Clip
+
+        clip = Clip.load(clip_tool.OPENAI_NAMES.get(service.clip, service.clip), key="retrieve.service.clip")
+        embedding = query_vector(clip, class_prompt).tolist()
+    found = clip_service.service_images(
+        service, class_prompt, count, embedding=embedding, keep=keep, transport=transport
+    )
     for item, similarity in found:
         yield from _decoded(item, item.caption, similarity, limits, result)

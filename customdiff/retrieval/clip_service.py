@@ -34,6 +34,7 @@ def service_images(
     class_prompt: str,
     count: int,
     *,
+    embedding: list[float] | None = None,
     keep: Callable[[str, float | None], bool] | None = None,
     transport: httpx.BaseTransport | None = None,
     pause: Callable[[float], None] = time.sleep,
@@ -45,6 +46,7 @@ def service_images(
     twice as many ahead of their use. Images whose server sends `X-Robots-Tag: noai` are not used.
 
     Args:
+        embedding: of the class prompt by the CLIP of the index; None: the service embeds the text.
         keep: whether an image is downloaded, from its caption and its similarity; None: every image is.
         transport, pause: replace the network and the waiting in tests.
 
@@ -56,7 +58,7 @@ def service_images(
     with http.client(service.timeout, transport) as client, ThreadPoolExecutor(service.parallel) as threads:
         while True:
             fresh = []
-            for answer in ask_service(client, service, class_prompt, asked, pause):
+            for answer in ask_service(client, service, class_prompt, asked, pause, embedding):
                 label = printable(str(answer.get("url") or answer.get("image_path") or answer.get("id")))
                 if label not in tried:
                     tried.add(label)
@@ -73,7 +75,12 @@ def service_images(
 
 
 def ask_service(
-    client: httpx.Client, service: Service, class_prompt: str, count: int, pause: Callable[[float], None] = time.sleep
+    client: httpx.Client,
+    service: Service,
+    class_prompt: str,
+    count: int,
+    pause: Callable[[float], None] = time.sleep,
+    embedding: list[float] | None = None,
 ) -> list[dict[str, Any]]:
     """POST one query to a knn-service, with the fields that clip-retrieval's ClipClient sends.
 
@@ -84,10 +91,10 @@ def ask_service(
         UserError: the query failed, also after `service.retries` retries, or the response is not a knn-service's.
     """
     query = {
-        "text": class_prompt,
+        "text": None if embedding else class_prompt,
         "image": None,
         "image_url": None,
-        "embedding_input": None,
+        "embedding_input": embedding,
         "deduplicate": True,
         "use_safety_model": True,
         "use_violence_detector": True,

@@ -241,7 +241,7 @@ def test_a_complete_run_is_handed_over_again(tiny_base, tmp_path):
     again.copy_results(tmp_path / "models/adapter", tmp_path / "results/train")
     assert sha256(tmp_path / "models" / WEIGHTS) == sha256(first.path / WEIGHTS)
     with_images = tiny_params(tiny_base, validation={"prompts": ["a cat"], "every": 3, "steps": 1})
-    assert len(list(train(with_images, tmp_path).path.glob("validation/*.png"))) == 4
+    assert len(list(train(with_images, tmp_path).path.glob("validation/*.png"))) == 6  # two images at steps 0, 3 and 6
 
 
 @pytest.mark.parametrize("step", [2, 3])
@@ -272,7 +272,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tiny_base, tmp_path, monkeypatch,
     continued = train(params, tmp_path, "stopped")
     assert learned(continued) == learned(whole)
     images = [{path.name: sha256(path) for path in run.path.glob("validation/*")} for run in (whole, continued)]
-    assert len(images[0]) == 4
+    assert len(images[0]) == 6
     assert images[0] == images[1]
 
 
@@ -326,7 +326,7 @@ def test_validation_prompts_are_filled_in_for_every_concept(tiny_base, tmp_path)
         validation = {"prompts": prompts, "every": 6, "steps": 1, "num_images": 1}
         run = train(tiny_params(tiny_base, concepts=concepts, validation=validation), tmp_path / name)
         images[name] = {path.name: sha256(path) for path in (run.path / "validation").iterdir()}
-    assert len(set(images["long"].values())) == 3
+    assert len(set(images["long"].values())) == 6
     assert images["short"] == images["long"]
 
 
