@@ -20,7 +20,7 @@ class Prompt:
 
     Attributes:
         template: text with {} for the subject; with {1}, {2} and so on for several, in the order of `concepts`.
-        concepts: names of the concepts that the prompt is about.
+        concepts: names of the concepts that the prompt is about; none for a prompt of other things.
         kind: what it asks for: one of `KINDS`, or `other`.
     """
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,8 @@ class VisionEncoder:
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Features of images of any size and mode: (N, D) float32, each of norm 1."""
-        features = [np.zeros((0, self.model.config.hidden_size), np.float32)]
+        config: Any = self.model.config
+        features = [np.zeros((0, config.hidden_size), np.float32)]
         device = next(self.model.parameters()).device
         for start in range(0, len(images), self.batch_size):
             batch = [image.convert("RGB") for image in images[start : start + self.batch_size]]

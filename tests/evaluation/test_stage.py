@@ -10,7 +10,7 @@ from conftest import concept_values, random_adapter
 from PIL import Image
 from stand_ins import Judge, plain
 
-from customdiff.evaluation.scores import METRICS
+from customdiff.evaluation.report import PLANE as METRICS
 from customdiff.models import clip
 
 

@@ -1,4 +1,4 @@
-"""Features are the class tokens of transformers' own models; incomplete or unsuitable models are refused in one line."""
+"""Features are the class tokens of transformers' own models; unsuitable models are refused in one line."""
 
 import json
 import shutil
