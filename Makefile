@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # one thread each
 TEST_PROCESSES ?= 2
 
-.PHONY: help install repro ui test test-all coverage lint format lock clean
+.PHONY: help install repro ui experiments test test-all coverage lint format lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ repro: install ## run the stages of the pipeline that have changed
 ui: install ## browse the runs in MLflow
 	@echo "open http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --port 5000
+
+experiments: install ## what experiments change and what comes of it
+	dvc exp show --only-changed --drop 'Created|^data|^customdiff|^stages|^models|^results'
 
 test: install ## run the tests
 	pytest -n $(TEST_PROCESSES)
@@ -58,6 +61,7 @@ $(VENV)/installed: requirements/lock.txt requirements/uv.txt pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements/uv.txt
 	$(UV) $(VENV) --requirement requirements/lock.txt
 	$(UV) $(VENV) --no-deps --editable .
+	@$(VENV)/bin/customdiff offline-plots || true
 	@touch $@
 
 # clip-retrieval needs older releases of numpy, pandas and transformers, so it has an environment of its own

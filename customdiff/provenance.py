@@ -1,44 +1,42 @@
-"""Provenance tags of a run: git commit, uncommitted changes, DVC experiment and hashes of data."""
+"""Provenance tags of a run: program, user, git commit, uncommitted changes and DVC experiment."""
 
+import getpass
 import os
 import subprocess
+import sys
 from pathlib import Path
-
-import yaml
-
-DATA_STAGES = ("download-data", "retrieve-class-images", "prepare")
 
 
 def run_tags(project: Path | str = ".") -> dict[str, str]:
     """Provenance tags of a run in the project folder `project`.
 
     Returns:
-        `git.commit`, `git.dirty`, `dvc.experiment` and `data.<path>`; unknown ones are omitted.
+        MLflow's tags for user, program, commit and branch, `git.commit`, `git.dirty` and `dvc.experiment`; unknown ones
+        are omitted.
     """
     project = Path(project)
-    tags = {}
+    tags = {"mlflow.user": _user(), "mlflow.source.name": _program(), "mlflow.source.type": "LOCAL"}
     commit = _git(project, "rev-parse", "HEAD")
     if commit:
         tags["mlflow.source.git.commit"] = tags["git.commit"] = commit
+        tags["mlflow.source.git.branch"] = _git(project, "rev-parse", "--abbrev-ref", "HEAD")
         tags["git.dirty"] = str(bool(_git(project, "status", "--porcelain", "--untracked-files=no"))).lower()
     if os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = os.environ["DVC_EXP_NAME"]
-    return tags | data_hashes(project / "dvc.lock")
+    return {key: value for key, value in tags.items() if value}
 
 
-def data_hashes(lock: Path) -> dict[str, str]:
-    """MD5 of each output of the data stages in dvc.lock, as tags `data.<path>`."""
+def _user() -> str:
     try:
-        stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
-        return {
-            f"data.{out['path'].removeprefix('data/')}": out["md5"]
-            for name, stage in stages.items()
-            if name.partition("@")[0] in DATA_STAGES
-            for out in stage.get("outs", [])
-            if "md5" in out
-        }
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return {}
+        return getpass.getuser()
+    except (OSError, KeyError):  # no entry for the user in a container
+        return ""
+
+
+def _program() -> str:
+    """The running script, such as `stages/train.py`; without folders of this machine."""
+    script = Path(sys.argv[0])
+    return script.name if script.is_absolute() else script.as_posix()
 
 
 def _git(project: Path, *arguments: str) -> str:

@@ -1,6 +1,5 @@
 """evaluate: the figures of the adapter beside those of the base model, with images and a report."""
 
-import json
 import time
 from pathlib import Path
 
@@ -19,10 +18,11 @@ def main() -> None:
     from customdiff.adapters.config import read_config
     from customdiff.evaluation import drift, report, scores, verdict
     from customdiff.evaluation.base_image_cache import cache_folder
-    from customdiff.evaluation.generation import Generation, generate_pairs, write_images
+    from customdiff.evaluation.generation import Generation, customized_subject, generate_pairs, write_images
     from customdiff.evaluation.grading import Photos, grade
     from customdiff.evaluation.judges import Judges
     from customdiff.evaluation.prompts import read_all_prompts
+    from customdiff.publishing import registry
     from customdiff.sources.instance_images import captioned_photos
 
     settings, concepts = params.evaluate, params.concepts
@@ -47,17 +47,20 @@ def main() -> None:
     )
     with atomic_directory(RESULTS) as out:
         (out / "metrics.json").write_text(summary.to_json(), encoding="utf-8")
+        (out / "summary.json").write_text(summary.to_short_json(), encoding="utf-8")
         (out / "report.html").write_text(page, encoding="utf-8")
         scores.write_table(scored, out / "per_prompt.csv")
         write_images(pairs, out / "images")
         sheet.save(out / "contact_sheet.jpg", quality=90)
     print("\n".join([*report.changes(summary), *verdict.lines(found), f"report: {RESULTS / 'report.html'}"]))
 
-    metrics = tracking.evaluation_metrics(json.loads(summary.to_json())) | {"evaluate/seconds": seconds}
-    figures, tags = verdict.tracked(summary, found)
-    with tracking.for_evaluation(params.tracking, TRAINING / "run.json", tags=provenance.run_tags()) as tracker:
-        tracker.evaluation(params, metrics | figures, RESULTS, ADAPTER)
-        tracker.tags(tags)
+    texts = [generation.text(prompt, customized_subject) for prompt in prompts]
+    name, tags = tracking.run_name(params), provenance.run_tags()
+    with tracking.for_evaluation(params.tracking, TRAINING / "run.json", name, tags=tags) as tracker:
+        judged = registry.Judged(verdict.lines(found), *verdict.tracked(summary, found), seconds)
+        registered = registry.log_evaluation(tracker, params, RESULTS, ADAPTER, texts, judged)
+    if registered:
+        print(f"MLflow: {registered}")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ def main() -> None:
     from customdiff.training.checkpoints import RUNS
 
     def tracker_for(run_id: str | None) -> tracking.Tracker:
-        tags = provenance.run_tags()
+        name, tags = tracking.run_name(params), provenance.run_tags()
         if run_id:
-            return tracking.resume(params.tracking, run_id, tags=tags)
-        return tracking.start(params.tracking, tags=tags)
+            return tracking.resume(params.tracking, run_id, name, tags=tags)
+        return tracking.start(params.tracking, name, tags=tags)
 
     run = trainer.run(params, Path("data/prepared"), RUNS, tracker_for)
     if int(os.environ.get("RANK", 0)) == 0:

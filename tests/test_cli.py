@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import concept_values
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -70,7 +72,8 @@ def learned(tmp_path_factory, tiny_base):
     return folder
 
 
-def test_sample_draws_each_prompt_and_seed_as_the_pipeline_does(learned, tiny_base, tmp_path):
+def test_sample_draws_each_prompt_and_seed_as_the_pipeline_does(learned, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "samples"
     result = run(
         *("sample", "<new1> cat", "red pot", "--adapter", str(learned), "--out", str(out)),
@@ -90,6 +93,21 @@ def test_sample_draws_each_prompt_and_seed_as_the_pipeline_does(learned, tiny_ba
     ).images[0]
     ours = np.asarray(Image.open(out / "1-new1-cat-seed8.png"), float)
     assert np.abs(ours - np.asarray(drawn, float)).max() <= 1
+
+
+def test_sample_takes_its_settings_from_params_unless_they_are_options(learned, tmp_path, monkeypatch):
+    """So that it draws what was graded."""
+    monkeypatch.chdir(tmp_path)
+    graded = {"steps": 2, "guidance_scale": 1.5, "eta": 0.5, "scheduler": "ddim"}
+    drawn = {}
+    for name, settings in (("params", graded), ("options", {}), ("other", graded | {"guidance_scale": 3.0})):
+        values = {"concepts": {"cat": concept_values()}, "evaluate": settings}
+        Path("params.yaml").write_text(yaml.safe_dump(values))
+        given = ["--steps", "2", "--guidance-scale", "1.5", "--eta", "0.5"] if name == "options" else []
+        result = run("sample", "a <new1> cat", "--adapter", str(learned), "--out", name, *given)
+        assert result.exit_code == 0, result.output
+        drawn[name] = Path(name, "grid.png").read_bytes()
+    assert drawn["params"] == drawn["options"] != drawn["other"]
 
 
 def test_sample_notes_that_no_prompt_names_the_concept(learned, tmp_path):
@@ -178,7 +196,7 @@ def test_checkpoints_are_listed_the_last_training_first(trainings):
 
 def test_missing_checkpoints_are_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for arguments in (["checkpoints"], ["sample", "a cat", "--checkpoint", "latest"]):
+    for arguments in (["checkpoints"], ["sweep"], ["sample", "a cat", "--checkpoint", "latest"]):
         assert ".checkpoints: no checkpoints" in str(run(*arguments).exception)
 
 

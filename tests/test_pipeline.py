@@ -115,7 +115,7 @@ def test_one_command_learns_and_evaluates(clone):
     assert (clone / "models/adapter/pytorch_custom_diffusion_weights.safetensors").stat().st_size > 1000
     for name in ("report.html", "contact_sheet.jpg", "per_prompt.csv"):
         assert (clone / "results/evaluate" / name).stat().st_size > 0
-    assert len(list((clone / "results/train/validation").glob("*.png"))) == 4
+    assert len(list((clone / "results/train/validation").glob("*.png"))) == 6  # two images at steps 0, 2 and 4
 
 
 def test_mlflow_shows_the_run(clone):
@@ -125,11 +125,41 @@ def test_mlflow_shows_the_run(clone):
     (experiment,) = client.search_experiments(filter_string="name = 'customdiff'")
     found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])[0]
     assert found.info.status == "FINISHED"
+    assert found.info.run_name == "cat · custom_diffusion · 4 steps"
     assert found.data.params["train.max_steps"] == "4"
     metrics = json.loads((clone / "results/evaluate/metrics.json").read_text())
-    assert found.data.metrics["image_alignment"] == pytest.approx(metrics["image_alignment"]["adapter"])
+    logged = found.data.metrics["evaluation/image_alignment"]
+    assert logged == pytest.approx(metrics["image_alignment"]["adapter"])
     assert found.data.metrics["train/seconds"] > 0
     assert [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")] == [1, 2, 3, 4]
+    assert "contact_sheet.jpg" in found.data.tags["mlflow.note.content"]
+    outs = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]["download-data@cat"]["outs"]
+    digests = {each.dataset.name: each.dataset.digest for each in found.inputs.dataset_inputs}
+    assert digests["cat instance images"] == outs[0]["md5"]
+
+
+def test_mlflow_has_checkpoints_and_the_registered_adapter(clone):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{clone / 'mlflow.db'}")
+    champion = client.get_model_version_by_alias("customdiff-cat", "champion")
+    run = client.get_run(champion.run_id)
+    models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{champion.run_id}'")
+    assert {model.name for model in models} == {"cat-step-2", "cat-step-4", "cat-adapter"}
+    (adapter,) = (model for model in models if model.name == "cat-adapter")
+    assert champion.source == f"models:/{adapter.model_id}"
+    figure = next(metric for metric in adapter.metrics if metric.key == "evaluation/image_alignment")
+    assert figure.value == run.data.metrics["evaluation/image_alignment"]
+    assert figure.dataset_name == "evaluation prompts"
+    output = run_sample(clone, "models:/customdiff-cat@champion")
+    assert output == run_sample(clone, "models/adapter")
+
+
+def run_sample(clone: Path, adapter: str) -> bytes:
+    """The grid that `customdiff sample` draws with an adapter."""
+    sample = ["customdiff.cli", "sample", "a <new1> cat", "--steps", "2", "--out", "drawn", "--adapter", adapter]
+    run(clone, sys.executable, "-m", *sample)
+    return (clone / "drawn/grid.png").read_bytes()
 
 
 def test_a_second_run_gives_the_same_bytes_and_leaves_git_clean(clone):
@@ -178,6 +208,7 @@ def test_nothing_reruns_when_nothing_changed(changed):
         ("concepts.cat.class_prompt", "animal", {"retrieve-class-images@cat", "prepare@cat", "train", "evaluate"}),
         ("concepts.cat.initializer_token", "dog", {"train"}),
         ("tracking.log_every", 1, set()),
+        ("tracking.score", "image_alignment", set()),
     ],
 )
 def test_an_edit_reruns_exactly_the_stages_that_read_it(clone, changed, key, value, stages):
@@ -253,7 +284,7 @@ def test_a_hostile_concept_name_never_reaches_the_shell(clone, changed, name, al
     docs = sorted((clone / "docs").iterdir())
     if not alone:
         output = run(clone, *DVC, "repro", check=False)
-        assert "params.yaml: concepts" in output
+        assert "params.yaml: concepts" in output or "ERROR: output 'docs' is specified in" in output
     else:
         inputs = clone / f"data/inputs/download-data/{name}.json"
         inputs.parent.mkdir(parents=True, exist_ok=True)

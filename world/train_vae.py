@@ -8,6 +8,7 @@ trained on the earlier latents then works with the new autoencoder.
 """
 
 import argparse
+import subprocess
 from pathlib import Path
 
 import torch
@@ -158,12 +159,18 @@ class Learner(nn.Module):
         return {"loss": loss} | {name: value.detach() for name, value in values.items()}
 
 
-ANCHOR = Path(__file__).parent / "checkpoints/anchor"
+FIRST_EDITION = "fb519a52a45811be7b0588a5c8c17c152deac5d2"  # the last commit with the autoencoder of 64 px
 
 
-def anchor_vae() -> AutoencoderKL:
-    """The autoencoder of 64 x 64 pictures whose latents are the anchor, frozen."""
-    return AutoencoderKL.from_pretrained(ANCHOR).float().eval().requires_grad_(False)
+def anchor_vae(work: Path) -> AutoencoderKL:
+    """The autoencoder of 64 x 64 pictures whose latents are the anchor, frozen; read from git's history."""
+    folder = work / "anchor"
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        if not (folder / name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            show = ["git", "show", f"{FIRST_EDITION}:data/base/vae/{name}"]
+            (folder / name).write_bytes(subprocess.run(show, check=True, capture_output=True).stdout)
+    return AutoencoderKL.from_pretrained(folder).float().eval().requires_grad_(False)
 
 
 def main() -> None:
@@ -184,7 +191,7 @@ def main() -> None:
     packed = Sprites.load(arguments.work / "sprites")
     sprites = with_more_individuals(packed, dict.fromkeys(packed.pictures, params["hues"]))
     of = world_distribution(sprites)
-    vae, anchor = build(params), anchor_vae()
+    vae, anchor = build(params), anchor_vae(arguments.work)
     grow(vae, anchor)
     anchor = anchor.to(arguments.device, memory_format=torch.channels_last)
     features = Features(Path("data/clip"), arguments.device) if params["features"] else None

@@ -5,7 +5,7 @@ Commands import torch and diffusers when they run, so that help and errors appea
 
 import typer
 
-from customdiff.cli import adapters, captions, compare, formats, hub, new, preset, sample, sweep
+from customdiff.cli import adapters, captions, compare, formats, hub, new, plots, preset, sample, sweep
 from customdiff.errors import one_line_errors
 
 commands = typer.Typer(
@@ -36,6 +36,7 @@ commands.command("import", epilog=formats.IMPORT_EXAMPLES, short_help="Import an
 commands.command(epilog=hub.EXAMPLES, short_help="Publish an adapter on the Hugging Face Hub.")(hub.push)
 commands.command(epilog=adapters.MERGE_EXAMPLES, short_help="Merge several adapters into one.")(adapters.merge)
 commands.command(epilog=adapters.COMPRESS_EXAMPLES, short_help="Compress an adapter.")(adapters.compress)
+commands.command("offline-plots", short_help="Let `dvc plots` draw without a network.")(plots.offline_plots)
 
 
 def app() -> None:

@@ -12,6 +12,7 @@ from customdiff.files import atomic_directory, check_free
 
 if TYPE_CHECKING:
     from customdiff.evaluation.comparison import GradedAdapter
+    from customdiff.tracking import Tracker
 
 EXAMPLES = """Examples:
 
@@ -59,15 +60,29 @@ def compare(
     _check_methods(rates, "--learning-rate")
     for folder in folders.values():
         read_config(folder)
-    graded = _grade(params, folders, {name: rates.get(name) for name in wanted})
-    _write(graded, out)
+    from customdiff import provenance, tracking
+
+    title = " · ".join(["compare", "+".join(params.concepts), ", ".join([*folders, *wanted])])
+    runs: dict[str, str] = {}
+    with tracking.start(params.tracking, title, tags=provenance.run_tags()) as parent:
+        graded = _grade(params, folders, {name: rates.get(name) for name in wanted}, parent, runs)
+        _write(graded, out)
+        _track(params, graded, parent, runs, out)
     typer.echo(f"images: {out / 'comparison.jpg'}")
 
 
 def _grade(
-    params: config.Params, folders: Mapping[str, Path], methods: Mapping[str, float | None]
+    params: config.Params,
+    folders: Mapping[str, Path],
+    methods: Mapping[str, float | None],
+    parent: "Tracker",
+    runs: dict[str, str],
 ) -> "dict[str, GradedAdapter]":
-    """Grade the adapters in `folders`, and those of `methods` (learning rates by name) after training them."""
+    """Grade the adapters in `folders`, and those of `methods` (learning rates by name) after training them.
+
+    Args:
+        parent, runs: see `_train`.
+    """
     from customdiff.evaluation import comparison
     from customdiff.evaluation.base_image_cache import cache_folder
     from customdiff.evaluation.generation import Generation
@@ -82,7 +97,7 @@ def _grade(
     judges = Judges.load(params)
     holdout = read_all(params.concepts, params.download, instances)
 
-    trained = {name: _train(params, name, rate) for name, rate in methods.items()}
+    trained = {name: _train(params, name, rate, parent, runs) for name, rate in methods.items()}
     all_folders = {**folders, **{name: folder for name, (folder, _) in trained.items()}}
     generation = Generation(params.base, params.evaluate, params.concepts, cache_folder())
     graded = comparison.grade(generation, all_folders, prompts, instances, judges, holdout)
@@ -91,21 +106,56 @@ def _grade(
     return graded
 
 
-def _train(params: config.Params, method: str, rate: float | None) -> tuple[Path, dict[str, float]]:
-    """Train by one method; returns the adapter's folder and the facts of the training."""
+def _train(
+    params: config.Params, method: str, rate: float | None, parent: "Tracker", runs: dict[str, str]
+) -> tuple[Path, dict[str, float]]:
+    """Train by one method; returns the adapter's folder and the facts of the training.
+
+    Args:
+        parent: run of the comparison.
+        runs: gets the id of the training's MLflow run by method, if one is opened.
+    """
     from customdiff import provenance, tracking
     from customdiff.evaluation import comparison
 
-    def tracker_for(run_id: str | None) -> tracking.Tracker:
-        tags = provenance.run_tags()
-        if run_id:
-            return tracking.resume(params.tracking, run_id, tags=tags)
-        return tracking.start(params.tracking, tags=tags)
-
     chosen = comparison.params_of(params, method, rate)
+    name, tags = tracking.run_name(chosen), provenance.run_tags()
+
+    def tracker_for(run_id: str | None) -> tracking.Tracker:
+        if parent.run_id is None:
+            return tracking.Tracker()
+        if run_id:
+            opened = tracking.resume(params.tracking, run_id, name, tags=tags, parent=parent.run_id)
+        else:
+            opened = tracking.start(params.tracking, name, tags=tags, parent=parent.run_id)
+        if opened.run_id:
+            runs[method] = opened.run_id
+        return opened
+
     typer.echo(f"{method}: {chosen.train.max_steps} steps at a learning rate of {chosen.train.learning_rate:g}")
     run = comparison.train(chosen, PREPARED, RUNS / method, tracker_for)
     return run.path / "adapter", comparison.facts_of(run, chosen)
+
+
+def _track(
+    params: config.Params,
+    graded: "Mapping[str, GradedAdapter]",
+    parent: "Tracker",
+    runs: Mapping[str, str],
+    out: Path,
+) -> None:
+    """Log the tables and pictures in the run of the comparison, and each adapter's figures in a child."""
+    from customdiff import provenance, tracking
+
+    for name, each in graded.items():
+        figures = {key: metric.adapter for key, metric in each.summary.overall.items()}
+        values = {"adapter": name} | {key: f"{value:g}" for key, value in each.facts.items()}
+        tracking.log_child(
+            params.tracking, parent, name, figures, values, run_id=runs.get(name), tags=provenance.run_tags()
+        )
+    for path in sorted(out.iterdir()):
+        parent.artifact(path, "compare")
+    parent.description((out / "comparison.md").read_text(encoding="utf-8"))
 
 
 def _write(graded: "Mapping[str, GradedAdapter]", out: Path) -> None:

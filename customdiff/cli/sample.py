@@ -16,6 +16,8 @@ from customdiff.files import atomic_file
 if TYPE_CHECKING:
     from PIL import Image
 
+    from customdiff.adapters.config import AdapterConfig
+
 
 class Scheduler(StrEnum):
     """Values of --scheduler."""
@@ -35,6 +37,13 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+FROM_PARAMS = "(default: evaluate in params.yaml)"
+Steps = Annotated[int | None, typer.Option(min=1, max=1000, help=f"Sampler steps {FROM_PARAMS}.")]
+GuidanceScale = Annotated[float | None, typer.Option(min=0, help=f"Scale of classifier-free guidance {FROM_PARAMS}.")]
+Eta = Annotated[
+    float | None, typer.Option(min=0, max=1, help=f"Noise of ddim; other samplers ignore it {FROM_PARAMS}.")
+]
+SchedulerOption = Annotated[Scheduler | None, typer.Option(help=f"Sampler; base: the model's own {FROM_PARAMS}.")]
 EXAMPLES = """Examples:
 
 \b
@@ -42,6 +51,7 @@ EXAMPLES = """Examples:
   customdiff sample "<new1> cat on the grass" "<new1> cat in the snow" --num-images 4
   customdiff sample "a <new1> cat" --scheduler dpmsolver++ --steps 25 --out drafts
   customdiff sample "a <new1> cat" --adapter anna/grey-cat@v2
+  customdiff sample "a <new1> cat" --adapter models:/customdiff-cat@champion
   customdiff sample "a <new1> cat" --checkpoint 150    after 150 steps; `customdiff checkpoints` lists checkpoints
 
 Quote prompts, because shells interpret < and > as redirections.
@@ -51,7 +61,10 @@ Quote prompts, because shells interpret < and > as redirections.
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Prompts with modifier tokens written out.")],
     adapter: Annotated[
-        str, typer.Option(help="Folder of an adapter, or owner/name[@revision] on the Hugging Face Hub.")
+        str,
+        typer.Option(
+            help="Folder of an adapter, owner/name[@revision] on the Hugging Face Hub, or models:/... in MLflow."
+        ),
     ] = "models/adapter",
     checkpoint: Annotated[
         str | None,
@@ -62,13 +75,13 @@ def sample(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images and their grid.")] = Path("samples"),
     num_images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampler steps.")] = 100,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Scale of classifier-free guidance.")] = 6.0,
-    eta: Annotated[float, typer.Option(min=0, max=1, help="Noise of ddim; other samplers ignore it.")] = 1.0,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    eta: Eta = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of a prompt's first image; the next one adds 1.")
     ] = 42,
-    scheduler: Annotated[Scheduler, typer.Option(help="Sampler; base: the model's own.")] = Scheduler.ddim,
+    scheduler: SchedulerOption = None,
     negative_prompt: Annotated[str | None, typer.Option(help="Prompt of what the images should not show.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time.")] = 4,
     height: Annotated[int | None, typer.Option(min=8, max=4096, help="Height in px, a multiple of 8.")] = None,
@@ -77,37 +90,40 @@ def sample(
     precision: Annotated[Precision, typer.Option(help="Precision of the weights.")] = Precision.fp32,
 ) -> None:
     """Generate images with an adapter: PNG files, named by prompt and seed, and a grid of all images."""
-    _check_options(prompts, guidance_scale, height, width, device, out)
+    settings = _settings(steps=steps, guidance_scale=guidance_scale, eta=eta, scheduler=scheduler)
+    _check_options(prompts, settings.guidance_scale, height, width, device, out)
     from customdiff.adapters import adapter as adapters
     from customdiff.models import base as base_model
     from customdiff.models import sampling
-    from customdiff.publishing import hub
 
     if checkpoint is not None and adapter != "models/adapter":
         raise UserError("--checkpoint: replaces --adapter; give only one of them")
-    folder = hub.resolve(adapter, base_model=base) if checkpoint is None else of_checkpoint(checkpoint)
+    folder = of_adapter(adapter, base) if checkpoint is None else of_checkpoint(checkpoint)
     adapter_config = adapters.read_config(folder)
     _note_missing_tokens(prompts, adapter_config.tokens)
-    chosen = adapter_config.base_model(base)
-    if chosen.model.startswith("./") and not Path(chosen.model).is_dir():  # `push` writes local bases so
-        raise UserError(f"{adapter}: its base model {chosen.model} does not exist here; name it with --base")
+    chosen = _base_of(adapter_config, adapter, base)
     pipe = base_model.load_pipeline(chosen, dtype=base_model.DTYPES[precision], device=base_model.device(device))
-    sampling.set_scheduler(pipe, scheduler)
+    sampling.set_scheduler(pipe, settings.scheduler)
     adapters.load(pipe, folder)
     images = sampling.generate(
         pipe,
         [prompt for prompt in prompts for _ in range(num_images)],
         [(seed + number) % 2**32 for _ in prompts for number in range(num_images)],
-        steps=steps,
-        guidance_scale=guidance_scale,
-        eta=eta,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        eta=settings.eta,
         batch_size=batch_size,
         height=height,
         width=width,
         negative_prompt=negative_prompt,
     )
-    sheet = _write_images(images, prompts, num_images, seed, out)
-    typer.echo(f"{len(images)} images in {out}; grid: {sheet}")
+    _write_images(images, prompts, num_images, seed, out)
+
+
+def _settings(**given: float | str | None) -> config.Evaluate:
+    """Section `evaluate` of params.yaml, or its defaults without the file, with the options that were given."""
+    known = config.load().evaluate if Path("params.yaml").is_file() else config.Evaluate()
+    return known.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
 def _check_options(
@@ -133,13 +149,14 @@ def _note_missing_tokens(prompts: list[str], tokens: list[str]) -> None:
         typer.echo(f"note: no prompt contains a modifier token; the adapter has {', '.join(tokens)}", err=True)
 
 
-def _write_images(images: "list[Image.Image]", prompts: list[str], num_images: int, seed: int, out: Path) -> Path:
-    """Write images, `num_images` per prompt, and their grid to `out`; returns the path of the grid."""
+def _write_images(images: "list[Image.Image]", prompts: list[str], num_images: int, seed: int, out: Path) -> None:
+    """Write images, `num_images` per prompt, and their grid to `out`, and say so."""
     out.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         prompt, number = prompts[index // num_images], index % num_images
         _write_new(image, out / f"{index // num_images + 1}-{slug(prompt)}-seed{(seed + number) % 2**32}.png")
-    return _write_new(grid(images, num_images), out / "grid.png")
+    sheet = _write_new(grid(images, num_images), out / "grid.png")
+    typer.echo(f"{len(images)} images in {out}; grid: {sheet}")
 
 
 def _write_new(image: "Image.Image", path: Path) -> Path:
@@ -153,6 +170,20 @@ def _write_new(image: "Image.Image", path: Path) -> Path:
     with atomic_file(free) as incoming:
         incoming.write_bytes(data)
     return free
+
+
+def _base_of(adapter_config: "AdapterConfig", adapter: str, base: str | None) -> config.Base:
+    chosen = adapter_config.base_model(base)
+    if chosen.model.startswith("./") and not Path(chosen.model).is_dir():  # `push` writes local bases so
+        raise UserError(f"{adapter}: its base model {chosen.model} does not exist here; name it with --base")
+    return chosen
+
+
+def of_adapter(name: str, base: str | None) -> Path:
+    """The folder of an adapter: itself, or downloaded from the Hub or MLflow."""
+    from customdiff.publishing import hub, registry
+
+    return registry.download(name) if name.startswith(registry.PREFIX) else hub.resolve(name, base_model=base)
 
 
 def of_checkpoint(name: str) -> Path:

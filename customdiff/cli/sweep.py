@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from customdiff.evaluation import sweep as sweeps
     from customdiff.training.checkpoints import RunFolder
 
+# shows the sweep in `dvc plots show`
+DVC_PLOTS = """\
+plots:
+  - Trade-off over checkpoints:
+      template: trade_off
+      x: text_alignment
+      y: {sweep.csv: image_alignment}
+"""
 EXAMPLES = """Examples:
 
 \b
@@ -47,6 +55,7 @@ def sweep(
     """
     wanted = _steps(steps)
     check_free(out, "sweep.csv")
+    _check_any_checkpoints(run)
     params = config.with_num_images(config.load(), num_images)
 
     from customdiff.training import checkpoints
@@ -57,6 +66,19 @@ def sweep(
     summaries = _grade(params, folder, paths, holdout, out)
     typer.echo(f"picture: {out / 'trade_off.png'}")
     _track(params, folder, summaries, out)
+
+
+def _check_any_checkpoints(run: Path | None) -> None:
+    """Refuse to start without a checkpoint, before the slow imports; `checkpoints.find_run` checks the rest.
+
+    Raises:
+        UserError: there is no folder of a checkpoint in `run`, or in any run.
+    """
+    if not any(run.glob("step-*") if run else Path(".checkpoints").glob("*/step-*")):
+        raise UserError(
+            f"{run or '.checkpoints'}: no checkpoints; `dvc repro` writes one every train.checkpointing_steps steps, "
+            "but not if DVC restores the training from its cache (docs/checkpoints.md)"
+        )
 
 
 def _grade(
@@ -98,6 +120,7 @@ def _grade(
     }
     with atomic_directory(out) as incoming:
         (incoming / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        (incoming / "dvc.yaml").write_text(DVC_PLOTS, encoding="utf-8")
         sweeps.write_tables(points, summaries, incoming)
         trade_off.picture(points, summaries, ceiling).savefig(incoming / "trade_off.png")
         sweeps.sheet(points).save(incoming / "prompts.jpg", quality=90)
@@ -105,23 +128,34 @@ def _grade(
 
 
 def _track(params: config.Params, run: "RunFolder", summaries: "list[sweeps.Summary]", out: Path) -> None:
-    """Log the sweep in the MLflow run of its training, or in a new one where the training was not tracked."""
+    """Log the sweep as an MLflow run with a child for each checkpoint; the run of the training stays as it is."""
     from customdiff import provenance, tracking
 
-    run_id, tags = run.run_id(), provenance.run_tags()
-    opened = (
-        tracking.resume(params.tracking, run_id, tags=tags) if run_id else tracking.start(params.tracking, tags=tags)
-    )
-    with opened as tracker:
-        tracker.params(params)
+    training_run, tags = run.run_id(), provenance.run_tags()
+    own = {tracking.TRAINING_RUN: training_run} if training_run else {}
+    name = tracking.run_name(params, f"sweep over {len(summaries) - 1} checkpoints")
+    with tracking.start(params.tracking, name, tags=tags | own) as parent:
+        parent.params(params, evaluation=True)
+        models = tracking.checkpoint_models(parent, training_run)
         for summary in summaries[1:]:
-            tracker.metrics(summary.flat(), summary.step, group="sweep/")
+            figures = {key: figure.value for key, figure in summary.figures.items()}
+            parent.metrics(figures, summary.step, group=tracking.EVALUATION)
+            tracking.log_child(
+                params.tracking,
+                parent,
+                f"step {summary.step}",
+                figures,
+                {"step": str(summary.step)},
+                model_id=models.get(summary.step),
+                tags=tags,
+            )
         for path in sorted(out.iterdir()):
-            tracker.artifact(path, "sweep")
+            parent.artifact(path, "sweep")
 
 
 def checkpoints() -> None:
     """List the trainings that have checkpoints, latest first, and the steps of each."""
+    _check_any_checkpoints(None)
     from customdiff.adapters import adapter
     from customdiff.training import checkpoints as folders
 

@@ -1,5 +1,7 @@
 """Section `tracking` of params.yaml: MLflow."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from customdiff.config.section import Section
@@ -11,3 +13,7 @@ class Tracking(Section):
     enabled: bool = Field(True, description="Log to MLflow.")
     experiment: str = Field("customdiff", min_length=1, description="Name of the MLflow experiment.")
     log_every: int = Field(10, ge=1, description="Steps between log writes.")
+    score: Literal["harmonic_mean", "image_alignment", "text_alignment"] = Field(
+        "harmonic_mean",
+        description="What the champion among registered adapters is chosen by; the mean is that of both alignments.",
+    )

@@ -64,20 +64,25 @@ def _section(
         rows.setdefault(pair.prompt.template, []).append(pair)
     columns = min(IMAGES_PER_PROMPT, max(map(len, rows.values())))
     side = _cell_side(pairs[0].base)
-    block = columns * (side + GAP)
+    titles = [
+        ("base model", " and ".join(map(class_subject, concepts.values()))),
+        ("customized", " and ".join(map(customized_subject, concepts.values()))),
+    ]
+    block = max(columns * (side + GAP), *(_title_width(*title) + 2 * GAP for title in titles))
     left, right = LABEL_WIDTH, LABEL_WIDTH + block + 3 * GAP
     width = right + block + GAP
-    shown = instances[: (width - LABEL_WIDTH) // (side + GAP)]
+    per_row = (width - LABEL_WIDTH) // (side + GAP)
+    photo_rows = -(-len(instances) // per_row)
     head, line = 2 * GAP, 30
-    first_row = head + side + GAP + 2 * line
+    first_row = head + photo_rows * (side + GAP) + 2 * line
     sheet = Image.new("RGB", (width, first_row + len(rows) * (side + GAP) + 2 * GAP), "white")
     draw = ImageDraw.Draw(sheet)
 
     _label(draw, (2 * GAP, head), side, " and ".join(concepts), "instance images")
-    for column, image in enumerate(shown):
-        sheet.paste(_cell(image, side), (left + column * (side + GAP), head))
-    for x, title, subject in ((left, "base model", class_subject), (right, "customized", customized_subject)):
-        words = " and ".join(map(subject, concepts.values()))
+    for number, image in enumerate(instances):
+        row, column = divmod(number, per_row)
+        sheet.paste(_cell(image, side), (left + column * (side + GAP), head + row * (side + GAP)))
+    for x, (title, words) in zip((left, right), titles, strict=True):
         draw.text((x, first_row - line), title, INK, _font(17))
         offset = draw.textlength(f"{title}  ", _font(17))
         draw.text((x + offset, first_row - line + 1), words, FAINT, _font(15))
@@ -88,6 +93,11 @@ def _section(
             sheet.paste(_cell(pair.base, side), (left + column * (side + GAP), top))
             sheet.paste(_cell(pair.customized, side), (right + column * (side + GAP), top))
     return sheet
+
+
+def _title_width(title: str, words: str) -> int:
+    """Width of a title and the fainter words behind it, px."""
+    return round(_font(17).getlength(f"{title}  ") + _font(15).getlength(words))
 
 
 def image_grid(rows: Sequence[tuple[str, Mapping[str, Image.Image]]], columns: Sequence[str]) -> Image.Image:

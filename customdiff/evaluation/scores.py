@@ -117,6 +117,18 @@ class Summary:
         overall = {name: metric.to_dict() for name, metric in self.overall.items()} | self._extras(None)
         return json.dumps(overall | {"concepts": concepts} | counts, indent=2, allow_nan=False) + "\n"
 
+    def to_short_json(self) -> str:
+        """The text of summary.json: what `dvc exp show` compares, three digits, without intervals."""
+        values: dict[str, float] = {}
+        for name in [name for name in ("image_alignment", "identity", "text_alignment") if name in self.overall]:
+            metric = self.overall[name]
+            values[name] = round(metric.adapter, 3)
+            values[f"{name.partition('_')[0]}_delta"] = round(metric.delta, 3)
+        if share := self.photo_share():
+            values[share.name] = round(share.value, 3)
+        values |= {name: round(figure.value, 3) for name, figure in self.figures.get(None, {}).items()}
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
     def _extras(self, concept: str | None) -> dict[str, dict[str, float]]:
         """What is not a paired metric, of a concept or overall, where it is known."""
         share = self.photo_share(concept)

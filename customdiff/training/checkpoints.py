@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image, ImageDraw, ImageFont
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -203,6 +204,17 @@ class RunFolder:
                     shutil.copytree(source, out / name, dirs_exist_ok=True)
                 elif source.exists():
                     shutil.copy2(source, out / name)
+            if not any((out / "validation").iterdir()):  # DVC warns about empty folders
+                _no_images().save(out / "validation" / "none.png")
+
+
+def _no_images() -> Image.Image:
+    """What results/train/validation shows without prompts."""
+    image = Image.new("RGB", (420, 40), "white")
+    ImageDraw.Draw(image).text(
+        (10, 12), "no images: train.validation.prompts is empty", "black", ImageFont.load_default(16)
+    )
+    return image
 
 
 def step_of(checkpoint: Path) -> int:

@@ -26,12 +26,12 @@ from customdiff.adapters import adapter
 from customdiff.config import Params, Train
 from customdiff.errors import UserError
 from customdiff.files import locked
-from customdiff.models import attention, base, memory_efficient, methods, modifier_tokens, sampling
+from customdiff.models import attention, base, memory_efficient, methods, modifier_tokens
 from customdiff.models.text import Text, encode_text, text_encoders
 from customdiff.preparation import prepared_set
 from customdiff.preparation.prepared_set import PreparedSet
 from customdiff.tracking import Tracker
-from customdiff.training import step_log
+from customdiff.training import run_log, step_log, validation
 from customdiff.training.batches import Batches
 from customdiff.training.checkpoints import Progress, RunFolder
 from customdiff.training.identity import adapter_config, run_identity
@@ -176,7 +176,7 @@ def _train(
     tracker = tracker_for(folder.run_id()) if accelerator.is_main_process else Tracker()
     with tracker:
         folder.save_run_id(tracker)
-        tracker.params(params)
+        run_log.begin(tracker, params, prepared)
         log = StepLog(tracker, params.tracking.log_every, trainer.images_per_step)
         progress = Progress()
         if checkpoint:
@@ -185,15 +185,14 @@ def _train(
             accelerator.print(f"continuing an interrupted run after step {progress.step}")
             missing = train.validation.due(progress.step) and not folder.has_images(train, progress.step)
             if missing and accelerator.is_main_process:
-                _validate(pipe, params, folder, tracker, progress.step)
+                validation.generate(pipe, params, folder, tracker, progress.step)
         seconds = _loop(trainer, progress, params, folder, log)
         if accelerator.is_main_process:
             learned = adapter.from_pipeline(pipe, adapter_config(params))
             summary = step_log.summary(log.rows, sum(parameter.numel() for parameter in trainer.trained))
             performance = step_log.performance(log, seconds)
             folder.finish(learned, log.rows, summary, performance, train)
-            metrics = {f"train/{key}": value for key, value in (summary | performance).items()}
-            tracker.metrics(metrics, step=train.max_steps)
+            run_log.end(tracker, params, prepared, folder, log.rows, seconds)
     accelerator.wait_for_everyone()
 
 
@@ -210,6 +209,8 @@ def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolde
     first, is_main = progress.step, accelerator.is_main_process
     single = accelerator.num_processes == 1
     started = time.perf_counter()
+    if is_main and first == 0 and train.validation.prompts:
+        validation.generate(trainer.pipe, params, folder, log.tracker, 0)
     log.restart_clock()
     with (
         tqdm(total=train.max_steps, initial=first, desc="train", unit="step", disable=not is_main) as bar,
@@ -228,7 +229,7 @@ def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolde
                 bar.set_postfix(loss=f"{log.rows[-1]['loss']:.4f}", images_s=f"{log.speeds[-1]:.1f}")
             if is_main and validate and not stop.requested:
                 with stop.during():
-                    _validate(trainer.pipe, params, folder, log.tracker, done)
+                    validation.generate(trainer.pipe, params, folder, log.tracker, done)
             stopping = stop.requested
             if is_main and (checkpoint or stopping):
                 learned = adapter.from_pipeline(trainer.pipe, adapter_config(params))
@@ -366,27 +367,3 @@ def _make_trainable(pipe: DiffusionPipeline, params: Params, checkpoint: Path | 
                 parameter.copy_(saved.weights[name])
     trained_embeddings = [layer.trained.weight for layer in layers if layer.trained.weight.requires_grad]
     return Trained(list(weights.values()), trained_embeddings)
-
-
-def _validate(pipe: DiffusionPipeline, params: Params, folder: RunFolder, tracker: Tracker, step: int) -> None:
-    """Generate images of the validation prompts with the current weights, always from the same seeds."""
-    settings = params.train.validation
-    prompts = [prompt for prompt in params.validation_prompts for _ in range(settings.num_images)]
-    training = pipe.unet.training
-    pipe.unet.eval()
-    images = sampling.generate(
-        pipe,
-        prompts,
-        [params.base.seed + number for number in range(len(prompts))],
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        batch_size=settings.num_images,
-        height=params.prepare.resolution,
-        width=params.prepare.resolution,
-        progress=None,
-    )
-    pipe.unet.train(training)
-    for number, image in enumerate(images):
-        name = f"prompt{number // settings.num_images}-{number % settings.num_images}"
-        folder.add_image(image, f"step{step:06d}-{name}.png")
-        tracker.image(image, name, step=step)

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+from customdiff import config
 from customdiff.adapters import adapter
 from customdiff.cli import commands
 from customdiff.config import Base
 from customdiff.models import base
 
+from . import params_cases, source_cases
 from .case import EITHER, Case
 
 WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"
@@ -57,6 +60,8 @@ def cases(tiny_base: Path, learned: Path) -> Iterator[Case]:
         yield Case("adapter.json", name, loads(tiny_base, learned, writes("adapter.json", text)), "adapter.json: ")
     for name, change, expected in FILES:
         yield Case("adapters", name, loads(tiny_base, learned, change), expected)
+    for arguments, expected, status in NEW:
+        yield Case("customdiff new", " ".join(arguments)[:80], adds(arguments), expected, status)
     for arguments, expected, status in OPTIONS:
         yield Case("options", " ".join(arguments)[:80], commanded(tiny_base, learned, arguments), expected, status)
 
@@ -303,4 +308,58 @@ OPTIONS: list[tuple[tuple[str, ...], str, int]] = [
     (("push", "a/b/c"), "OWNER/NAME|a/b/c", 1),
     (("push", "owner/name", "--adapter", "nowhere", "--dry-run", "new", "--license", "mit"), "nowhere", 1),
     (("push", "owner/name", "--dry-run", "file", "--license", "mit"), "--dry-run", 1),
+]  # fmt: skip
+
+
+def adds(arguments: tuple[str, ...]) -> Callable[[], None]:
+    """Run `customdiff new` beside a concept with photos; params.yaml stays valid whatever happens."""
+
+    def act() -> None:
+        text = yaml.safe_dump(params_cases.GOOD)
+        Path("params.yaml").write_text(text)
+        source_cases.good("photos", *(f"{number}.png" for number in range(5)))
+        source_cases.writes(source_cases.zipped(("../x.png", source_cases.png(9, 9))))()
+        os.mkfifo("fifo")
+        os.mkfifo("photos/fifo.png")
+        try:
+            commands(["new", *arguments, "--no-sheet"])
+        finally:
+            config.load("params.yaml")
+            assert {path.name for path in Path().iterdir()} <= {
+                "params.yaml",
+                "params.yaml.bak",
+                "photos",
+                "photos.zip",
+                "fifo",
+                "data",
+            }
+
+    return act
+
+
+DOG = ("--class", "dog")
+NEW: list[tuple[tuple[str, ...], str, int]] = [
+    (("rex", "photos", *DOG), "", 0),
+    (("rex", "photos", *DOG, "--only"), "", 0),
+    (("rex", "photos", *DOG, "--no-copy"), "", 0),
+    (("rex", "photos", "--class", "a: b # {c}"), EITHER, 1),
+    (("rex", "photos", "--class", "dog\n  evil: true"), EITHER, 1),
+    (("rex", "photos", "--class", "<script>"), EITHER, 1),
+    (("rex", "photos", "--class", ""), EITHER, 1),
+    (("rex", "photos", "--class", "x" * 300), EITHER, 1),
+    (("rex", "photos", "--class", "do\udcffg"), EITHER, 1),
+    *(((name, "photos", *DOG), "error: ", 1) for name in params_cases.NAMES),
+    *((("rex", "photos", *DOG, "--token", token), EITHER, 1) for token in params_cases.TOKENS if not token.startswith("-")),
+    (("rex", "photos", *DOG, "--token", "<new1>"), "token", 1),
+    (("cat", "photos", *DOG), "cat", 1),
+    (("rex", "nowhere", *DOG), "nowhere", 1),
+    (("rex", "fifo", *DOG), "fifo", 1),
+    (("rex", "/dev/zero", *DOG), "/dev/zero", 1),
+    (("rex", "params.yaml", *DOG), "params.yaml", 1),
+    (("rex", "photos.zip", *DOG), "unsafe archive", 1),
+    (("rex", "photos/0.png", *DOG), "1 good image|minimum|at least", 1),
+    (("rex", "photos", *DOG, "--params", "nowhere"), "nowhere", 1),
+    (("rex", "photos", *DOG, "--params", "fifo"), "fifo", 1),
+    (("rex", ".", *DOG), EITHER, 1),
+    (("rex", "/proc/self", *DOG), "error: ", 1),
 ]  # fmt: skip

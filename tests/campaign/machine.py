@@ -93,7 +93,9 @@ def planted_secrets(home: Path, done: Path, tally: Tally) -> None:
         str(path.relative_to(folder))
         for path in folder.rglob("*")
         if path.is_file() and path.name != "params.yaml" and SECRET.encode() in path.read_bytes()
+        if "tests" not in path.relative_to(folder).parts
     ]
+    assert "127.0.0.1:9/photos.zip" in (folder / "results/evaluate/report.html").read_text(), "nothing was planted"
     for place in places:
         tally.add("planted secrets", place, "wrongly accepted")
     tally.add("planted secrets", "all other files", "right", count=len(list(folder.rglob("*"))) - len(places))

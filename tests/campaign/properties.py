@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
@@ -18,12 +19,11 @@ from hypothesis import strategies as st
 
 from customdiff import config
 from customdiff.adapters.config import read_config
-from customdiff.config import Download, Service
 from customdiff.errors import UserError, printable
 from customdiff.redaction import redact
-from customdiff.retrieval import class_images
 from customdiff.sources import archive, image_folder
 
+from . import service_cases
 from .params_cases import GOOD, fields
 
 KEYS = [key for key, _ in fields(config.Params)]
@@ -110,16 +110,12 @@ def archives(folder: Path, draw: tuple[list[tuple[str, bytes]], int, int]) -> No
 
 def knn_answers(folder: Path, entries: list[dict]) -> None:
     """Any entries of a knn-service."""
-    import httpx
 
     def answer(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, content=json.dumps(entries) if request.method == "POST" else b"no image")
 
-    service = Service(retries=0, timeout=2)
-    result = class_images.Retrieved()
-    found = class_images.from_service(service, Download(), "cat", 3, result, httpx.MockTransport(answer))
-    class_images._write(found, 3, set(), folder, result)
-    json.dumps([vars(refused) for refused in result.set_aside], allow_nan=False).encode()
+    with contextlib.chdir(folder):
+        service_cases.retrieve("http://127.0.0.1:9/knn-service", 2, httpx.MockTransport(answer))
 
 
 def addresses(folder: Path, draw: tuple[str, str]) -> None:

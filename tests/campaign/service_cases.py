@@ -7,13 +7,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from customdiff.config import Download, Service
+import httpx
+
+from customdiff.config import Params, Service
 from customdiff.errors import UserError
 from customdiff.retrieval import class_images, clip_service
 from customdiff.sources import http
 
+from . import params_cases, source_cases
 from .case import Case
 from .source_cases import ASIDE, png
 
@@ -35,6 +37,9 @@ def serve(answer: Answer) -> int:
             with connection:
                 connection.recv(65536)
                 answer(connection)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):  # closing with unread data would reset the connection
+                    pass
         except OSError:
             pass
 
@@ -190,14 +195,30 @@ def queries(answer: Answer, timeout: float = SECONDS) -> Callable[[], None]:
 
     def act() -> None:
         clip_service.MAX_ANSWER_BYTES, clip_service.MAX_IMAGE_BYTES = 5_000_000, 1_000_000
-        service = Service(url=f"http://127.0.0.1:{serve(answer)}/knn-service", timeout=timeout, retries=0)
-        result = class_images.Retrieved()
-        found = class_images.from_service(service, Download(), "cat", 3, result)
-        Path("out").mkdir()
-        class_images._write(found, 3, set(), Path("out"), result)
-        print(json.dumps(result.kept, allow_nan=False), [refused.reason for refused in result.set_aside])
+        retrieve(f"http://127.0.0.1:{serve(answer)}/knn-service", timeout)
 
     return act
+
+
+def retrieve(url: str, timeout: float, transport: httpx.BaseTransport | None = None) -> None:
+    """Retrieve class images in the working folder; that none of them is good is not an error here."""
+    source_cases.good("instances")
+    values = params_cases.GOOD | {
+        "retrieve": {
+            "backend": "service",
+            "num_class_images": 3,
+            "minimum": 1,
+            "service": {"url": url, "timeout": timeout, "retries": 0},
+        }
+    }
+    try:
+        result = class_images.retrieve(
+            Params.model_validate(values), "cat", instances="instances", index="none", out="out", transport=transport
+        )
+        print(json.dumps(result.kept, allow_nan=False), [refused.reason for refused in result.set_aside])
+    except UserError as error:
+        if "retrieve.minimum" not in str(error):
+            raise
 
 
 def queries_images(answer: Answer) -> Callable[[], None]:

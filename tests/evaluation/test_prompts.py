@@ -48,7 +48,7 @@ def test_a_class_without_a_file_of_its_own_has_the_default_prompts(tmp_path):
 @pytest.mark.parametrize("name", ["x" * 300, "../../etc/passwd", "a/b"])
 def test_a_class_that_is_no_file_name_has_the_default_prompts(tmp_path, name):
     (tmp_path / "default.txt").write_text("a {}\n")
-    assert prompts.read_prompts(tmp_path, "tom", concept(name)) == [Prompt("a {}", ("tom",))]
+    assert prompts.read_prompts(tmp_path, "tom", {"tom": concept(name)}) == [Prompt("a {}", ("tom",))]
 
 
 def test_joint_prompts_that_are_not_utf8_are_named(tmp_path):

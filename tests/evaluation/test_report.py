@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from conftest import concept_values
+from PIL import ImageFont
 from stand_ins import plain, score
 
 from customdiff.adapters.config import AdapterConfig
@@ -83,10 +84,19 @@ def test_images_of_any_size_fit_their_cells_in_proportion(size, side, height):
     assert area(sheet_of(size=size, count=1), RED) == 2 * side * height
 
 
-def test_at_most_four_images_of_a_prompt_are_shown_and_instance_images_end_before_the_edge():
-    sheet = sheet_of(count=9, instances=50)
-    assert area(sheet, RED) == 2 * 4 * 128 * 128
-    assert area(sheet, GREEN) % (128 * 128) == 0
+def test_at_most_four_images_of_a_prompt_and_all_instance_images_are_shown():
+    for count in (1, 9):
+        sheet = sheet_of(count=count, instances=17)
+        assert area(sheet, RED) == 2 * min(count, 4) * 128 * 128
+        assert area(sheet, GREEN) == 17 * 128 * 128
+
+
+def test_titles_of_columns_do_not_meet():
+    names = {"tom": concept_values("<a-very-long-token>") | {"class_prompt": "grey cat with a red collar"}}
+    concepts = Params.model_validate({"concepts": names}).concepts
+    sheet = report.contact_sheet(pairs(count=1), {"tom": [plain(GREEN)]}, concepts)
+    font = ImageFont.load_default(15)
+    assert sheet.width > 220 + 2 * font.getlength("grey cat with a red collar") + font.getlength("<a-very-long-token>")
 
 
 def test_each_concept_has_its_part_of_the_sheet():

@@ -56,7 +56,7 @@ def test_the_stage_writes_all_of_its_results_twice_the_same(project, tmp_path):
     project()
     results = tmp_path / "results/evaluate"
     files = {path.name for path in results.iterdir()}
-    assert files == {"metrics.json", "per_prompt.csv", "contact_sheet.jpg", "report.html", "images"}
+    assert files == {"metrics.json", "summary.json", "per_prompt.csv", "contact_sheet.jpg", "report.html", "images"}
     first = contents(results)
     project()
     assert contents(results) == first

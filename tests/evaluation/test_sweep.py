@@ -131,7 +131,7 @@ def project(tiny_base, tmp_path, monkeypatch):
         chosen = Params.model_validate(settings | {"tracking": {"enabled": tracked}})
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(chosen.model_dump()))
         return trainer.run(
-            chosen, tmp_path / "prepared", checkpoints.RUNS, lambda run_id: tracking.start(chosen.tracking)
+            chosen, tmp_path / "prepared", checkpoints.RUNS, lambda run_id: tracking.start(chosen.tracking, "training")
         )
 
     return train
@@ -141,27 +141,46 @@ def run(*arguments):
     return CliRunner().invoke(cli.commands, ["sweep", *arguments], catch_exceptions=False).output
 
 
-def test_the_sweep_of_a_complete_training_joins_its_mlflow_run(project, tmp_path):
+def test_the_sweep_of_a_complete_training_is_a_run_with_a_child_per_checkpoint(project, tmp_path):
     from mlflow import MlflowClient
 
     training_run = project(tracked=True)
     assert f"{training_run.path}: steps 2, 4, 6" in run("--num-images", "2")
     out = tmp_path / "results/sweep"
-    files = {"metrics.json", "sweep.csv", "per_prompt.csv", "trade_off.png", "prompts.jpg"}
+    files = {"metrics.json", "dvc.yaml", "sweep.csv", "per_prompt.csv", "trade_off.png", "prompts.jpg"}
     assert {path.name for path in out.iterdir()} == files
     metrics = json.loads((out / "metrics.json").read_text())
     assert (list(metrics["steps"]), metrics["num_prompts"], metrics["num_images"]) == (["2", "4", "6"], 2, 4)
     assert metrics["holdout_photos"] == pytest.approx(np.cos(np.radians(10)), abs=1e-6)
 
-    client = MlflowClient(f"sqlite:///{tmp_path / tracking.DATABASE}")
-    history = client.get_metric_history(training_run.run_id(), "sweep/image_alignment")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    training = client.get_run(training_run.run_id())
+    runs = client.search_runs([training.info.experiment_id])
+    (parent,) = (run for run in runs if "sweep" in run.info.run_name)
+    assert parent.data.tags[tracking.TRAINING_RUN] == training.info.run_id
+    history = client.get_metric_history(parent.info.run_id, "evaluation/image_alignment")
     logged = {(point.step, round(point.value, 6)) for point in history}
     assert logged == {(int(step), figures["image_alignment"]) for step, figures in metrics["steps"].items()}
-    artifacts = {file.path for file in client.list_artifacts(training_run.run_id(), "sweep")}
+    artifacts = {file.path for file in client.list_artifacts(parent.info.run_id, "sweep")}
     assert artifacts == {f"sweep/{name}" for name in files}
-    experiment = client.get_experiment_by_name("customdiff").experiment_id
-    assert [found.info.run_id for found in client.search_runs([experiment])] == [training_run.run_id()]
-    assert client.get_run(training_run.run_id()).info.status == "FINISHED"
+    children = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    assert set(children) == {"step 2", "step 4", "step 6"}
+    models = client.search_logged_models([training.info.experiment_id])
+    figures = {model.params["step"]: {each.key: each.value for each in model.metrics} for model in models}
+    for step in ("2", "4", "6"):  # the checkpoint of the training has the figures of the sweep
+        expected = children[f"step {step}"].data.metrics["evaluation/image_alignment"]
+        assert figures[step]["evaluation/image_alignment"] == expected
+
+
+def test_a_sweep_leaves_the_run_of_the_training_as_it_was(project, tmp_path):
+    from mlflow import MlflowClient
+
+    training_run = project(tracked=True)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    before = client.get_run(training_run.run_id())
+    run("--steps", "2")
+    after = client.get_run(training_run.run_id())
+    assert (after.info.end_time, after.data.metrics) == (before.info.end_time, before.data.metrics)
 
 
 def test_a_second_sweep_gives_the_same_table_and_takes_base_images_from_the_cache(project, tmp_path):

@@ -306,7 +306,7 @@ def test_results_are_copied_completely(tiny_base, tmp_path):
     run = train(params, tmp_path)
     run.copy_results(tmp_path / "models/adapter", tmp_path / "results/train")
     assert sha256(tmp_path / "models" / WEIGHTS) == sha256(run.path / WEIGHTS)
-    assert len(list((tmp_path / "results/train/validation").glob("*.png"))) == 4
+    assert len(list((tmp_path / "results/train/validation").glob("*.png"))) == 6  # two images at steps 0, 3 and 6
     metrics = json.loads((tmp_path / "results/train/metrics.json").read_text())
     assert metrics["steps"] == 6
     assert (

@@ -1,0 +1,47 @@
+"""Images of the validation prompts during a training, always from the same seeds."""
+
+import re
+
+from diffusers import DiffusionPipeline
+
+from customdiff.config import Params
+from customdiff.models import sampling
+from customdiff.tracking import Tracker
+from customdiff.training.checkpoints import RunFolder
+
+
+def generate(pipe: DiffusionPipeline, params: Params, folder: RunFolder, tracker: Tracker, step: int) -> None:
+    """Generate images with the current weights, and save and log them.
+
+    Args:
+        step: after which; 0: before the training, by the base model, from the prompts without their modifier tokens.
+    """
+    settings = params.train.validation
+    titles = [prompt for prompt in params.validation_prompts for _ in range(settings.num_images)]
+    tokens = [concept.modifier_token for concept in params.concepts.values()]
+    training = pipe.unet.training
+    pipe.unet.eval()
+    images = sampling.generate(
+        pipe,
+        titles if step else [_without(tokens, title) for title in titles],
+        [params.base.seed + number for number in range(len(titles))],
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        batch_size=settings.num_images,
+        height=params.prepare.resolution,
+        width=params.prepare.resolution,
+        progress=None,
+    )
+    pipe.unet.train(training)
+    for place, (title, image) in enumerate(zip(titles, images, strict=True)):
+        prompt, number = divmod(place, settings.num_images)
+        folder.add_image(image, f"step{step:06d}-prompt{prompt}-{number}.png")
+        suffix = f" ({number + 1})" if settings.num_images > 1 else ""
+        tracker.image(image, f"images/{title}{suffix}", step=step)
+
+
+def _without(tokens: list[str], prompt: str) -> str:
+    """A prompt without modifier tokens: `photo of a <new1> cat` -> `photo of a cat`."""
+    for token in tokens:
+        prompt = re.sub(rf"(?<!\S){re.escape(token)}(?!\S)", " ", prompt)
+    return " ".join(prompt.split())
