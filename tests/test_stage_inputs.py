@@ -109,6 +109,21 @@ def test_the_floor_is_an_input_where_it_is_read(retrieve_inputs, backend, change
     assert (retrieve_inputs(backend=backend) != retrieve_inputs(backend=backend, **change)) is read
 
 
+def test_a_holdout_of_one_photo_stops_the_first_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/default.txt").write_text("a {}\n")
+    (tmp_path / "kept").mkdir()
+    for name in ("1.png", "1.txt", "1.mask.png"):
+        (tmp_path / "kept" / name).write_text("")
+    values = {"concepts": {"cat": concept_values() | {"holdout": "kept"}}, "evaluate": {"prompts": "prompts"}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"concepts\.cat\.holdout: kept has 1 photos"):
+        inputs_stage.main()
+    (tmp_path / "kept/2.jpg").write_text("")
+    inputs_stage.main()
+
+
 @pytest.fixture
 def evaluate_inputs(tmp_path):
     """Inputs of `evaluate` and of `train`; the folders of models and photos exist."""

@@ -12,10 +12,7 @@ from customdiff.errors import UserError
 from customdiff.evaluation.judges import Judges
 from customdiff.evaluation.metrics import image_alignment, text_alignment, without_tokens
 from customdiff.images import limit_side, open_rgb
-from customdiff.sources.image_folder import sidecar_caption
-from customdiff.sources.instance_images import instance_paths
-
-FEWEST = 2
+from customdiff.sources.image_folder import holdout_paths, sidecar_caption
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,7 @@ def read(name: str, concept: Concept, limits: Download, instances: Sequence[Imag
     Raises:
         UserError: the folder has fewer than two photos, one cannot be read, or one is an instance image.
     """
-    key, folder = f"concepts.{name}.holdout", Path(concept.holdout or "")
-    paths = instance_paths(folder) if folder.is_dir() and any(folder.iterdir()) else []
-    if len(paths) < FEWEST:
-        raise UserError(
-            f"{key}: {folder} has {len(paths)} photos; keep at least {FEWEST} out of training, or remove the key"
-        )
+    key, paths = f"concepts.{name}.holdout", holdout_paths(name, Path(concept.holdout or ""))
     images = [limit_side(open_rgb(path, limits.max_megapixels), limits.max_side) for path in paths]
     known = {(image.size, image.tobytes()) for image in instances}
     for path, image in zip(paths, images, strict=True):
