@@ -80,7 +80,7 @@ def figures(
 
     Returns:
         `drift`: mean feature distance of images of other things, for all only; `class_drift`: the same of the class
-        without the token; `prior_kid`: distance of the adapter's images of the class to `class_images`.
+        without the token; `prior_kid`: distance of the class's images, without the token, to `class_images`.
     """
     if not controls:
         return {}
@@ -94,15 +94,15 @@ def figures(
     found: dict[str | None, Figures] = {None: {}}
     if others := rows.pop(None, []):
         found[None]["drift"] = interval_metric([distances[others]], **resampled)
-    pairs = {name: (adapter[own], real[name]) for name, own in rows.items() if name in real and len(own) > 1}
+    sets = {name: (base[own], adapter[own], real[name]) for name, own in rows.items() if name in real and len(own) > 1}
     for name, own in rows.items():
         found[name] = {"class_drift": interval_metric([distances[own]], **resampled)}
-        if name in pairs:
-            found[name]["prior_kid"] = kid_metric([pairs[name]], subsets=resamples, seed=seed)
+        if name in sets:
+            found[name]["prior_kid"] = kid_metric([sets[name]], subsets=resamples, seed=seed)
     if rows:
         found[None]["class_drift"] = interval_metric([distances[own] for own in rows.values()], **resampled)
-    if pairs and len(pairs) == len(rows):
-        found[None]["prior_kid"] = kid_metric(list(pairs.values()), subsets=resamples, seed=seed)
+    if sets and len(sets) == len(rows):
+        found[None]["prior_kid"] = kid_metric(list(sets.values()), subsets=resamples, seed=seed)
     return found
 
 

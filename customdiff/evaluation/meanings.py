@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from customdiff.evaluation.metrics import IntervalMetric, PairedMetric
+from customdiff.evaluation.metrics import IntervalMetric, KidMetric, PairedMetric
 from customdiff.evaluation.scores import Summary
 
 QUESTIONS = ("Is the subject right?", "Is the prompt followed?", "Is the rest of the model untouched?")
@@ -39,7 +39,11 @@ MEANINGS = {
     ),
     "drift": (REST, "change of images of other things, which the adapter should leave as they are", "lower"),
     "class_drift": (REST, "change of images of the class without the token", "lower"),
-    "prior_kid": (REST, "distance of the adapter's images of the class to the real class images", "lower"),
+    "prior_kid": (
+        REST,
+        "distance of images of the class, without the token, to the real class images",
+        "not above the base model's",
+    ),
 }
 PERCENT = ("holdout_share", "photo_share")
 
@@ -92,4 +96,5 @@ def _single(figure: str, metric: IntervalMetric) -> FigureRow:
         value, low, high = (f"{100 * each:.0f} %" for each in (metric.value, metric.low, metric.high))
     else:
         value, low, high = (f"{each:.3f}" for each in (metric.value, metric.low, metric.high))
-    return FigureRow(question, title_of(figure), meaning, better, "", value, f"({low} to {high})")
+    base = f"{metric.base:.3f}" if isinstance(metric, KidMetric) else ""
+    return FigureRow(question, title_of(figure), meaning, better, base, value, f"({low} to {high})")

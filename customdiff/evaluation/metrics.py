@@ -47,6 +47,13 @@ class IntervalMetric:
 
 
 @dataclass(frozen=True)
+class KidMetric(IntervalMetric):
+    """The `kid` of an adapter's images, and that of the base model's; real images of many kinds are far from both."""
+
+    base: float
+
+
+@dataclass(frozen=True)
 class PhotoShare(IntervalMetric):
     """The share of the way from the base model to the photos.
 
@@ -232,14 +239,14 @@ def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T + 1) ** 3
 
 
-def kid_metric(groups: Sequence[tuple[np.ndarray, np.ndarray]], *, subsets: int, seed: int) -> IntervalMetric:
+def kid_metric(groups: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], *, subsets: int, seed: int) -> KidMetric:
     """The mean `kid` over concepts, with the 95 % range of its value on random halves of both sets.
 
     A half has fewer images, so the range is wider than that of the value itself. Resampling with replacement would
     compare images with themselves, which the unbiased estimate leaves out.
 
     Args:
-        groups: generated and real images of each concept, see `kid`.
+        groups: images of the base model, of the adapter, and real images of each concept, see `kid`.
         subsets: number of halves.
         seed: of numpy's generator.
     """
@@ -248,10 +255,10 @@ def kid_metric(groups: Sequence[tuple[np.ndarray, np.ndarray]], *, subsets: int,
     def half(features: np.ndarray) -> np.ndarray:
         return features[rng.permutation(len(features))[: max(2, len(features) // 2)]]
 
-    values = [np.mean([kid(half(generated), half(real)) for generated, real in groups]) for _ in range(subsets)]
-    low, high = np.quantile(values, [0.025, 0.975])
-    whole = float(np.mean([kid(generated, real) for generated, real in groups]))
-    return IntervalMetric(round(whole, DIGITS), round(float(low), DIGITS), round(float(high), DIGITS))
+    values = [np.mean([kid(half(adapter), half(real)) for _, adapter, real in groups]) for _ in range(subsets)]
+    low, high = (float(each) for each in np.quantile(values, [0.025, 0.975]))
+    base, value = (float(np.mean([kid(group[i], group[2]) for group in groups])) for i in (0, 1))
+    return KidMetric(round(value, DIGITS), round(low, DIGITS), round(high, DIGITS), round(base, DIGITS))
 
 
 def bootstrap_interval(

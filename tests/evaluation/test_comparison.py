@@ -158,7 +158,7 @@ def project(tiny_base, tmp_path, monkeypatch):
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts/default.txt").write_text("a {} on red\n")
     values = params.model_dump(mode="json")
-    values["evaluate"] |= {"prompts": "prompts", "num_images": 1, "steps": 1, "bootstrap": 100}
+    values["evaluate"] |= {"prompts": "prompts", "num_images": 1, "steps": 1, "bootstrap": 100, "masked": False}
     values["tracking"]["enabled"] = False
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.setattr(clip.Clip, "load", lambda *_: Judge())

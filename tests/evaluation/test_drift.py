@@ -51,8 +51,8 @@ def test_kid_of_two_samples_of_one_distribution_is_zero_on_average_and_of_two_it
 
 def test_the_range_of_kid_is_of_halves_and_its_value_of_all():
     x, y = features(4, 2), features(6, 3)
-    found = kid_metric([(x, y)], subsets=500, seed=0)
-    assert found.value == pytest.approx(kid(x, y), abs=1e-6)
+    found = kid_metric([(y, x, y)], subsets=500, seed=0)
+    assert (found.base, found.value) == pytest.approx((kid(y, y), kid(x, y)), abs=1e-6)
     every = [
         kid(x[list(a)], y[list(b)])
         for a in itertools.combinations(range(4), 2)
@@ -61,7 +61,7 @@ def test_the_range_of_kid_is_of_halves_and_its_value_of_all():
     assert min(every) - 1e-6 <= found.low < found.high <= max(every) + 1e-6
     expected = np.quantile(every, [0.025, 0.975])
     assert (found.low, found.high) == pytest.approx(expected, abs=0.2 * np.ptp(every))
-    both = kid_metric([(x, y), (y, x)], subsets=50, seed=0)
+    both = kid_metric([(x, x, y), (x, y, x)], subsets=50, seed=0)
     assert both.value == pytest.approx(kid(x, y), abs=1e-6)
 
 
@@ -99,7 +99,9 @@ def test_drift_is_the_mean_distance_of_other_things_and_of_the_class():
     assert found[None]["class_drift"] == found["cat"]["class_drift"]
     assert set(found["cat"]) == {"class_drift", "prior_kid"}
     adapter, real = (Judge().images([plain(red) for red in reds]) for reds in ((10, 20, 30), (0, 90)))
-    assert found["cat"]["prior_kid"].value == pytest.approx(kid(adapter, real), abs=1e-6)
+    base = Judge().images([plain(10)] * 3)
+    expected = (kid(adapter, real), kid(base, real))
+    assert (found["cat"]["prior_kid"].value, found["cat"]["prior_kid"].base) == pytest.approx(expected, abs=1e-6)
 
 
 def test_what_cannot_be_measured_is_left_out():

@@ -118,7 +118,7 @@ def project(tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     params = tiny_params(tiny_base)
-    settings = params.model_dump() | {"evaluate": {"steps": 2, "num_images": 1, "bootstrap": 100}}
+    settings = params.model_dump() | {"evaluate": {"steps": 2, "num_images": 1, "bootstrap": 100, "masked": False}}
     (tmp_path / "data/prompts").mkdir(parents=True)
     (tmp_path / "data/prompts/cat.txt").write_text("scene: a {} on red\nstyle: the {}\n")
     for folder, red in (("instances", 20), ("holdout", 30)):
