@@ -110,6 +110,7 @@ def figures(root: Path = ROOT) -> dict[str, Figure]:
         "image alignment, data/judge": judge.images,
         "masked image alignment, data/judge": lambda images: judges.embed("masked_image_alignment", images, CLASS),
         "identity, data/identity": lambda images: judges.embed("identity", images, CLASS),
+        "identity of cut-out subjects (not in `evaluate`)": lambda images: judges.features(cutouts.cut(images, CLASS)),
     }
 
 

@@ -101,9 +101,9 @@ def export_concepts(work: Path, data: Path) -> None:
             to.mkdir(parents=True)
             for i, shot in enumerate(shots):
                 photograph(sprite, shot, 1000 * number + 100 * part + i).save(to / f"{i + 1:02d}.png", optimize=True)
-                if folder == "concepts":  # {} is where the modifier token goes
-                    caption = f"photo of a {{}} {name} {background_phrase(shot.background)}\n"
-                    (to / f"{i + 1:02d}.txt").write_text(caption)
+                # {} is where the modifier token goes
+                caption = f"photo of a {{}} {name} {background_phrase(shot.background)}\n"
+                (to / f"{i + 1:02d}.txt").write_text(caption)
             source, licence = CREDITS[name]
             text = CONCEPT_README.format(
                 name=name, count=len(shots), purpose=purposes[part], source=source, licence=licence
