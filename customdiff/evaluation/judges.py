@@ -77,16 +77,17 @@ class Judges:
         """Load the models that section `evaluate` names.
 
         Raises:
-            UserError: one of them cannot be loaded.
+            UserError: one of them cannot be loaded, or the segmenter does not know a class.
         """
         device, settings, segmenter = base.device(params.base.device), params.evaluate, params.evaluation_segmenter
         key = "prepare.segmenter" if segmenter == params.prepare.segmenter else "prepare.masks"
         classes = {name: concept.class_prompt for name, concept in params.concepts.items()}
-        return cls(
-            Clip.load(settings.clip, device),
-            VisionEncoder.load(settings.identity, device) if settings.identity else None,
-            Cutouts(Segmenter(segmenter, device, key=key), classes) if segmenter else None,
-        )
+        cutouts = Cutouts(Segmenter(segmenter, device, key=key), classes) if segmenter else None
+        if cutouts:
+            for name in classes:
+                cutouts.cut([], name)  # a class that it does not know is refused before images are generated
+        identity = VisionEncoder.load(settings.identity, device) if settings.identity else None
+        return cls(Clip.load(settings.clip, device), identity, cutouts)
 
     @property
     def alignments(self) -> tuple[str, ...]:

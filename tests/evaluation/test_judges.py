@@ -5,12 +5,16 @@ import pytest
 from conftest import concept_values
 from PIL import Image
 from stand_ins import Judge, plain
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from customdiff.config import Params
+from customdiff.errors import UserError
 from customdiff.evaluation import scores
 from customdiff.evaluation.generation import ImagePair
 from customdiff.evaluation.judges import Cutouts, Judges, on_grey
 from customdiff.evaluation.prompts import Prompt
+from customdiff.models.clip import Clip
 
 A, B, JOINT = Prompt("a {}", ("cat",)), Prompt("b {}", ("pot",)), Prompt("a {1} and a {2}", ("cat", "pot"))
 CLASSES = {"cat": "black cat", "pot": "pot"}
@@ -97,6 +101,24 @@ def test_two_concepts_in_one_image_are_each_cut_out_by_their_class():
     assert set(marker.told) == set(CLASSES.values())
     by_hand = (1 + np.cos(np.radians(15))) / 2
     assert found.base["masked_image_alignment"] == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_a_segmenter_that_does_not_know_the_class_is_refused_when_judges_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Clip, "load", lambda *_: Judge())
+    four = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
+    config = SegformerConfig(**four, decoder_hidden_size=8)
+    config.id2label = {0: "sky", 1: "tree"}
+    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path)
+    SegformerImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+
+    def load(name):
+        concept = concept_values() | {"class_prompt": name}
+        values = {"base": {"device": "cpu"}, "concepts": {"cat": concept}, "prepare": {"segmenter": str(tmp_path)}}
+        return Judges.load(Params.model_validate(values))
+
+    assert load("tree").alignments == ("image_alignment", "masked_image_alignment")
+    with pytest.raises(UserError, match=r"^prepare\.segmenter: .*'cat'"):
+        load("cat")
 
 
 @pytest.mark.parametrize(
