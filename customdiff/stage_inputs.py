@@ -104,30 +104,33 @@ def prepare(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:
 
 
 def train(params: Params, hashes: "FileHashes") -> Inputs:
-    """Inputs of `train`: sections `train` and `concepts`, without the sources of images, and the base model."""
-    config_file = params.train.launch.config_file
+    """Inputs of `train`: sections `train` and `concepts`, without their folders of images, and the base model."""
+    config_file, folders = params.train.launch.config_file, {"source", "holdout"}
     return {
         "train": params.train.model_dump(),
         "prepare": params.prepare.model_dump(include={"resolution", "cache_latents"}),
-        "concepts": {name: concept.model_dump(exclude={"source"}) for name, concept in params.concepts.items()},
+        "concepts": {name: concept.model_dump(exclude=folders) for name, concept in params.concepts.items()},
         "launch": hashes.of(config_file),
         **_base(params.base, hashes),
     }
 
 
 def evaluate(params: Params, hashes: "FileHashes") -> Inputs:
-    """Inputs of `evaluate`: its section, prompts and judge, the words of each concept, and the base model.
+    """Inputs of `evaluate`: its section, prompts, judges and holdout photos, each concept's words, and the base model.
 
     Also the parameters of the training that `evaluation.verdict` names in the next step.
     """
-    words = {"modifier_token", "class_prompt"}
+    words = {"modifier_token", "class_prompt", "holdout"}
+    judges = (params.evaluate.clip, params.evaluate.identity, params.evaluation_segmenter)
+    holdout = [concept.holdout for concept in params.concepts.values()]
     prior = {"method", "with_prior_preservation", "prior_loss_weight"}
     return {
         "evaluate": params.evaluate.model_dump(),
         "train": params.train.model_dump(include={"max_steps", "learning_rate"} | prior),
         "prepare": params.prepare.model_dump(include={"captions": True, "masks": True, "backgrounds": {"share"}}),
         "concepts": {name: concept.model_dump(include=words) for name, concept in params.concepts.items()},
-        "files": hashes.of(params.evaluate.prompts, params.evaluate.clip),
+        "download": params.download.model_dump(include={"max_side", "max_megapixels"}),
+        "files": hashes.of(params.evaluate.prompts, *judges, *holdout),
         **_base(params.base, hashes),
     }
 

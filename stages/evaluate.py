@@ -1,54 +1,50 @@
-"""evaluate: text and image alignment of the adapter and of the base model, with images and a report."""
+"""evaluate: the figures of the adapter beside those of the base model, with images and a report."""
 
 import time
 from pathlib import Path
 
+from customdiff import config
 from customdiff.errors import one_line_errors
+from customdiff.files import atomic_directory
 
 ADAPTER, TRAINING, RESULTS = Path("models/adapter"), Path("results/train"), Path("results/evaluate")
 
 
 def main() -> None:
     """Evaluate the adapter of the last training."""
-    from customdiff import config
-    from customdiff.files import atomic_directory
-
     params = config.load()  # before slow imports, so that errors in params.yaml appear at once
 
     from customdiff import provenance, tracking
     from customdiff.adapters.config import read_config
-    from customdiff.evaluation import report, scores, verdict
+    from customdiff.evaluation import drift, report, scores, verdict
     from customdiff.evaluation.base_image_cache import cache_folder
     from customdiff.evaluation.generation import Generation, customized_subject, generate_pairs, write_images
+    from customdiff.evaluation.grading import Photos, grade
+    from customdiff.evaluation.judges import Judges
     from customdiff.evaluation.prompts import read_all_prompts
-    from customdiff.models import base
-    from customdiff.models.clip import Clip
     from customdiff.publishing import registry
-    from customdiff.sources.instance_images import captioned_photos, read_instance_images
+    from customdiff.sources.instance_images import captioned_photos
 
     settings, concepts = params.evaluate, params.concepts
     adapter_config = read_config(ADAPTER)
     scores.check_concepts(adapter_config, concepts)
     prompts = read_all_prompts(settings.prompts, concepts)
-    folders = {name: Path("data/instances", name) for name in concepts}
-    instances = {name: read_instance_images(folder) for name, folder in folders.items()}
-    judge = Clip.load(settings.clip, base.device(params.base.device))
+    controls = drift.control_prompts(settings, concepts, prompts)
+    photos, judges = Photos.read(params), Judges.load(params)
 
     started = time.perf_counter()
     generation = Generation(params.base, settings, concepts, cache_folder())
-    ((_, pairs),) = generate_pairs(generation, {"customized": ADAPTER}, prompts)
-    scored = scores.score_prompts(pairs, instances, judge)
-    ceilings = scores.photo_ceilings(instances, judge)
-    summary = scores.summarize(
-        scored, len(pairs), resamples=settings.bootstrap, seed=params.base.seed, ceilings=ceilings
-    )
-    captioned = {name: captioned_photos(folder) for name, folder in folders.items()}
+    ((_, pairs),) = generate_pairs(generation, {"customized": ADAPTER}, prompts, controls)
+    scored, summary = grade(pairs, photos, judges, params)
+    captioned = {name: captioned_photos(Path("data/instances", name)) for name in concepts}
     found = verdict.verdicts(summary, params, captioned)
     seconds = time.perf_counter() - started
-    sheet = report.contact_sheet(pairs, instances, concepts)
-    photos = [Path("data/prepared", name, "sheet.jpg") for name in concepts]
-    steps = TRAINING / "steps.csv"
-    page = report.html(summary, scored, sheet, params, adapter_config, steps, photos=photos, verdicts=found)
+    sheet = report.contact_sheet([pair for pair in pairs if not pair.is_control], photos.instances, concepts)
+    sheets = [Path("data/prepared", name, "sheet.jpg") for name in concepts]
+    steps, strip = TRAINING / "steps.csv", drift.strip(pairs)
+    page = report.html(
+        summary, scored, sheet, params, adapter_config, steps, photos=sheets, verdicts=found, controls=strip
+    )
     with atomic_directory(RESULTS) as out:
         (out / "metrics.json").write_text(summary.to_json(), encoding="utf-8")
         (out / "summary.json").write_text(summary.to_short_json(), encoding="utf-8")

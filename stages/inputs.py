@@ -1,15 +1,21 @@
 """inputs: check params.yaml and its prompts, and write the inputs of every stage to data/inputs for DVC."""
 
+from pathlib import Path
+
 from customdiff.errors import one_line_errors
 
 
 def main() -> None:
-    """Check params.yaml and the evaluation prompts, so that no mistake in them appears only after training."""
+    """Check params.yaml, the evaluation prompts and holdout folders, before training."""
     from customdiff import config, stage_inputs
     from customdiff.evaluation.prompts import read_all_prompts
+    from customdiff.sources.image_folder import holdout_paths
 
     params = config.load()
     read_all_prompts(params.evaluate.prompts, params.concepts)
+    for name, concept in params.concepts.items():
+        if concept.holdout:
+            holdout_paths(name, Path(concept.holdout))
     stage_inputs.write_inputs(params)
 
 

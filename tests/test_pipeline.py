@@ -22,7 +22,7 @@ SMALL = {
     "retrieve": {"backend": "folder", "num_class_images": 5, "minimum": 4, "folder": "class-images"},
     "prepare": {"views": 4},
     "train": {"max_steps": 4, "checkpointing_steps": 2, "validation": {"every": 2, "steps": 2}},
-    "evaluate": {"num_images": 1, "steps": 2, "prompts": "prompts", "bootstrap": 100},
+    "evaluate": {"num_images": 1, "steps": 2, "prompts": "prompts", "bootstrap": 100, "drift_prompts": 2},
 }
 TEAPOT = {
     "source": {"path": "data/concepts/teapot"},
@@ -106,7 +106,7 @@ def changed(clone, monkeypatch):
 
 def test_one_command_learns_and_evaluates(clone):
     metrics = json.loads((clone / "results/evaluate/metrics.json").read_text())
-    for key in ("text_alignment", "image_alignment"):
+    for key in ("text_alignment", "image_alignment", "masked_image_alignment", "identity"):
         metric = metrics[key]
         assert metric["delta"] == pytest.approx(metric["adapter"] - metric["base"], abs=1e-9)
         assert metric["delta_low"] <= metric["delta"] <= metric["delta_high"]
@@ -188,6 +188,11 @@ def test_nothing_reruns_when_nothing_changed(changed):
         ),
         ("evaluate.num_images", 2, {"evaluate"}),
         ("evaluate.bootstrap", 2000, {"evaluate"}),
+        ("evaluate.identity", None, {"evaluate"}),
+        ("evaluate.masked", False, {"evaluate"}),
+        ("evaluate.drift_prompts", 3, {"evaluate"}),
+        ("concepts.cat.holdout", "data/holdout/teapot", {"evaluate"}),
+        ("concepts.cat.holdout", None, {"evaluate"}),
         ("prepare.hflip", True, {"prepare@cat"}),
         ("prepare.resolution", 64, {"prepare@cat", "train"}),
         ("prepare.backgrounds.share", 0.5, {"prepare@cat", "evaluate"}),
@@ -220,6 +225,9 @@ def test_an_edit_reruns_exactly_the_stages_that_read_it(clone, changed, key, val
         ("class-images/01.png", {"retrieve-class-images@cat"}),
         ("prompts/default.txt", {"evaluate"}),
         ("data/judge/config.json", {"evaluate"}),
+        ("data/identity/config.json", {"evaluate"}),
+        ("data/segmenter/config.json", {"prepare@cat", "evaluate"}),
+        ("data/holdout/cat/README.md", {"evaluate"}),
         ("data/clip/config.json", set()),
         ("data/base/vae/config.json", {"prepare@cat", "train", "evaluate"}),
         ("customdiff/models/methods.py", {"retrieve-class-images@cat", "prepare@cat", "train", "evaluate"}),

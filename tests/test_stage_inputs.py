@@ -109,6 +109,59 @@ def test_the_floor_is_an_input_where_it_is_read(retrieve_inputs, backend, change
     assert (retrieve_inputs(backend=backend) != retrieve_inputs(backend=backend, **change)) is read
 
 
+def test_a_holdout_of_one_photo_stops_the_first_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/default.txt").write_text("a {}\n")
+    (tmp_path / "kept").mkdir()
+    for name in ("1.png", "1.txt", "1.mask.png"):
+        (tmp_path / "kept" / name).write_text("")
+    values = {"concepts": {"cat": concept_values() | {"holdout": "kept"}}, "evaluate": {"prompts": "prompts"}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"concepts\.cat\.holdout: kept has 1 photos"):
+        inputs_stage.main()
+    (tmp_path / "kept/2.jpg").write_text("")
+    inputs_stage.main()
+
+
+@pytest.fixture
+def evaluate_inputs(tmp_path):
+    """Inputs of `evaluate` and of `train`; the folders of models and photos exist."""
+    for name in ("identity", "segmenter", "holdout"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+
+    def of(holdout="holdout", prepare=None, **evaluate):
+        values = {
+            "concepts": {"cat": concept_values() | {"holdout": holdout and str(tmp_path / holdout)}},
+            "prepare": {"segmenter": str(tmp_path / "segmenter")} | (prepare or {}),
+            "evaluate": {"identity": str(tmp_path / "identity"), "prompts": "none", "clip": "none"} | evaluate,
+        }
+        hashes, params = stage_inputs.FileHashes(tmp_path / "hashes.json"), Params.model_validate(values)
+        return stage_inputs.evaluate(params, hashes), stage_inputs.train(params, hashes)
+
+    return of
+
+
+@pytest.mark.parametrize("name", ["identity", "segmenter", "holdout"])
+def test_evaluate_depends_on_the_files_of_its_models_and_photos_and_train_does_not(evaluate_inputs, tmp_path, name):
+    before = evaluate_inputs()
+    (tmp_path / name / "file").write_text("changed")
+    after = evaluate_inputs()
+    assert after[0]["files"] != before[0]["files"]
+    assert after[1] == before[1]
+
+
+def test_what_evaluate_does_not_use_is_none_of_its_files(evaluate_inputs, tmp_path):
+    def used(**changes):
+        return {name.rpartition("/")[2] for name in evaluate_inputs(**changes)[0]["files"]}
+
+    assert used() == {"identity", "segmenter", "holdout"}
+    assert used(masked=False, identity=None, holdout=None) == set()
+    assert used(prepare={"masks": "none"}) == {"identity", "holdout"}
+    assert used(prepare={"masks": "none"}, masked=True) == {"identity", "segmenter", "holdout"}
+
+
 @pytest.mark.parametrize(
     ("section", "change"),
     [

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from world.backgrounds import background
-from world.catalogue import CONCEPTS
+from world.catalogue import CONCEPTS, background_phrase
 from world.scenes import SIDE, SPLITS, Distribution, Scene, Sprites, compose, pasted, varied_distribution
 
 CONCEPT_SIDE = 256
@@ -101,6 +101,9 @@ def export_concepts(work: Path, data: Path) -> None:
             to.mkdir(parents=True)
             for i, shot in enumerate(shots):
                 photograph(sprite, shot, 1000 * number + 100 * part + i).save(to / f"{i + 1:02d}.png", optimize=True)
+                if folder == "holdout":  # {} is where the modifier token goes
+                    caption = f"photo of a {{}} {name} {background_phrase(shot.background)}\n"
+                    (to / f"{i + 1:02d}.txt").write_text(caption)
             source, licence = CREDITS[name]
             text = CONCEPT_README.format(
                 name=name, count=len(shots), purpose=purposes[part], source=source, licence=licence

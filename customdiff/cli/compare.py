@@ -86,20 +86,21 @@ def _grade(
     from customdiff.evaluation import comparison
     from customdiff.evaluation.base_image_cache import cache_folder
     from customdiff.evaluation.generation import Generation
+    from customdiff.evaluation.holdout import read_all
+    from customdiff.evaluation.judges import Judges
     from customdiff.evaluation.prompts import read_all_prompts
-    from customdiff.models import base
-    from customdiff.models.clip import Clip
     from customdiff.sources.instance_images import read_instance_images
 
     # before hours of training, so that a missing file is reported at once
     prompts = read_all_prompts(params.evaluate.prompts, params.concepts)
     instances = {name: read_instance_images(Path("data/instances", name)) for name in params.concepts}
-    judge = Clip.load(params.evaluate.clip, base.device(params.base.device))
+    judges = Judges.load(params)
+    holdout = read_all(params.concepts, params.download, instances)
 
     trained = {name: _train(params, name, rate, parent, runs) for name, rate in methods.items()}
     all_folders = {**folders, **{name: folder for name, (folder, _) in trained.items()}}
     generation = Generation(params.base, params.evaluate, params.concepts, cache_folder())
-    graded = comparison.grade(generation, all_folders, prompts, instances, judge)
+    graded = comparison.grade(generation, all_folders, prompts, instances, judges, holdout)
     for name, (_, facts) in trained.items():
         graded[name].facts.update(facts)
     return graded

@@ -90,9 +90,8 @@ def _grade(
     from customdiff.evaluation import sweep as sweeps
     from customdiff.evaluation.base_image_cache import cache_folder
     from customdiff.evaluation.generation import Generation
+    from customdiff.evaluation.judges import Judges
     from customdiff.evaluation.prompts import read_all_prompts
-    from customdiff.models import base
-    from customdiff.models.clip import Clip
     from customdiff.sources.instance_images import read_instance_images
     from customdiff.training.checkpoints import step_of
 
@@ -103,13 +102,13 @@ def _grade(
     photos = None
     if all((holdout / name).is_dir() for name in concepts):
         photos = {name: read_instance_images(holdout / name) for name in concepts}
-    judge = Clip.load(settings.clip, base.device(params.base.device))
+    judges = Judges.load(params)
 
     started = time.perf_counter()
     generation = Generation(params.base, settings, concepts, cache_folder())
-    points = sweeps.sweep(generation, {step_of(path): path for path in paths}, prompts, instances, judge, photos)
+    points = sweeps.sweep(generation, {step_of(path): path for path in paths}, prompts, instances, judges, photos)
     summaries = [sweeps.summarize(point, resamples=settings.bootstrap, seed=params.base.seed) for point in points]
-    ceiling = sweeps.photo_alignment(photos, instances, judge) if photos else None
+    ceiling = sweeps.photo_alignment(photos, instances, judges) if photos else None
     metrics = {
         "run": str(run.path),
         "base": summaries[0].flat(),

@@ -62,6 +62,11 @@ class Concept(Section):
         min_length=1,
         description="Words whose mean embedding the token starts from; null: class_prompt.",
     )
+    holdout: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of at least two photos of the subject that are kept out of training, for evaluation.",
+    )
 
     @field_validator("instance_prompt")
     @classmethod

@@ -44,6 +44,13 @@ class Params(Section):
             )
         return prompts
 
+    @property
+    def evaluation_segmenter(self) -> str | None:
+        """Folder or Hub repository of the segmenter that cuts out subjects for evaluation; None if it is not used."""
+        if self.evaluate.masked is False:
+            return None
+        return self.prepare.segmentation_model or (self.prepare.segmenter if self.evaluate.masked else None)
+
     @model_validator(mode="after")
     def _distinct_tokens(self) -> "Params":
         tokens = [concept.modifier_token for concept in self.concepts.values()]

@@ -22,7 +22,7 @@ from customdiff.files import atomic_directory, project_home, source_hash
 from customdiff.images import open_rgb, save_all
 from customdiff.models.base import weight_hashes
 
-SETS = 3  # kept: of `evaluate`, and of a sweep and a comparison with other prompts or numbers of images
+SETS = 6  # kept: two of `evaluate`, and of sweeps and comparisons with other prompts or numbers of images
 
 
 def cache_folder() -> Path:

@@ -16,10 +16,11 @@ from customdiff.adapters import adapter
 from customdiff.config import Params
 from customdiff.evaluation import report
 from customdiff.evaluation.generation import Generation, ImagePair, generate_pairs
+from customdiff.evaluation.holdout import Holdout, figures
+from customdiff.evaluation.judges import Judges
 from customdiff.evaluation.metrics import PairedMetric, PhotoShare
 from customdiff.evaluation.prompts import Prompt
 from customdiff.evaluation.scores import METRICS, Summary, photo_ceilings, score_prompts, summarize
-from customdiff.models.clip import Clip
 from customdiff.tracking import Tracker
 from customdiff.training import trainer
 from customdiff.training.checkpoints import RunFolder
@@ -35,6 +36,7 @@ COLUMNS = (
     "adapter",
     "concept",
     *(f"{name}{end}" for name in METRICS for end in ("", "_delta", "_delta_low", "_delta_high")),
+    "holdout_share",
     "photo_share",
     *FACTS,
 )
@@ -107,24 +109,25 @@ def grade(
     adapters: Mapping[str, Path],
     prompts: Sequence[Prompt],
     instances: Mapping[str, Sequence[Image.Image]],
-    judge: Clip,
+    judges: Judges,
+    holdout: Mapping[str, Holdout] | None = None,
 ) -> dict[str, GradedAdapter]:
     """Generate and score the base model once, then each adapter.
 
     Args:
         adapters: folders by the name that the table shows.
         instances: instance images by concept.
+        holdout: holdout photos by concept.
 
     Raises:
         UserError: an adapter is damaged, or was trained on another base model.
     """
-    graded, ceilings = {}, photo_ceilings(instances, judge)
+    graded, ceilings = {}, photo_ceilings(instances, judges)
+    photos = figures(holdout or {}, instances, judges)
     for name, pairs in generate_pairs(generation, adapters, prompts):
-        scores = score_prompts(pairs, instances, judge)
-        settings = generation.settings
-        summary = summarize(
-            scores, len(pairs), resamples=settings.bootstrap, seed=generation.base.seed, ceilings=ceilings
-        )
+        scores = score_prompts(pairs, instances, judges)
+        resampled = {"resamples": generation.settings.bootstrap, "seed": generation.base.seed}
+        summary = summarize(scores, len(pairs), **resampled, ceilings=ceilings, holdout=photos)
         graded[name] = GradedAdapter(pairs, summary, {"bytes": adapter.size(adapters[name])})
     return graded
 
@@ -148,7 +151,7 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
         for row in rows:
             values: dict[str, object] = {"adapter": row.model, "concept": row.concept, **row.facts}
             if row.share:
-                values["photo_share"] = row.share.value
+                values[row.share.name] = row.share.value
             for name, metric in row.metrics.items():
                 values[name] = row.value(name)
                 if not row.is_base:
@@ -158,10 +161,11 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The comparison as a Markdown table: metrics with change and 95 % interval, way to the photos, seconds, MB."""
-    head = ["adapter", "concept", *(name.replace("_", " ") for name in METRICS), "way to the photos", "seconds", "MB"]
+    names = [name for name in METRICS if all(name in row.metrics for row in rows)]
+    head = ["adapter", "concept", *(name.replace("_", " ") for name in names), "way to the photos", "seconds", "MB"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        metrics = [_with_change(row, name) for name in METRICS]
+        metrics = [_with_change(row, name) for name in names]
         share = f"{100 * row.share.value:.0f} %" if row.share else ""
         seconds = f"{row.facts['seconds']:.0f}" if "seconds" in row.facts else ""
         megabytes = f"{row.facts['bytes'] / 1e6:.3f}" if "bytes" in row.facts else ""

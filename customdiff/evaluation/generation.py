@@ -45,6 +45,7 @@ class ImagePair:
         text: the prompt without modifier tokens, which both images are compared with.
         number: among the images of this prompt, from 0.
         base, customized: RGB.
+        is_control: whether the adapter was given the class as well, without its token; see `drift`.
     """
 
     prompt: Prompt
@@ -52,6 +53,7 @@ class ImagePair:
     number: int
     base: Image.Image
     customized: Image.Image
+    is_control: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,16 @@ class Generation:
         set_scheduler(pipe, self.settings.scheduler)
         return pipe
 
-    def requests(self, prompts: Sequence[Prompt]) -> list[ImageRequest]:
-        """The images to generate, in order; each has a seed of its own, which other prompts do not change."""
+    def requests(self, prompts: Sequence[Prompt], num_images: int | None = None) -> list[ImageRequest]:
+        """The images to generate, in order; each has a seed of its own, which other prompts do not change.
+
+        Args:
+            num_images: per prompt; None: `evaluate.num_images`.
+        """
         return [
             ImageRequest(prompt, number, image_seed(self.base.seed, prompt.concept_label, prompt.template, number))
             for prompt in prompts
-            for number in range(self.settings.num_images)
+            for number in range(num_images or self.settings.num_images)
         ]
 
     def texts(self, requests: Sequence[ImageRequest], subject: Callable[[Concept], str]) -> list[str]:
@@ -106,7 +112,7 @@ def customized_subject(concept: Concept) -> str:
 
 
 def generate_pairs(
-    generation: Generation, adapters: Mapping[str, Path], prompts: Sequence[Prompt]
+    generation: Generation, adapters: Mapping[str, Path], prompts: Sequence[Prompt], controls: Sequence[Prompt] = ()
 ) -> Iterator[tuple[str, list[ImagePair]]]:
     """Generate all prompts with the base model once, then with each adapter, from the same seeds.
 
@@ -115,9 +121,10 @@ def generate_pairs(
 
     Args:
         adapters: folders by the name that progress bars show.
+        controls: prompts of which both models generate one image with the class for the subject; see `drift`.
 
     Yields:
-        The name of each adapter, and its images beside the base model's.
+        The name of each adapter, and its images beside the base model's, those of `controls` last.
 
     Raises:
         UserError: an adapter is damaged, was trained on another base model, or has learned none of the concepts, or
@@ -130,6 +137,8 @@ def generate_pairs(
         check_learned(learned.config, folder, generation.concepts)
     requests = generation.requests(prompts)
     before = cached_base_images(generation, pipe, requests)
+    control_requests = generation.requests(controls, 1)
+    controls_before = _control_base_images(generation, pipe, control_requests, dict(zip(requests, before, strict=True)))
     placed: Adapter | None = None
     for name, folder in adapters.items():
         learned = adapter.read(folder)
@@ -141,7 +150,35 @@ def generate_pairs(
         known = [place for place, request in enumerate(requests) if concepts.issuperset(request.prompt.concepts)]
         chosen = [requests[place] for place in known]
         images = generate_images(generation, pipe, chosen, customized_subject, name)
-        yield name, pair_images(generation, chosen, [before[place] for place in known], images)
+        pairs = pair_images(generation, chosen, [before[place] for place in known], images)
+        shown = [request for request in control_requests if concepts.issuperset(request.prompt.concepts)]
+        images = generate_images(generation, pipe, shown, class_subject, f"{name}, without token") if shown else []
+        yield name, [*pairs, *_control_pairs(generation, shown, [controls_before[each] for each in shown], images)]
+
+
+def _control_base_images(
+    generation: Generation,
+    pipe: DiffusionPipeline,
+    requests: Sequence[ImageRequest],
+    known: Mapping[ImageRequest, Image.Image],
+) -> dict[ImageRequest, Image.Image]:
+    """The base model's images of the controls; those of the concepts' own prompts are `known`."""
+    rest = [request for request in requests if request not in known]
+    images = cached_base_images(generation, pipe, rest) if rest else []
+    return {**known, **dict(zip(rest, images, strict=True))}
+
+
+def _control_pairs(
+    generation: Generation,
+    requests: Sequence[ImageRequest],
+    base: Sequence[Image.Image],
+    customized: Sequence[Image.Image],
+) -> list[ImagePair]:
+    """The images of controls of two models, side by side."""
+    return [
+        ImagePair(each.prompt, generation.text(each.prompt, class_subject), each.number, before, after, is_control=True)
+        for each, before, after in zip(requests, base, customized, strict=True)
+    ]
 
 
 def check_learned(adapter_config: AdapterConfig, folder: Path, concepts: Mapping[str, Concept]) -> None:
@@ -209,19 +246,23 @@ def pair_images(
 ) -> list[ImagePair]:
     """The images of two models of the same requests, side by side."""
     return [
-        ImagePair(request.prompt, generation.reference_text(request.prompt), request.number, *both)
-        for request, *both in zip(requests, base, customized, strict=True)
+        ImagePair(request.prompt, generation.reference_text(request.prompt), request.number, before, after)
+        for request, before, after in zip(requests, base, customized, strict=True)
     ]
 
 
 def write_images(pairs: Sequence[ImagePair], folder: Path) -> None:
-    """Write `<folder>/base/<concept>/...png` and `<folder>/customized/<concept>/...png`, under the same names."""
-    numbers: dict[Prompt, int] = {}
+    """Write `<folder>/base/<concept>/...png` and `<folder>/customized/<concept>/...png`, under the same names.
+
+    Controls are in `without-token` instead of the concept's folder.
+    """
+    numbers: dict[tuple[Prompt, bool], int] = {}
     images = {}
     for pair in pairs:
-        number = numbers.setdefault(pair.prompt, len(numbers) + 1)
+        number = numbers.setdefault((pair.prompt, pair.is_control), len(numbers) + 1)
+        label = "without-token" if pair.is_control else pair.prompt.concept_label
         words = re.sub(r"[^a-z0-9]+", "-", pair.prompt.template.lower()).strip("-")[:60]
         for kind in ("base", "customized"):
-            path = folder / kind / pair.prompt.concept_label / f"{number:02d}-{words}-{pair.number}.png"
+            path = folder / kind / label / f"{number:02d}-{words}-{pair.number}.png"
             images[path] = getattr(pair, kind)
     save_all(images)

@@ -47,21 +47,43 @@ class IntervalMetric:
 
 
 @dataclass(frozen=True)
+class KidMetric(IntervalMetric):
+    """The `kid` of an adapter's images, and that of the base model's; real images of many kinds are far from both."""
+
+    base: float
+
+
+@dataclass(frozen=True)
 class PhotoShare(IntervalMetric):
-    """The share of the way from the base model to the photos; `ceiling`: the image alignment of the photos."""
+    """The share of the way from the base model to the photos.
+
+    Attributes:
+        ceiling: the metric of the photos.
+        name: in files: `holdout_share` if they are holdout photos, `photo_share` if they are the instance images.
+        metric: by which it is measured.
+    """
 
     ceiling: float
+    name: str = "photo_share"
+    metric: str = "image_alignment"
+
+    def to_dict(self) -> dict[str, float]:
+        """The share as it is in metrics.json."""
+        return {"value": self.value, "low": self.low, "high": self.high, "ceiling": self.ceiling}
 
 
-def photo_share(metric: PairedMetric, ceiling: float) -> PhotoShare | None:
-    """(adapter - base) / (ceiling - base) of image alignment, with the interval of the difference on the same scale.
+def photo_share(
+    metric: PairedMetric, ceiling: float, *, name: str = "photo_share", metric_name: str = "image_alignment"
+) -> PhotoShare | None:
+    """(adapter - base) / (ceiling - base) of an alignment, with the interval of the difference on the same scale.
 
     0: as far from the photos as the base model; 1: as near to them as they are to one another. The interval is of
     the prompts; it does not cover that the ceiling is of few photos.
 
     Args:
-        metric: image alignment.
-        ceiling: see `leave_one_out_alignment`.
+        metric: an alignment with the instance images.
+        ceiling: the same of photos; see `leave_one_out_alignment`.
+        name, metric_name: see `PhotoShare`.
 
     Returns:
         None if ceiling and base are nearer than `MIN_ROOM`.
@@ -70,7 +92,7 @@ def photo_share(metric: PairedMetric, ceiling: float) -> PhotoShare | None:
     if room < MIN_ROOM:
         return None
     value, low, high = (round(each / room, DIGITS) for each in (metric.delta, metric.delta_low, metric.delta_high))
-    return PhotoShare(value, low, high, round(ceiling, DIGITS))
+    return PhotoShare(value, low, high, round(ceiling, DIGITS), name, metric_name)
 
 
 def paired_metric(
@@ -151,6 +173,32 @@ def leave_one_out_alignment(instances: np.ndarray) -> float | None:
     return float((cosines.sum() - np.trace(cosines)) / (count * (count - 1)))
 
 
+def diversity(images: np.ndarray) -> float:
+    """How different the images of a prompt are: the mean of 1 - cosine over all pairs.
+
+    Args:
+        images: (N, D), at least two.
+
+    Returns:
+        0 (all the same) to 2.
+    """
+    rows = images.astype(np.float64)
+    first, second = np.triu_indices(len(rows), 1)
+    return float(np.mean(1 - np.sum(rows[first] * rows[second], axis=1)))
+
+
+def feature_distance(base: np.ndarray, adapter: np.ndarray) -> np.ndarray:
+    """How far each image is from its counterpart: 1 - cosine.
+
+    Args:
+        base, adapter: (N, D), of the same prompts and seeds.
+
+    Returns:
+        (N,), 0 to 2.
+    """
+    return 1 - np.sum(base.astype(np.float64) * adapter.astype(np.float64), axis=1)
+
+
 def follows_prompt(images: np.ndarray, prompts: np.ndarray, own: Sequence[int]) -> np.ndarray:
     """Whether no other prompt of the concept fits an image better than its own.
 
@@ -167,6 +215,50 @@ def follows_prompt(images: np.ndarray, prompts: np.ndarray, own: Sequence[int]) 
     """
     cosines = images.astype(np.float64) @ prompts.astype(np.float64).T
     return (cosines[np.arange(len(own)), list(own)] >= cosines.max(axis=1)).astype(np.float64)
+
+
+def kid(generated: np.ndarray, real: np.ndarray) -> float:
+    """Unbiased kernel distance of two sets of images (Binkowski et al. 2018): the squared MMD.
+
+    The kernel is (x . y / D + 1)^3 of features of norm sqrt(D), that is (cos + 1)^3 of features of norm 1.
+
+    Args:
+        generated, real: (N, D) and (M, D), at least two each, of norm 1.
+
+    Returns:
+        About 0 for images of one distribution, also slightly below; larger is further apart.
+    """
+    x, y = generated.astype(np.float64), real.astype(np.float64)
+    within = [
+        (kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1)) for kernel in (_cubic(x, x), _cubic(y, y))
+    ]
+    return float(sum(within) - 2 * _cubic(x, y).mean())
+
+
+def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T + 1) ** 3
+
+
+def kid_metric(groups: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], *, subsets: int, seed: int) -> KidMetric:
+    """The mean `kid` over concepts, with the 95 % range of its value on random halves of both sets.
+
+    A half has fewer images, so the range is wider than that of the value itself. Resampling with replacement would
+    compare images with themselves, which the unbiased estimate leaves out.
+
+    Args:
+        groups: images of the base model, of the adapter, and real images of each concept, see `kid`.
+        subsets: number of halves.
+        seed: of numpy's generator.
+    """
+    rng = np.random.default_rng(seed)
+
+    def half(features: np.ndarray) -> np.ndarray:
+        return features[rng.permutation(len(features))[: max(2, len(features) // 2)]]
+
+    values = [np.mean([kid(half(adapter), half(real)) for _, adapter, real in groups]) for _ in range(subsets)]
+    low, high = (float(each) for each in np.quantile(values, [0.025, 0.975]))
+    base, value = (float(np.mean([kid(group[i], group[2]) for group in groups])) for i in (0, 1))
+    return KidMetric(round(value, DIGITS), round(low, DIGITS), round(high, DIGITS), round(base, DIGITS))
 
 
 def bootstrap_interval(

@@ -20,7 +20,7 @@ class Prompt:
 
     Attributes:
         template: text with {} for the subject; with {1}, {2} and so on for several, in the order of `concepts`.
-        concepts: names of the concepts that the prompt is about.
+        concepts: names of the concepts that the prompt is about; none for a prompt of other things.
         kind: what it asks for: one of `KINDS`, or `other`.
     """
 
@@ -35,7 +35,9 @@ class Prompt:
 
     def fill(self, *subjects: str) -> str:
         """The text of the prompt about these subjects, one per concept."""
-        numbered = {f"{{{number}}}": subject for number, subject in enumerate(subjects, 1)} | {"{}": subjects[0]}
+        numbered = {f"{{{number}}}": subject for number, subject in enumerate(subjects, 1)} | {
+            "{}": "".join(subjects[:1])
+        }
         return re.sub(r"\{\d*\}", lambda found: numbered.get(found[0], found[0]), self.template)
 
 

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Concept, Params
 from customdiff.evaluation.generation import ImagePair, class_subject, customized_subject
-from customdiff.evaluation.scores import METRICS, PromptScore, Summary
+from customdiff.evaluation.meanings import table, title_of
+from customdiff.evaluation.scores import PromptScore, Summary, metrics_of
 from customdiff.evaluation.verdict import Verdict
 from customdiff.redaction import redact_values
 
@@ -22,6 +23,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 INK, FAINT, BASE, CUSTOMIZED = "#1f2430", "#7a8194", "#9aa3b5", "#2f6fde"
 IMAGES_PER_PROMPT = 4  # on the sheet; the files hold all
 GAP, LABEL_WIDTH = 6, 220  # px
+PLANE = ("text_alignment", "image_alignment")  # axes of the paper's figure
+EXTREMES = 3  # best and worst prompts
 
 
 def contact_sheet(
@@ -153,8 +156,9 @@ def html(
     steps: Path | None = None,
     photos: Sequence[Path] = (),
     verdicts: Sequence[Verdict] = (),
+    controls: Image.Image | None = None,
 ) -> str:
-    """The report: verdicts, metrics with intervals, curves, contact sheet, table of prompts, parameters.
+    """The report: verdicts, figures in words, curves, contact sheet, table of prompts, parameters.
 
     One file, no scripts.
 
@@ -167,6 +171,7 @@ def html(
         steps: CSV with one row per training step (results/train/steps.csv); left out where it does not exist.
         photos: JPEG sheets of instance images with masks and captions (data/prepared/<concept>/sheet.jpg).
         verdicts: one per concept, shown at the top.
+        controls: images without the token; see `drift.strip`.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -179,7 +184,11 @@ def html(
     return environment.get_template("report.html").render(
         summary=summary,
         concepts=params.concepts,
-        metrics=METRICS,
+        metrics=metrics_of(scores),
+        figures=table(summary),
+        best=ranked(scores)[:EXTREMES],
+        worst=ranked(scores)[: -EXTREMES - 1 : -1],
+        controls=_data_uri(_jpeg(controls), "image/jpeg") if controls else None,
         verdicts=verdicts,
         changes=changes(summary),
         scores=scores,
@@ -197,14 +206,28 @@ def changes(summary: Summary) -> list[str]:
     """One sentence per metric; a change whose interval includes zero is not called one."""
     sentences = []
     for name, metric in summary.overall.items():
-        title = name.replace("_", " ").capitalize()
         interval = f"95 % interval {metric.delta_low:+.3f} to {metric.delta_high:+.3f}"
         if metric.delta_low <= 0 <= metric.delta_high:
-            sentences.append(f"{title} does not change measurably ({metric.delta:+.3f}; {interval}).")
+            sentences.append(f"{title_of(name)} does not change measurably ({metric.delta:+.3f}; {interval}).")
         else:
             verb = "rises" if metric.delta > 0 else "falls"
-            sentences.append(f"{title} {verb} by {abs(metric.delta):.3f} ({interval}).")
+            sentences.append(f"{title_of(name)} {verb} by {abs(metric.delta):.3f} ({interval}).")
     return sentences
+
+
+def ranked(scores: Sequence[PromptScore]) -> list[PromptScore]:
+    """Scores from best to worst prompt: by the mean of its ranks in text alignment and in similarity to the photos.
+
+    The similarity is identity, else the masked image alignment, else image alignment.
+    """
+    names = metrics_of(scores)
+    subject = next(name for name in ("identity", "masked_image_alignment", "image_alignment") if name in names)
+
+    def rank(score: PromptScore) -> int:
+        values = [(name, score.adapter[name]) for name in ("text_alignment", subject)]
+        return sum(other.adapter[name] > value for name, value in values for other in scores)
+
+    return sorted(scores, key=rank)
 
 
 def read_steps(path: Path) -> dict[str, list[float]]:
@@ -242,8 +265,8 @@ def alignment_plane(scores: Sequence[PromptScore]) -> bytes:
     """SVG of the paper's figure (section 4): image over text alignment, one line per prompt from base to customized."""
     figure, axes = _figure(5.6, 3.4)
     ends = {
-        "base model": [tuple(score.base[name] for name in METRICS) for score in scores],
-        "customized": [tuple(score.adapter[name] for name in METRICS) for score in scores],
+        "base model": [tuple(score.base[name] for name in PLANE) for score in scores],
+        "customized": [tuple(score.adapter[name] for name in PLANE) for score in scores],
     }
     for start, end in zip(*ends.values(), strict=True):
         axes.annotate("", end, start, arrowprops={"arrowstyle": "-", "color": FAINT, "alpha": 0.35, "linewidth": 0.8})

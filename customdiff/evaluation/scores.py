@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,10 +14,13 @@ from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Concept
 from customdiff.errors import UserError
 from customdiff.evaluation.generation import ImagePair
+from customdiff.evaluation.judges import Judges
 from customdiff.evaluation.metrics import (
     DIGITS,
+    IntervalMetric,
     PairedMetric,
     PhotoShare,
+    diversity,
     follows_prompt,
     image_alignment,
     leave_one_out_alignment,
@@ -26,9 +30,9 @@ from customdiff.evaluation.metrics import (
     text_alignment,
 )
 from customdiff.evaluation.prompts import JOIN, Prompt
-from customdiff.models.clip import Clip
 
-METRICS = ("text_alignment", "image_alignment")
+# In the order of tables. An evaluation has those that its judges give; diversity with two images per prompt or more.
+METRICS = ("text_alignment", "image_alignment", "masked_image_alignment", "identity", "diversity")
 HOLDOUT = "holdout_alignment"
 
 
@@ -37,7 +41,7 @@ class PromptScore:
     """The metrics of one prompt, means over its images.
 
     Attributes:
-        base, adapter: by metric: `METRICS`, and `HOLDOUT` where there are holdout photos.
+        base, adapter: by metric: some of `METRICS`, and `HOLDOUT` where there are holdout photos.
         followed: share of the images of base and adapter that no other prompt fits better; see `follows_prompt`.
     """
 
@@ -68,7 +72,10 @@ class Summary:
         concepts: by concept label (`cat`, `cat+teapot`) and metric.
         num_prompts, num_images: how many of them each model was given.
         prompt_accuracy: by concept, without labels of several concepts.
-        ceilings: image alignment of the photos by concept; see `photo_ceilings`.
+        ceilings: alignments of the photos with one another by concept; see `photo_ceilings`.
+        holdout: metrics of the holdout photos by concept; see `holdout.figures`.
+        figures: `drift`, `class_drift` and `prior_kid`, by concept, None being all; see `drift.figures`.
+        unmasked: share of the images that were not cut out for the masked image alignment.
     """
 
     overall: dict[str, PairedMetric]
@@ -76,16 +83,27 @@ class Summary:
     num_prompts: int
     num_images: int
     prompt_accuracy: dict[str, PromptAccuracy] = field(default_factory=dict)
-    ceilings: Mapping[str, float] = field(default_factory=dict)
+    ceilings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    holdout: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    figures: Mapping[str | None, Mapping[str, IntervalMetric]] = field(default_factory=dict)
+    unmasked: float | None = None
 
     def photo_share(self, concept: str | None = None) -> PhotoShare | None:
-        """The share of the way to the photos, of one concept or of the means over concepts; None if it is unknown."""
+        """The share of the way to the photos, of one concept or of the means over concepts; None if it is unknown.
+
+        The ceiling is of holdout photos where every concept has them, else of the instance images; the metric is
+        identity, or image alignment where there is none or it does not tell the base model's images from photos.
+        """
         single = [label for label in self.concepts if JOIN not in label] if concept is None else [concept]
-        ceilings = [self.ceilings[label] for label in single if label in self.ceilings]
-        if not single or len(ceilings) < len(single):
-            return None
         metrics = self.overall if concept is None else self.concepts[concept]
-        return photo_share(metrics["image_alignment"], float(np.mean(ceilings)))
+        for name, ceilings in (("holdout_share", self.holdout), ("photo_share", self.ceilings)):
+            for metric in ("identity", "image_alignment"):
+                found = [ceilings[label][metric] for label in single if metric in ceilings.get(label, {})]
+                if not single or len(found) < len(single) or metric not in metrics:
+                    continue
+                if share := photo_share(metrics[metric], float(np.mean(found)), name=name, metric_name=metric):
+                    return share
+        return None
 
     def to_json(self) -> str:
         """The text of metrics.json."""
@@ -93,34 +111,51 @@ class Summary:
             label: {name: metric.to_dict() for name, metric in metrics.items()} | self._extras(label)
             for label, metrics in self.concepts.items()
         }
-        counts = {"num_prompts": self.num_prompts, "num_images": self.num_images}
+        counts: dict[str, float] = {"num_prompts": self.num_prompts, "num_images": self.num_images}
+        if self.unmasked is not None:
+            counts["unmasked"] = self.unmasked
         overall = {name: metric.to_dict() for name, metric in self.overall.items()} | self._extras(None)
         return json.dumps(overall | {"concepts": concepts} | counts, indent=2, allow_nan=False) + "\n"
 
     def to_short_json(self) -> str:
         """The text of summary.json: what `dvc exp show` compares, three digits, without intervals."""
-        values = {}
-        for name in ("image_alignment", "text_alignment"):
+        values: dict[str, float] = {}
+        for name in [name for name in ("image_alignment", "identity", "text_alignment") if name in self.overall]:
             metric = self.overall[name]
             values[name] = round(metric.adapter, 3)
             values[f"{name.partition('_')[0]}_delta"] = round(metric.delta, 3)
         if share := self.photo_share():
-            values["photo_share"] = round(share.value, 3)
+            values[share.name] = round(share.value, 3)
+        values |= {name: round(figure.value, 3) for name, figure in self.figures.get(None, {}).items()}
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     def _extras(self, concept: str | None) -> dict[str, dict[str, float]]:
-        """`photo_share` and `prompt_accuracy` of a concept or overall, where they are known."""
+        """What is not a paired metric, of a concept or overall, where it is known."""
         share = self.photo_share(concept)
-        extras = {"photo_share": asdict(share)} if share else {}
+        extras = {share.name: share.to_dict()} if share else {}
+        extras |= {name: asdict(figure) for name, figure in self.figures.get(concept, {}).items()}
         if concept in self.prompt_accuracy:
             extras["prompt_accuracy"] = asdict(self.prompt_accuracy[concept])
+        if concept is not None and concept in self.holdout:
+            extras["holdout"] = {name: round(value, DIGITS) for name, value in self.holdout[concept].items()}
         return extras
 
 
-def photo_ceilings(instances: Mapping[str, Sequence[Image.Image]], judge: Clip) -> dict[str, float]:
-    """Image alignment of each concept's photos with one another; concepts with a single photo are left out."""
-    found = {name: leave_one_out_alignment(judge.images(images)) for name, images in instances.items()}
-    return {name: ceiling for name, ceiling in found.items() if ceiling is not None}
+def photo_ceilings(instances: Mapping[str, Sequence[Image.Image]], judges: Judges) -> dict[str, dict[str, float]]:
+    """Alignments of each concept's photos with one another, by metric; concepts with a single photo are left out."""
+    return {
+        name: {
+            metric: float(leave_one_out_alignment(judges.embed(metric, images, name)) or 0)
+            for metric in judges.alignments
+        }
+        for name, images in instances.items()
+        if len(images) > 1
+    }
+
+
+def metrics_of(scores: Sequence[PromptScore]) -> tuple[str, ...]:
+    """Those of `METRICS` that the scores have."""
+    return tuple(name for name in METRICS if all(name in score.base for score in scores))
 
 
 def check_concepts(adapter_config: AdapterConfig, concepts: Mapping[str, Concept]) -> None:
@@ -142,34 +177,36 @@ def check_concepts(adapter_config: AdapterConfig, concepts: Mapping[str, Concept
 def score_prompts(
     pairs: Sequence[ImagePair],
     instances: Mapping[str, Sequence[Image.Image]],
-    judge: Clip,
+    judges: Judges,
     holdout: Mapping[str, Sequence[Image.Image]] | None = None,
 ) -> list[PromptScore]:
     """Score each prompt: the mean metrics over its images, of the base model and of the adapter.
 
     Args:
         instances: instance images by concept.
-        judge: embeds texts and images.
+        judges: embed texts and images.
         holdout: photos by concept that were not trained on; None: no `HOLDOUT` metric.
 
     Returns:
-        One score per prompt. The image alignment of an image of several concepts is the mean of those to each concept
+        One score per prompt. An alignment of an image of several concepts is the mean of those to each concept
         (section 4.2 of the paper).
     """
-    texts = judge.text([pair.text for pair in pairs])
-    references = {"image_alignment": _embed(instances, judge)}
-    if holdout:
-        references[HOLDOUT] = _embed(holdout, judge)
+    texts = judges.clip.text([pair.text for pair in pairs])
+    kept_out = _embed(holdout or {}, "image_alignment", judges)
+    references = {metric: _embed(instances, metric, judges) for metric in judges.alignments}
     places: dict[Prompt, list[int]] = {}
     for place, pair in enumerate(pairs):
         places.setdefault(pair.prompt, []).append(place)
     found, followed = [], []
     for images in ([pair.base for pair in pairs], [pair.customized for pair in pairs]):
-        embedded = judge.images(images)
+        embedded = judges.clip.images(images)
         values = {"text_alignment": text_alignment(embedded, texts)}
         for metric, photos in references.items():
-            alignments = [_alignment(row, pair, photos) for row, pair in zip(embedded, pairs, strict=True)]
-            values[metric] = np.array(alignments)
+            values[metric] = _alignments(metric, images, pairs, photos, judges)
+        if kept_out:
+            values[HOLDOUT] = _alignments("image_alignment", images, pairs, kept_out, judges)
+        if all(len(chosen) > 1 for chosen in places.values()):
+            values["diversity"] = _diversity(judges.features(images), places)
         found.append(values)
         followed.append(_followed(embedded, texts, places))
 
@@ -199,12 +236,33 @@ def _followed(images: np.ndarray, texts: np.ndarray, places: Mapping[Prompt, Seq
     return result
 
 
-def _embed(photos: Mapping[str, Sequence[Image.Image]], judge: Clip) -> dict[str, np.ndarray]:
-    return {name: judge.images(images) for name, images in photos.items()}
+def _embed(photos: Mapping[str, Sequence[Image.Image]], metric: str, judges: Judges) -> dict[str, np.ndarray]:
+    return {name: judges.embed(metric, images, name) for name, images in photos.items()}
 
 
-def _alignment(embedding: np.ndarray, pair: ImagePair, references: Mapping[str, np.ndarray]) -> float:
-    return float(np.mean([image_alignment(embedding[None], references[name])[0] for name in pair.prompt.concepts]))
+def _alignments(
+    metric: str,
+    images: Sequence[Image.Image],
+    pairs: Sequence[ImagePair],
+    photos: Mapping[str, np.ndarray],
+    judges: Judges,
+) -> np.ndarray:
+    """An alignment of each image, (N,): the mean over the concepts of its prompt; `photos`: their features."""
+    values = np.zeros(len(pairs))
+    for name, features in photos.items():
+        rows = [row for row, pair in enumerate(pairs) if name in pair.prompt.concepts]
+        embedded = judges.embed(metric, [images[row] for row in rows], name) if rows else np.zeros((0, 1))
+        for row, embedding in zip(rows, embedded, strict=True):
+            values[row] += image_alignment(embedding[None], features)[0] / len(pairs[row].prompt.concepts)
+    return values
+
+
+def _diversity(features: np.ndarray, places: Mapping[Prompt, Sequence[int]]) -> np.ndarray:
+    """The `diversity` of each image's prompt, (N,); the images of a prompt are at its `places`."""
+    result = np.zeros(len(features))
+    for chosen in places.values():
+        result[list(chosen)] = diversity(features[list(chosen)])
+    return result
 
 
 def by_concept(scores: Iterable[PromptScore]) -> dict[str, list[PromptScore]]:
@@ -220,22 +278,16 @@ def single_concepts(scores: Iterable[PromptScore]) -> list[list[PromptScore]]:
     return list(by_concept(score for score in scores if len(score.prompt.concepts) == 1).values())
 
 
-def summarize(
-    scores: Sequence[PromptScore],
-    num_images: int,
-    *,
-    resamples: int,
-    seed: int,
-    ceilings: Mapping[str, float] | None = None,
-) -> Summary:
+def summarize(scores: Sequence[PromptScore], num_images: int, *, resamples: int, seed: int, **further: Any) -> Summary:
     """Metrics over all concepts and of each, with 95 % bootstrap intervals of the paired differences over prompts.
 
     Args:
         num_images: that each model generated.
         resamples: of the bootstrap.
         seed: of the bootstrap.
-        ceilings: image alignment of the photos; see `photo_ceilings`.
+        further: attributes of the summary that are not computed from the scores, such as `ceilings`.
     """
+    names = metrics_of(scores)
 
     def summarized(groups: Sequence[Sequence[PromptScore]]) -> dict[str, PairedMetric]:
         return {
@@ -245,7 +297,7 @@ def summarize(
                 resamples=resamples,
                 seed=seed,
             )
-            for metric in METRICS
+            for metric in names
         }
 
     groups = by_concept(scores)
@@ -258,27 +310,21 @@ def summarize(
         if JOIN not in label
     }
     overall = summarized(single_concepts(scores))
-    return Summary(overall, concepts, len(scores), num_images, accuracy, ceilings or {})
+    return Summary(overall, concepts, len(scores), num_images, accuracy, **further)
 
 
-COLUMNS = (
-    "concept",
-    "prompt",
-    "kind",
-    *(f"{before}{metric}{after}" for metric in METRICS for before, after in (("base_", ""), ("", ""), ("", "_delta"))),
-)
+def write_table(scores: Sequence[PromptScore], path: Path) -> None:
+    """Write the scores as CSV, six digits, for `dvc plots` and spreadsheets: a row per prompt.
 
-
-def write_table(scores: Iterable[PromptScore], path: Path) -> None:
-    """Write the scores as CSV with the columns `COLUMNS`, six digits, for `dvc plots` and spreadsheets."""
+    Columns: concept, prompt, kind, and of each metric base_<metric>, <metric> and <metric>_delta.
+    """
+    names = metrics_of(scores)
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(COLUMNS)
+        table.writerow(
+            ["concept", "prompt", "kind", *(each for name in names for each in (f"base_{name}", name, f"{name}_delta"))]
+        )
         for score in scores:
-            values = [
-                value
-                for metric in METRICS
-                for value in (score.base[metric], score.adapter[metric], score.delta(metric))
-            ]
+            values = [value for name in names for value in (score.base[name], score.adapter[name], score.delta(name))]
             prompt = score.prompt
             table.writerow([prompt.concept_label, prompt.template, prompt.kind, *(f"{value:.6f}" for value in values)])

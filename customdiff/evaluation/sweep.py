@@ -15,10 +15,10 @@ from PIL import Image
 
 from customdiff.evaluation import report
 from customdiff.evaluation.generation import Generation, ImagePair, generate_pairs
+from customdiff.evaluation.judges import Judges
 from customdiff.evaluation.metrics import IntervalMetric, image_alignment, interval_metric
 from customdiff.evaluation.prompts import Prompt
-from customdiff.evaluation.scores import HOLDOUT, METRICS, PromptScore, score_prompts
-from customdiff.models.clip import Clip
+from customdiff.evaluation.scores import HOLDOUT, METRICS, PromptScore, metrics_of, score_prompts
 
 DELTAS = tuple(f"{name}_delta" for name in METRICS)
 FIGURES = (*METRICS, *DELTAS, HOLDOUT)
@@ -69,7 +69,7 @@ def sweep(
     checkpoints: Mapping[int, Path],
     prompts: Sequence[Prompt],
     instances: Mapping[str, Sequence[Image.Image]],
-    judge: Clip,
+    judges: Judges,
     holdout: Mapping[str, Sequence[Image.Image]] | None = None,
 ) -> list[Point]:
     """Generate and score the base model once, then each checkpoint.
@@ -77,7 +77,7 @@ def sweep(
     Args:
         checkpoints: folders by step.
         instances: instance images by concept.
-        judge: embeds texts and images.
+        judges: embed texts and images.
         holdout: photos by concept that were not trained on; None where a concept has none.
 
     Returns:
@@ -89,7 +89,7 @@ def sweep(
     folders = {f"step {step}": folder for step, folder in checkpoints.items()}
     points: list[Point] = []
     for step, (_, pairs) in zip(checkpoints, generate_pairs(generation, folders, prompts), strict=True):
-        scores = score_prompts(pairs, instances, judge, holdout)
+        scores = score_prompts(pairs, instances, judges, holdout)
         first = [pair for pair in pairs if pair.number == 0]
         if not points:
             points.append(_base_point(scores, first))
@@ -104,15 +104,17 @@ def _base_point(scores: Sequence[PromptScore], first: Sequence[ImagePair]) -> Po
 
 def _checkpoint_point(step: int, scores: Sequence[PromptScore], first: Sequence[ImagePair]) -> Point:
     values = {name: [score.adapter[name] for score in scores] for name in scores[0].adapter}
-    values |= {f"{name}_delta": [score.delta(name) for score in scores] for name in METRICS}
+    values |= {f"{name}_delta": [score.delta(name) for score in scores] for name in metrics_of(scores)}
     return Point(step, [score.prompt for score in scores], values, [pair.customized for pair in first])
 
 
 def photo_alignment(
-    photos: Mapping[str, Sequence[Image.Image]], instances: Mapping[str, Sequence[Image.Image]], judge: Clip
+    photos: Mapping[str, Sequence[Image.Image]], instances: Mapping[str, Sequence[Image.Image]], judges: Judges
 ) -> float:
     """Mean image alignment of real photos with the instance images over concepts: what a perfect model would reach."""
-    each = [image_alignment(judge.images(photos[name]), judge.images(instances[name])).mean() for name in photos]
+    each = [
+        image_alignment(*(judges.clip.images(each[name]) for each in (photos, instances))).mean() for name in photos
+    ]
     return float(np.mean(each))
 
 

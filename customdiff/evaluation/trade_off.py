@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from customdiff.evaluation.report import BASE, CUSTOMIZED, FAINT, INK
-from customdiff.evaluation.scores import HOLDOUT, METRICS
+from customdiff.evaluation.report import BASE, CUSTOMIZED, FAINT, INK, PLANE
+from customdiff.evaluation.scores import HOLDOUT
 from customdiff.evaluation.sweep import Point, Summary
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def picture(points: Sequence[Point], summaries: Sequence[Summary], photos: float
         axes.grid(color="#eceef3")
         axes.set_axisbelow(True)
     _draw_plane(panels["plane"], summaries)
-    for name in METRICS:
+    for name in PLANE:
         _draw_over_steps(panels[name.partition("_")[0]], summaries, name)
     panels["text"].tick_params(labelbottom=False)
     panels["image"].set_xlabel("step", fontsize=9)
@@ -63,7 +63,7 @@ def _draw_plane(axes: "Axes", summaries: Sequence[Summary]) -> None:
     count = len(summaries) - 1
     colors = [BASE, *(shade(place / max(1, count - 1)) for place in range(count))]
     for place, (summary, color) in enumerate(zip(summaries, colors, strict=True)):
-        x, y = (summary.figures[name] for name in METRICS)
+        x, y = (summary.figures[name] for name in PLANE)
         axes.hlines(y.value, x.low, x.high, color=color, linewidth=0.6, alpha=0.7)
         axes.vlines(x.value, y.low, y.high, color=color, linewidth=0.6, alpha=0.7)
         axes.scatter(x.value, y.value, s=30, color=color, marker="o" if summary.step else "s", zorder=3)
@@ -73,7 +73,7 @@ def _draw_plane(axes: "Axes", summaries: Sequence[Summary]) -> None:
         axes.annotate(
             title, (x.value, y.value), offset, textcoords="offset points", ha="center", fontsize=8, color=INK, zorder=4
         )
-    path = [tuple(summary.figures[name].value for name in METRICS) for summary in summaries[1:]]
+    path = [tuple(summary.figures[name].value for name in PLANE) for summary in summaries[1:]]
     axes.plot(*zip(*path, strict=True), color=FAINT, linewidth=0.6, alpha=0.5)
     axes.set_xlabel("text alignment: does it follow the prompt?", fontsize=9)
     axes.set_ylabel("image alignment: does it show the subject?", fontsize=9)

@@ -6,7 +6,6 @@ the way to the photos. The thresholds are measured on the embedded base model an
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from customdiff.config import Params
 from customdiff.evaluation.metrics import PhotoShare
@@ -15,7 +14,6 @@ from customdiff.evaluation.scores import PromptAccuracy, Summary
 
 PARTLY, LEARNED = 0.25, 0.6  # share of the way from which a subject is partly learned, and learned
 FOLLOWS = 0.8  # of the base model's prompt accuracy; below it the adapter ignores prompts
-SHARE = "photo_share"
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,8 @@ class Verdict:
         if self.share is None:
             return f"{self.concept}: how far it came to your photos is unknown."
         value, low, high = (f"{100 * each:.0f}" for each in (self.share.value, self.share.low, self.share.high))
-        text = f"{self.concept}: {value} % of the way to your photos ({low} to {high} %): {self.level}"
+        photos = "holdout photos" if self.share.name == "holdout_share" else "photos"
+        text = f"{self.concept}: {value} % of the way to your {photos} ({low} to {high} %): {self.level}"
         if self.ignores_prompts:
             text += (
                 f", but only {100 * self.accuracy.adapter:.0f} % of the images fit their own prompt better than the "
@@ -83,8 +82,8 @@ def _without_share(name: str, photos: int) -> str:
     if photos < 2:
         return f"add photos to concepts.{name}.source (4 to 5): a single photo has no other to be compared with."
     return (
-        "use another CLIP as evaluate.clip: to this one the base model's images are nearly as similar to your photos "
-        "as the photos are to each other."
+        "use another CLIP as evaluate.clip, or a vision model as evaluate.identity: to this one the base model's "
+        "images are nearly as similar to your photos as the photos are to each other."
     )
 
 
@@ -140,9 +139,11 @@ def lines(found: Sequence[Verdict]) -> list[str]:
 
 
 def tracked(summary: Summary, found: Sequence[Verdict]) -> tuple[dict[str, float], dict[str, str]]:
-    """Metrics and tags for MLflow: `photo_share` overall, with several concepts of each, and the verdicts as text."""
-    shares: dict[str, Any] = {SHARE: summary.photo_share()}
-    if len(found) > 1:
-        shares |= {f"{SHARE}.{each.concept}": each.share for each in found}
-    metrics = {name: share.value for name, share in shares.items() if share}
+    """Metrics and tags for MLflow: figures without a base, with several concepts also of each; verdicts as text."""
+    metrics: dict[str, float] = {}
+    for concept in [None, *(each.concept for each in found if len(found) > 1)]:
+        suffix, share = f".{concept}" if concept else "", summary.photo_share(concept)
+        values = {name: figure.value for name, figure in summary.figures.get(concept, {}).items()}
+        values |= {share.name: share.value} if share else {}
+        metrics |= {f"{name}{suffix}": value for name, value in values.items()}
     return metrics, {"customdiff.verdict": " ".join(each.result for each in found)}

@@ -27,7 +27,12 @@ from customdiff.images import open_rgb
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 MAX_SAMPLES = 12
-ALIGNMENTS = {"image_alignment": "image alignment", "text_alignment": "text alignment"}
+ALIGNMENTS = {
+    "image_alignment": "image alignment",
+    "masked_image_alignment": "image alignment of cut-out subjects",
+    "identity": "identity",
+    "text_alignment": "text alignment",
+}
 TAGS = {"custom_diffusion": "custom-diffusion", "textual_inversion": "textual_inversion", "lora": "lora"}
 
 
@@ -36,10 +41,12 @@ class _Read(BaseModel):
 
 
 class Alignments(_Read):
-    """Both metrics of a group of prompts."""
+    """Metrics of a group of prompts; those that the evaluation did not have are None."""
 
     text_alignment: PairedMetric
     image_alignment: PairedMetric
+    masked_image_alignment: PairedMetric | None = None
+    identity: PairedMetric | None = None
 
 
 class Metrics(Alignments):
@@ -249,7 +256,8 @@ def _rows(metrics: Metrics) -> Iterator[tuple[str, PairedMetric]]:
     groups: Mapping[str, Alignments] = metrics.concepts if len(metrics.concepts) > 1 else {"": metrics}
     for concept, alignments in groups.items():
         for key, name in ALIGNMENTS.items():
-            yield f"{concept}: {name}" if concept else name, getattr(alignments, key)
+            if found := getattr(alignments, key):
+                yield f"{concept}: {name}" if concept else name, found
 
 
 def _eval_results(metrics: Metrics) -> list[EvalResult]:
@@ -261,9 +269,10 @@ def _eval_results(metrics: Metrics) -> list[EvalResult]:
             dataset_name=f"{metrics.num_prompts} evaluation prompts",
             metric_type=key.replace("_", "-"),
             metric_name=name,
-            metric_value=getattr(metrics, key).adapter,
+            metric_value=found.adapter,
         )
         for key, name in ALIGNMENTS.items()
+        if (found := getattr(metrics, key))
     ]
 
 

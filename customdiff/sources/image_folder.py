@@ -11,11 +11,12 @@ from typing import Any
 from PIL import Image
 
 from customdiff import images
-from customdiff.errors import UNPRINTABLE, printable
+from customdiff.errors import UNPRINTABLE, UserError, printable
 
 MAX_CAPTION_BYTES = 64 * 1024
 IMAGE_SUFFIXES = images.SUFFIXES + images.OTHER_SUFFIXES
 MASK_SUFFIX = ".mask.png"
+MIN_HOLDOUT = 2  # photos
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,22 @@ def walk(folder: Path) -> list[str]:
         folders[:] = [name for name in folders if not is_hidden(name)]
         found += [Path(parent, name).relative_to(folder).as_posix() for name in names if not is_hidden(name)]
     return sorted(found, key=natural)
+
+
+def holdout_paths(concept: str, folder: Path) -> list[Path]:
+    """The photos in the folder `concepts.<concept>.holdout`, in natural order.
+
+    Raises:
+        UserError: there are fewer than `MIN_HOLDOUT`.
+    """
+    names = walk(folder) if folder.is_dir() else []
+    paths = [folder / name for name in names if is_image(name)]
+    if len(paths) < MIN_HOLDOUT:
+        raise UserError(
+            f"concepts.{concept}.holdout: {folder} has {len(paths)} photos; keep at least {MIN_HOLDOUT} out of "
+            "training, or remove the key"
+        )
+    return paths
 
 
 def is_hidden(part: str) -> bool:

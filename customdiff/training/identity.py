@@ -29,7 +29,9 @@ def run_identity(params: Params, prepared: Path, num_processes: int) -> dict:
     return {
         "base": params.base.model_dump(exclude={"device"}) | {"weights": base.weight_hashes(params.base)},
         "device": base.device(params.base.device).type,
-        "concepts": {name: concept.model_dump(exclude={"source"}) for name, concept in params.concepts.items()},
+        "concepts": {
+            name: concept.model_dump(exclude={"source", "holdout"}) for name, concept in params.concepts.items()
+        },
         "train": params.train.model_dump(
             exclude={"validation", "launch", "checkpointing_steps", "checkpoints_total_limit"}
         ),

@@ -14,6 +14,7 @@ from customdiff.adapters import adapter
 from customdiff.errors import UserError
 from customdiff.evaluation import comparison, scores
 from customdiff.evaluation.generation import ImagePair, generate_pairs
+from customdiff.evaluation.judges import Judges
 from customdiff.evaluation.prompts import Prompt
 from customdiff.models import clip
 from customdiff.tracking import Tracker
@@ -62,12 +63,12 @@ def test_each_adapter_is_graded_as_evaluate_grades_it(tiny_base, tmp_path):
         "alone": random_adapter(tiny_base, tmp_path / "alone", seed=2),
     }
     how = generation(tiny_base)
-    graded = comparison.grade(how, adapters, PROMPTS, INSTANCES, Judge())
+    graded = comparison.grade(how, adapters, PROMPTS, INSTANCES, Judges(Judge()))
     assert [list(graded[name].summary.concepts) for name in adapters] == [["cat", "dog", "cat+dog"], ["cat"]]
     for name, folder in adapters.items():
         known = [prompt for prompt in PROMPTS if name == "joint" or prompt.concepts == ("cat",)]
         ((_, pairs),) = generate_pairs(how, {name: folder}, known)
-        scored = scores.score_prompts(pairs, INSTANCES, Judge())
+        scored = scores.score_prompts(pairs, INSTANCES, Judges(Judge()))
         expected = scores.summarize(scored, len(pairs), resamples=100, seed=42)
         for label, metrics in expected.concepts.items():
             for metric, wanted in metrics.items():
@@ -85,7 +86,13 @@ def graded(alignments, colors=None, facts=None):
         for prompt in alignments
         for number in (0, 1)
     ]
-    summary = scores.summarize(given, len(pairs), resamples=100, seed=0, ceilings={"cat": 0.75, "dog": 1.0})
+    summary = scores.summarize(
+        given,
+        len(pairs),
+        resamples=100,
+        seed=0,
+        ceilings={"cat": {"image_alignment": 0.75}, "dog": {"image_alignment": 1.0}},
+    )
     return comparison.GradedAdapter(pairs, summary, facts or {"bytes": 2_000_000})
 
 
@@ -151,7 +158,7 @@ def project(tiny_base, tmp_path, monkeypatch):
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts/default.txt").write_text("a {} on red\n")
     values = params.model_dump(mode="json")
-    values["evaluate"] |= {"prompts": "prompts", "num_images": 1, "steps": 1, "bootstrap": 100}
+    values["evaluate"] |= {"prompts": "prompts", "num_images": 1, "steps": 1, "bootstrap": 100, "masked": False}
     values["tracking"]["enabled"] = False
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.setattr(clip.Clip, "load", lambda *_: Judge())

@@ -5,7 +5,7 @@ from conftest import concept_values
 
 from customdiff.config import Concept
 from customdiff.errors import UserError
-from customdiff.evaluation import prompts
+from customdiff.evaluation import drift, prompts
 from customdiff.evaluation.prompts import Prompt
 
 
@@ -110,7 +110,8 @@ def test_a_token_that_no_concept_has_is_named_with_file_and_line(tmp_path):
 def test_the_projects_prompt_files_have_every_kind(folder, missing, pytestconfig):
     files = sorted((pytestconfig.rootpath / folder).glob("*.txt"))
     assert len(prompts.read_joint_prompts(pytestconfig.rootpath / folder, PAIR)) == 6
-    files.remove(pytestconfig.rootpath / folder / prompts.JOINT_FILE)
+    for other in (prompts.JOINT_FILE, drift.FILE):
+        files.remove(pytestconfig.rootpath / folder / other)
     assert "default" in {file.stem for file in files}
     for file in files:
         found = prompts.read_prompts(file.parent, "tom", {"tom": concept(file.stem)})

@@ -13,6 +13,7 @@ from customdiff.config import Concept
 from customdiff.errors import UserError
 from customdiff.evaluation import scores
 from customdiff.evaluation.generation import ImagePair
+from customdiff.evaluation.judges import Judges
 from customdiff.evaluation.prompts import Prompt
 
 TOM, SCENE, POT = Prompt("a {}", ("tom",)), Prompt("b {}", ("tom",), "scene"), Prompt("a {}", ("pot",))
@@ -37,7 +38,7 @@ def cos(degrees):
 
 @pytest.fixture(scope="module")
 def scored():
-    return scores.score_prompts(PAIRS, INSTANCES, Judge())
+    return scores.score_prompts(PAIRS, INSTANCES, Judges(Judge()))
 
 
 def test_metrics_of_a_prompt_are_means_over_its_images(scored):
@@ -54,7 +55,7 @@ def test_metrics_of_a_prompt_are_means_over_its_images(scored):
 
 
 def test_holdout_photos_add_a_metric_of_both_models_and_change_no_other(scored):
-    found = scores.score_prompts(PAIRS, INSTANCES, Judge(), {"tom": [plain(0)], "pot": [plain(90)]})
+    found = scores.score_prompts(PAIRS, INSTANCES, Judges(Judge()), {"tom": [plain(0)], "pot": [plain(90)]})
     assert found[0].base[scores.HOLDOUT] == pytest.approx((cos(60) + cos(90)) / 2, abs=1e-6)
     assert found[2].adapter[scores.HOLDOUT] == pytest.approx(cos(60), abs=1e-6)
     assert found[0].base.items() >= scored[0].base.items()
@@ -62,7 +63,7 @@ def test_holdout_photos_add_a_metric_of_both_models_and_change_no_other(scored):
 
 
 def test_an_image_of_two_concepts_is_aligned_with_both_and_counts_in_neither(scored):
-    with_joint = scores.score_prompts([*PAIRS, JOINT_PAIR], INSTANCES, Judge())
+    with_joint = scores.score_prompts([*PAIRS, JOINT_PAIR], INSTANCES, Judges(Judge()))
     by_hand = (cos(30) + cos(0)) / 2
     assert with_joint[-1].adapter["image_alignment"] == pytest.approx(by_hand, abs=1e-6)
     summary, single = (scores.summarize(each, 5, resamples=200, seed=0) for each in (with_joint, scored))
@@ -73,7 +74,7 @@ def test_an_image_of_two_concepts_is_aligned_with_both_and_counts_in_neither(sco
 def test_the_summary_is_the_mean_over_concepts():
     given = [score(TOM, (0.1, 0), (0.2, 0)), score(SCENE, (0.3, 0), (0.6, 0)), score(POT, (0.5, 0), (0.5, 0.4))]
     summary = scores.summarize(given, 6, resamples=2000, seed=0)
-    text, image = (summary.overall[name] for name in scores.METRICS)
+    text, image = (summary.overall[name] for name in scores.METRICS[:2])
     assert (text.base, text.adapter, text.delta) == pytest.approx(((0.2 + 0.5) / 2, (0.4 + 0.5) / 2, 0.1), abs=1e-6)
     # the differences of tom's prompts are 0.1 and 0.3, of the pot's 0: resampled means are 0.05 to 0.15
     assert (text.delta_low, text.delta_high) == pytest.approx((0.05, 0.15), abs=1e-6)
@@ -90,7 +91,7 @@ def test_metrics_json_has_each_metric_with_its_interval(scored):
     assert (values["num_prompts"], values["num_images"]) == (3, 4)
     assert set(values["concepts"]) == {"tom", "pot"}
     for metrics in (values, *values["concepts"].values()):
-        for name in scores.METRICS:
+        for name in scores.METRICS[:2]:
             metric = metrics[name]
             assert set(metric) == {"base", "adapter", "delta", "delta_low", "delta_high"}
             assert metric["delta"] == pytest.approx(metric["adapter"] - metric["base"], abs=2e-6)
@@ -108,7 +109,7 @@ def test_the_table_has_a_row_per_prompt(tmp_path, scored):
         ("pot", "a {}", "other"),
     ]
     for row, each in zip(rows, scored, strict=True):
-        for name in scores.METRICS:
+        for name in scores.METRICS[:2]:
             found = [float(row[key]) for key in (f"base_{name}", name, f"{name}_delta")]
             assert found == pytest.approx([each.base[name], each.adapter[name], each.delta(name)], abs=1e-6)
 

@@ -5,13 +5,24 @@ import json
 import runpy
 
 import pytest
+import torch
 import yaml
-from conftest import concept_values, random_adapter
+from conftest import concept_values, noisy_images, random_adapter
 from PIL import Image
 from stand_ins import Judge, plain
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+)
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
+from customdiff.evaluation.report import PLANE
 from customdiff.evaluation.scores import METRICS
 from customdiff.models import clip
+from customdiff.models.vision import VisionEncoder
 
 
 @pytest.fixture
@@ -28,7 +39,7 @@ def project(tiny_base, tmp_path, monkeypatch, pytestconfig):
     settings = {
         "base": {"model": str(tiny_base), "device": "cpu"},
         "concepts": concepts,
-        "evaluate": {"steps": 2, "num_images": 2, "bootstrap": 100},
+        "evaluate": {"steps": 2, "num_images": 2, "bootstrap": 100, "masked": False, "drift_prompts": 0},
         "tracking": {"enabled": False},
     }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
@@ -67,7 +78,7 @@ def test_the_metrics_are_those_of_the_images(project, tmp_path, capsys):
         assert base.read_bytes() != customized.read_bytes(), "the adapter must change the image"
     with open(results / "per_prompt.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    for name in METRICS:
+    for name in PLANE:
         mean = sum(float(row[f"{name}_delta"]) for row in rows) / len(rows)
         assert metrics[name]["delta"] == pytest.approx(mean, abs=2e-6)
     assert "results/evaluate/report.html" in capsys.readouterr().out
@@ -91,6 +102,60 @@ def test_the_verdict_is_in_the_terminal_the_report_and_the_metrics(project, tmp_
         assert metrics["photo_share"]["value"] == pytest.approx(share, abs=1e-3)
         assert f"{100 * share:.0f} %" in line
     assert line in report
+
+
+def everything(folder):
+    """Turn on all figures: a vision model, a segmenter, holdout photos and class images."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**shape, image_size=32, patch_size=8)).save_pretrained(folder / "identity")
+    side = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder / "identity")
+    segmenter = SegformerConfig(
+        hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, decoder_hidden_size=8, num_attention_heads=[1] * 4
+    )
+    segmenter.id2label = {0: "background", 1: "subject"}
+    SegformerForSemanticSegmentation(segmenter).save_pretrained(folder / "segmenter")
+    SegformerImageProcessorPil(size=side).save_pretrained(folder / "segmenter")
+    for path, count in (("holdout", 2), ("data/classes/tom/images", 4)):
+        noisy_images(folder / path, count, seed=count)
+    plain(60).save(folder / "data/instances/tom/2.png")
+    (folder / "data/prompts/drift.txt").write_text("a dog\na red pot\na small pot\n")
+    values = yaml.safe_load((folder / "params.yaml").read_text())
+    values["concepts"]["tom"]["holdout"] = "holdout"
+    values["prepare"] = {"segmenter": "segmenter"}
+    values["evaluate"] |= {"identity": "identity", "masked": True, "drift_prompts": 2}
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_all_figures_are_in_metrics_json_the_table_and_the_report(project, tmp_path, capsys):
+    everything(tmp_path)
+    project()
+    results = tmp_path / "results/evaluate"
+    metrics = json.loads((results / "metrics.json").read_text())
+    for group in (metrics, metrics["concepts"]["tom"]):
+        for name in METRICS:
+            assert set(group[name]) == {"base", "adapter", "delta", "delta_low", "delta_high"}
+        for name in ("class_drift", "prior_kid"):
+            assert group[name]["low"] <= group[name]["high"]
+    assert set(metrics["concepts"]["tom"]["holdout"]) == {"image_alignment", "masked_image_alignment", "identity"}
+    assert 0 <= metrics["drift"]["value"] <= 2
+    assert 0 <= metrics["unmasked"] <= 1
+    paths = sorted((results / "images/customized/without-token").iterdir())
+    assert len(paths) == 4
+    encoder = VisionEncoder.load(tmp_path / "identity")
+    both = [
+        encoder.images([Image.open(results / "images" / kind / "without-token" / path.name) for path in paths])
+        for kind in ("base", "customized")
+    ]
+    distances = 1 - (both[0].astype(float) * both[1].astype(float)).sum(axis=1)
+    other = [number for number, path in enumerate(paths) if "a-dog" in path.name or "a-red-pot" in path.name]
+    assert metrics["drift"]["value"] == pytest.approx(distances[other].mean(), abs=1e-5)
+    with open(results / "per_prompt.csv", newline="") as file:
+        assert set(METRICS) <= set(next(csv.DictReader(file)))
+    report = (results / "report.html").read_text()
+    for title in ("Identity", "Masked image alignment", "Prior KID", "Drift", "Diversity", "Images without the token"):
+        assert title in report
 
 
 @pytest.mark.parametrize(

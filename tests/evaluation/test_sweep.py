@@ -15,8 +15,10 @@ from customdiff.config import Params
 from customdiff.errors import UserError
 from customdiff.evaluation import scores, sweep
 from customdiff.evaluation.generation import generate_pairs
+from customdiff.evaluation.judges import Judges
 from customdiff.evaluation.prompts import Prompt
-from customdiff.evaluation.scores import HOLDOUT, METRICS
+from customdiff.evaluation.report import PLANE as METRICS
+from customdiff.evaluation.scores import HOLDOUT, metrics_of
 from customdiff.evaluation.sweep import Point
 from customdiff.models import clip
 from customdiff.training import checkpoints, trainer
@@ -32,26 +34,28 @@ def pixels(images):
 def test_each_checkpoint_is_graded_as_evaluate_grades_it_and_the_base_model_comes_first(tiny_base, tmp_path):
     how = generation(tiny_base)
     folders = {step: random_adapter(tiny_base, tmp_path / str(step), concepts=BOTH, seed=step) for step in (50, 100)}
-    points = sweep.sweep(how, folders, PROMPTS, INSTANCES, Judge(), HOLDOUT_PHOTOS)
+    points = sweep.sweep(how, folders, PROMPTS, INSTANCES, Judges(Judge()), HOLDOUT_PHOTOS)
     assert [(point.step, point.title) for point in points] == [(0, "base model"), (50, "50"), (100, "100")]
     for point in points[1:]:
         ((_, pairs),) = generate_pairs(how, {"alone": folders[point.step]}, PROMPTS)
-        scored = scores.score_prompts(pairs, INSTANCES, Judge(), HOLDOUT_PHOTOS)
+        scored = scores.score_prompts(pairs, INSTANCES, Judges(Judge()), HOLDOUT_PHOTOS)
         assert point.prompts == PROMPTS
         assert pixels(point.images) == pixels(pair.customized for pair in pairs if pair.number == 0)
-        for name in (*METRICS, HOLDOUT):
+        for name in (*metrics_of(scored), HOLDOUT):
             assert point.values[name] == [each.adapter[name] for each in scored]
-        for name in METRICS:
+        for name in metrics_of(scored):
             assert point.values[f"{name}_delta"] == [each.delta(name) for each in scored]
         assert pixels(points[0].images) == pixels(pair.base for pair in pairs if pair.number == 0)
-        assert points[0].values == {name: [each.base[name] for each in scored] for name in (*METRICS, HOLDOUT)}
+        assert points[0].values == {
+            name: [each.base[name] for each in scored] for name in (*metrics_of(scored), HOLDOUT)
+        }
 
 
 def test_a_checkpoint_that_is_damaged_is_refused(tiny_base, tmp_path):
     folders = {step: random_adapter(tiny_base, tmp_path / str(step), seed=step) for step in (1, 2)}
     (folders[2] / "<new1>.safetensors").unlink()
     with pytest.raises(UserError, match=str(folders[2])):
-        sweep.sweep(generation(tiny_base), folders, PROMPTS[:1], INSTANCES, Judge())
+        sweep.sweep(generation(tiny_base), folders, PROMPTS[:1], INSTANCES, Judges(Judge()))
 
 
 def test_figures_are_means_over_concepts_with_intervals_over_prompts():
@@ -72,7 +76,7 @@ def test_figures_are_means_over_concepts_with_intervals_over_prompts():
 def test_the_alignment_of_photos_is_the_mean_over_concepts():
     # cat: 30 degrees are 10 from both instance images; dog: 100 are 30 from its one
     by_hand = (np.cos(np.radians(10)) + np.cos(np.radians(30))) / 2
-    assert sweep.photo_alignment(HOLDOUT_PHOTOS, INSTANCES, Judge()) == pytest.approx(by_hand, abs=1e-6)
+    assert sweep.photo_alignment(HOLDOUT_PHOTOS, INSTANCES, Judges(Judge())) == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_tables_have_a_row_per_model_and_a_row_per_model_and_prompt(tmp_path):
@@ -114,7 +118,7 @@ def project(tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     params = tiny_params(tiny_base)
-    settings = params.model_dump() | {"evaluate": {"steps": 2, "num_images": 1, "bootstrap": 100}}
+    settings = params.model_dump() | {"evaluate": {"steps": 2, "num_images": 1, "bootstrap": 100, "masked": False}}
     (tmp_path / "data/prompts").mkdir(parents=True)
     (tmp_path / "data/prompts/cat.txt").write_text("scene: a {} on red\nstyle: the {}\n")
     for folder, red in (("instances", 20), ("holdout", 30)):

@@ -7,7 +7,8 @@ from stand_ins import plain
 from customdiff.evaluation import trade_off
 from customdiff.evaluation.metrics import IntervalMetric
 from customdiff.evaluation.prompts import Prompt
-from customdiff.evaluation.scores import HOLDOUT, METRICS
+from customdiff.evaluation.report import PLANE as METRICS
+from customdiff.evaluation.scores import HOLDOUT
 from customdiff.evaluation.sweep import Point, Summary
 
 COLORS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]

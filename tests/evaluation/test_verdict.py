@@ -11,6 +11,7 @@ from stand_ins import Judge, plain
 from customdiff.config import Params
 from customdiff.evaluation import scores, verdict
 from customdiff.evaluation.generation import ImagePair
+from customdiff.evaluation.judges import Judges
 from customdiff.evaluation.metrics import PairedMetric, follows_prompt, leave_one_out_alignment, photo_share
 from customdiff.evaluation.prompts import Prompt
 
@@ -77,8 +78,8 @@ PAIRS = [pair(A, "0", 90, 30), pair(A, "0", 60, 80, 1), pair(B, "90", 90, 30)]
 
 
 def summary_of(pairs, instances=INSTANCES):
-    ceilings = scores.photo_ceilings(instances, Judge())
-    scored = scores.score_prompts(pairs, instances, Judge())
+    ceilings = scores.photo_ceilings(instances, Judges(Judge()))
+    scored = scores.score_prompts(pairs, instances, Judges(Judge()))
     return scores.summarize(scored, len(pairs), resamples=100, seed=0, ceilings=ceilings)
 
 
@@ -130,7 +131,7 @@ def judged(value, accuracy=(1.0, 1.0), captioned=(False,) * 5, concept="cat", **
     image = PairedMetric(0.2, 0.2 + value / 2, value / 2, value / 2 - 0.05, value / 2 + 0.05)
     metrics = {"text_alignment": PairedMetric(1, 1, 0, 0, 0), "image_alignment": image}
     prompts = {concept: scores.PromptAccuracy(*accuracy)}
-    ceilings = {concept: 0.7} if len(captioned) > 1 else {}
+    ceilings = {concept: {"image_alignment": 0.7}} if len(captioned) > 1 else {}
     summary = scores.Summary(metrics, {concept: metrics}, 1, 1, prompts, ceilings)
     params = Params.model_validate({"concepts": {concept: concept_values()}} | sections)
     (found,) = verdict.verdicts(summary, params, {concept: captioned})
@@ -218,7 +219,7 @@ def test_a_single_photo_asks_for_more_photos():
 def test_a_judge_without_room_asks_for_another_judge():
     metric = PairedMetric(0.68, 0.69, 0.01, 0.0, 0.02)
     metrics = {"text_alignment": metric, "image_alignment": metric}
-    summary = scores.Summary(metrics, {"cat": metrics}, 1, 1, {}, {"cat": 0.7})
+    summary = scores.Summary(metrics, {"cat": metrics}, 1, 1, {}, {"cat": {"image_alignment": 0.7}})
     params = Params.model_validate({"concepts": {"cat": concept_values()}})
     (found,) = verdict.verdicts(summary, params, {"cat": CAPTIONED})
     assert "evaluate.clip" in found.next_step

@@ -152,6 +152,16 @@ def test_figures_stand_in_the_table_and_in_the_metadata(tmp_path):
     }
 
 
+def test_identity_is_published_where_it_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(METRICS, "identity", PairedMetric(0.25, 0.75, 0.5, 0.375, 0.625))
+    found = model_card.read_evaluation(write_results(tmp_path / "evaluate"), CONFIG)
+    data, text = page(evaluation=found)
+    assert "| identity | 0.250 | 0.750 | +0.500, +0.375 to +0.625 |" in text
+    assert "cut-out" not in text
+    [result] = data["model-index"][0]["results"]
+    assert {each["type"] for each in result["metrics"]} == {"image-alignment", "identity", "text-alignment"}
+
+
 def test_the_figures_of_several_concepts_are_told_apart(tmp_path):
     config = CONFIG.with_changes(concepts={"cat": CAT, "dog": DOG})
     prompts = [Prompt("a {} on red", ("cat",)), Prompt("a {}", ("dog",)), Prompt("{1} on {2}", ("cat", "dog"))]
