@@ -139,6 +139,7 @@ def values_of(name: str, setting: str, seed: int) -> dict[str, Any]:
         }
     }
     values["train"]["validation"] = {"prompts": []}
+    values["evaluate"] |= {"identity": None, "masked": False, "drift_prompts": 0}  # the figure is image alignment
     values["tracking"] = {"enabled": False}
     share = {"backgrounds": {"share": float(setting)}} if setting not in SETTINGS else {}
     prepare, train = SETTINGS.get(setting, (share, {}))

@@ -30,7 +30,7 @@ def project(tmp_path, monkeypatch) -> Path:
     """A project folder with the repository's params.yaml, models and prompts, the example cat, no captioner."""
     folder = tmp_path / "project"
     shutil.copytree(ROOT / "data/concepts/cat", folder / "data/concepts/cat")
-    for name in ("base", "clip", "judge", "pool", "prompts", "segmenter"):
+    for name in ("base", "clip", "holdout", "identity", "judge", "pool", "prompts", "segmenter"):
         (folder / "data" / name).symlink_to(ROOT / "data" / name)
     text = (ROOT / "params.yaml").read_text().replace("\nprepare:\n", "\nprepare:\n  captioner: null\n")
     (folder / "params.yaml").write_text(text)

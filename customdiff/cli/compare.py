@@ -66,7 +66,7 @@ def compare(
     runs: dict[str, str] = {}
     with tracking.start(params.tracking, title, tags=provenance.run_tags()) as parent:
         graded = _grade(params, folders, {name: rates.get(name) for name in wanted}, parent, runs)
-        _write(graded, out)
+        _write(graded, params, out)
         _track(params, graded, parent, runs, out)
     typer.echo(f"images: {out / 'comparison.jpg'}")
 
@@ -158,12 +158,13 @@ def _track(
     parent.description((out / "comparison.md").read_text(encoding="utf-8"))
 
 
-def _write(graded: "Mapping[str, GradedAdapter]", out: Path) -> None:
-    """Write comparison.csv, comparison.md and comparison.jpg, and print the table."""
+def _write(graded: "Mapping[str, GradedAdapter]", params: config.Params, out: Path) -> None:
+    """Write comparison.csv, comparison.md and comparison.jpg; print the table, and whether adapters differ."""
     from customdiff.evaluation import comparison
 
     rows = comparison.table(graded)
-    markdown = comparison.markdown(rows)
+    sentences = comparison.differences(graded, resamples=params.evaluate.bootstrap, seed=params.base.seed)
+    markdown = comparison.markdown(rows) + "".join(f"\n- {sentence}" for sentence in sentences) + "\n"
     with atomic_directory(out) as incoming:
         comparison.write_table(rows, incoming / "comparison.csv")
         (incoming / "comparison.md").write_text(markdown, encoding="utf-8")

@@ -6,10 +6,12 @@ embeddings and low-rank factors need other rates than weights do.
 """
 
 import csv
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from customdiff.adapters import adapter
@@ -18,9 +20,18 @@ from customdiff.evaluation import report
 from customdiff.evaluation.generation import Generation, ImagePair, generate_pairs
 from customdiff.evaluation.holdout import Holdout, figures
 from customdiff.evaluation.judges import Judges
-from customdiff.evaluation.metrics import PairedMetric, PhotoShare
+from customdiff.evaluation.metrics import PairedMetric, PhotoShare, paired_metric
 from customdiff.evaluation.prompts import Prompt
-from customdiff.evaluation.scores import METRICS, Summary, photo_ceilings, score_prompts, summarize
+from customdiff.evaluation.scores import (
+    METRICS,
+    PromptScore,
+    Summary,
+    metrics_of,
+    photo_ceilings,
+    score_prompts,
+    single_concepts,
+    summarize,
+)
 from customdiff.tracking import Tracker
 from customdiff.training import trainer
 from customdiff.training.checkpoints import RunFolder
@@ -49,12 +60,14 @@ class GradedAdapter:
     Attributes:
         pairs: its images beside the base model's, of the prompts whose concepts it has learned.
         summary: its metrics.
+        scores: its metrics by prompt.
         facts: `bytes` of its files, and of a training here `seconds`, `trained_parameters` and `learning_rate`.
     """
 
     pairs: list[ImagePair]
     summary: Summary
     facts: dict[str, float]
+    scores: list[PromptScore] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ def grade(
         scores = score_prompts(pairs, instances, judges)
         resampled = {"resamples": generation.settings.bootstrap, "seed": generation.base.seed}
         summary = summarize(scores, len(pairs), **resampled, ceilings=ceilings, holdout=photos)
-        graded[name] = GradedAdapter(pairs, summary, {"bytes": adapter.size(adapters[name])})
+        graded[name] = GradedAdapter(pairs, summary, {"bytes": adapter.size(adapters[name])}, scores)
     return graded
 
 
@@ -171,6 +184,35 @@ def markdown(rows: Sequence[Row]) -> str:
         megabytes = f"{row.facts['bytes'] / 1e6:.3f}" if "bytes" in row.facts else ""
         lines.append([row.model, row.concept, *metrics, share, seconds, megabytes])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def differences(graded: Mapping[str, GradedAdapter], *, resamples: int, seed: int) -> list[str]:
+    """For each two adapters, one sentence per metric: whether they differ on the prompts of the concepts of both.
+
+    The interval is a paired bootstrap over prompts, from the same seeds of images; it does not cover other trainings.
+    Prompts that show several concepts do not count.
+    """
+    sentences = []
+    for first, second in itertools.combinations(graded, 2):
+        one, other = ({score.prompt: score for score in graded[name].scores} for name in (first, second))
+        shared = [score for score in one.values() if score.prompt in other]
+        groups = single_concepts(shared)
+        for metric in [name for name in metrics_of(shared) if name != "diversity"] if groups else []:
+            values = (
+                [np.array([scores[score.prompt].adapter[metric] for score in group]) for group in groups]
+                for scores in (one, other)
+            )
+            sentences.append(_sentence(first, second, metric, paired_metric(*values, resamples=resamples, seed=seed)))
+    return sentences
+
+
+def _sentence(first: str, second: str, metric: str, found: PairedMetric) -> str:
+    name = metric.replace("_", " ")
+    interval = f"{found.delta:+.3f}, 95 % interval over prompts {found.delta_low:+.3f} to {found.delta_high:+.3f}"
+    if found.delta_low <= 0 <= found.delta_high:
+        return f"{first} and {second} do not differ measurably in {name} ({interval})."
+    order = "higher" if found.delta > 0 else "lower"
+    return f"{second} has a {order} {name} than {first} ({interval})."
 
 
 def _with_change(row: Row, name: str) -> str:

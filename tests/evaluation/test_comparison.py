@@ -93,7 +93,7 @@ def graded(alignments, colors=None, facts=None):
         seed=0,
         ceilings={"cat": {"image_alignment": 0.75}, "dog": {"image_alignment": 1.0}},
     )
-    return comparison.GradedAdapter(pairs, summary, facts or {"bytes": 2_000_000})
+    return comparison.GradedAdapter(pairs, summary, facts or {"bytes": 2_000_000}, given)
 
 
 @pytest.fixture
@@ -105,6 +105,24 @@ def two():
         "joint": graded(values, "blue", facts),
         "alone": graded({CAT: ((0.5, 0.25), (1, 1))}, "lime"),
     }
+
+
+def test_two_adapters_differ_where_the_interval_of_their_paired_difference_excludes_zero():
+    prompts = [Prompt(f"{number} {{}}", ("cat",)) for number in range(4)]
+    base = (0.0, 0.0)
+    first = graded({prompt: (base, (0.1 * number, 0.2)) for number, prompt in enumerate(prompts)})
+    # text alignment is 0.25 higher on every prompt, however much prompts differ; image alignment once up, once down
+    images = (0.3, 0.1, 0.3, 0.1)
+    second = graded(
+        {prompt: (base, (0.1 * i + 0.25, images[i])) for i, prompt in enumerate(prompts)} | {DOG: (base, base)}
+    )
+    text, image = comparison.differences({"one": first, "two": second}, resamples=200, seed=0)
+    assert text == "two has a higher text alignment than one (+0.250, 95 % interval over prompts +0.250 to +0.250)."
+    assert image.startswith("one and two do not differ measurably in image alignment (+0.000, ")
+    back = comparison.differences({"two": second, "one": first}, resamples=200, seed=0)
+    assert back[0].startswith("one has a lower text alignment than two (-0.250")
+    alone = graded({DOG: (base, base)})
+    assert comparison.differences({"one": first, "alone": alone}, resamples=200, seed=0) == []
 
 
 def test_the_table_has_the_base_model_then_each_adapter_with_its_change(two, tmp_path):
