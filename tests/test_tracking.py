@@ -156,11 +156,13 @@ def paired(base, adapter):
 
 def test_metrics_of_several_concepts_have_their_names():
     overall, cat, pot = paired(1, 3), paired(0, 2), paired(2, 4)
-    concepts = {"cat": {"image_alignment": cat}, "pot": {"image_alignment": pot}}
+    accuracy = {"base": 0.5, "adapter": 0.6}  # has no interval
+    concepts = {"cat": {"image_alignment": cat, "prompt_accuracy": accuracy}, "pot": {"image_alignment": pot}}
     one = tracking.evaluation_metrics({"image_alignment": overall, "num_prompts": 9, "concepts": {"cat": {}}})
     assert one == {"evaluation/image_alignment": 3, "evaluation/image_alignment_delta": 2}
     both = tracking.evaluation_metrics({"image_alignment": overall, "num_prompts": 9, "concepts": concepts})
     assert both.items() > one.items()
+    assert not any("accuracy" in name for name in both)
     assert (both["evaluation/image_alignment.cat"], both["evaluation/image_alignment_delta.pot"]) == (2, 2)
 
 

@@ -54,7 +54,7 @@ def evaluation_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
     for suffix, group in {"": metrics, **{f".{name}": own for name, own in concepts.items()}}.items():
         for name, values in group.items():
-            if isinstance(values, Mapping) and "adapter" in values:
+            if isinstance(values, Mapping) and "delta" in values:
                 flat |= {f"{name}{suffix}": values["adapter"], f"{name}_delta{suffix}": values["delta"]}
     return {EVALUATION + name: value for name, value in flat.items()}
 

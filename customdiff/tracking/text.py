@@ -57,7 +57,7 @@ def evaluation_description(
         )
         for suffix, group in groups.items()
         for name, figure in group.items()
-        if isinstance(figure, Mapping) and "adapter" in figure
+        if isinstance(figure, Mapping) and "delta" in figure
     ]
     parts.append(_table(("figure", "base model", "adapter", "change (95 % interval)"), rows))
     parts.append(f"{metrics['num_prompts']} prompts, {metrics['num_images']} images of each model, {seconds:.0f} s.")

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from customdiff.adapters import adapter
 from customdiff.adapters.adapter import Adapter
 from customdiff.adapters.config import CONFIG_FILE
-from customdiff.config import Train
+from customdiff.config import Params, Train
 from customdiff.errors import UserError
 from customdiff.files import atomic_directory, atomic_file
 from customdiff.tracking import Tracker
@@ -167,9 +167,9 @@ class RunFolder:
         (self.path / "validation").mkdir(exist_ok=True)
         image.save(self.path / "validation" / name)
 
-    def has_images(self, train: Train, step: int) -> bool:
+    def has_images(self, params: Params, step: int) -> bool:
         """Whether the validation images of a step are complete."""
-        expected = len(train.validation.prompts) * train.validation.num_images
+        expected = len(params.validation_prompts) * params.train.validation.num_images
         return len(list(self.path.glob(f"validation/step{step:06d}-*.png"))) == expected
 
     def finish(self, learned: Adapter, rows: list[dict], summary: dict, performance: dict, train: Train) -> None:

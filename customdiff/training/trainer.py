@@ -183,7 +183,7 @@ def _train(
             progress = folder.restore(checkpoint, trainer.optimizer, trainer.schedule, accelerator)
             log.rows, log.speeds = progress.rows, progress.speeds
             accelerator.print(f"continuing an interrupted run after step {progress.step}")
-            missing = train.validation.due(progress.step) and not folder.has_images(train, progress.step)
+            missing = train.validation.due(progress.step) and not folder.has_images(params, progress.step)
             if missing and accelerator.is_main_process:
                 validation.generate(pipe, params, folder, tracker, progress.step)
         seconds = _loop(trainer, progress, params, folder, log)
