@@ -138,15 +138,30 @@ def judged(value, accuracy=(1.0, 1.0), captioned=(False,) * 5, concept="cat", **
     return found
 
 
+@pytest.mark.parametrize(("value", "level"), [(0.19, "hardly learned"), (0.21, "partly learned"), (0.51, "learned")])
+def test_identity_has_levels_of_its_own(value, level):
+    identity = PairedMetric(0.2, 0.2 + value / 2, value / 2, 0.0, 1.0)
+    metrics = {"image_alignment": PairedMetric(0.2, 0.2, 0, 0, 0), "identity": identity}
+    kept = {"cat": {"identity": 0.7}}
+    summary = scores.Summary(metrics, {"cat": metrics}, 1, 1, holdout=kept)
+    params = Params.model_validate({"concepts": {"cat": concept_values()}})
+    (found,) = verdict.verdicts(summary, params, {"cat": [True] * 5})
+    assert found.level == level
+    assert "holdout photos" in found.result
+
+
+PARTLY, LEARNED = verdict.LEVELS["image_alignment"]
+
+
 @pytest.mark.parametrize(
     ("value", "level"),
     [
         (-0.1, "hardly learned"),
         (0.11, "hardly learned"),
-        (verdict.PARTLY - 0.001, "hardly learned"),
-        (verdict.PARTLY, "partly learned"),
-        (verdict.LEARNED - 0.001, "partly learned"),
-        (verdict.LEARNED, "learned"),
+        (PARTLY - 0.001, "hardly learned"),
+        (PARTLY, "partly learned"),
+        (LEARNED - 0.001, "partly learned"),
+        (LEARNED, "learned"),
         (1.1, "learned"),
     ],
 )
