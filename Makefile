@@ -24,8 +24,10 @@ ui: install ## browse the runs in MLflow
 	@echo "open http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --port 5000
 
+# files, and figures that leave no room for two parameters in 120 columns
+HIDDEN := Created|data|customdiff|stages|models|results|.*alignment|identity_delta|holdout_share|class_drift|prior_kid
 experiments: install ## what experiments change and what comes of it
-	dvc exp show --only-changed --drop 'Created|^data|^customdiff|^stages|^models|^results'
+	dvc exp show --only-changed --drop '$(HIDDEN)'
 
 test: install ## run the tests
 	pytest -n $(TEST_PROCESSES)

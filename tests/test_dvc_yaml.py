@@ -112,3 +112,10 @@ def test_the_closure_follows_imports_inside_functions_and_packages(tmp_path, mon
         "customdiff/c.py",
     }
     assert missing(files, {"stages/one.py", "customdiff/a", "customdiff/__init__.py"}) == ["customdiff/c.py"]
+
+
+def test_train_and_evaluate_can_come_from_the_run_cache():
+    """DVC saves no run of a stage with a persistent output, or with an output in Git that is no metric."""
+    for name in ("index-pool", "train", "evaluate"):
+        outs = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][name]["outs"]
+        assert all(isinstance(out, str) for out in outs), name

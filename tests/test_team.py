@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_pipeline import DVC, GIT, clone, run
+from test_pipeline import DVC, GIT, clone, edit, run
 
 from customdiff.adapters import adapter
 from customdiff.cli.sweep import DVC_PLOTS
@@ -84,14 +84,19 @@ def test_plots_open_without_a_network(clone):
     assert "vegaEmbed" in page
 
 
-def test_the_table_of_experiments_fits_a_terminal(clone):
-    """With the command of `make experiments`."""
-    recipe = (ROOT / "Makefile").read_text().partition("\nexperiments:")[2].splitlines()[1]
-    path = clone / "results/evaluate/summary.json"  # as another experiment would leave it
-    path.write_text(json.dumps({name: value + 0.125 for name, value in json.loads(path.read_text()).items()}))
-    run(clone, *DVC, "exp", "save", "--force", "--name", "another-idea")
-    table = run(clone, *DVC, *shlex.split(recipe.replace("$$", "$"))[1:], "--md")
-    run(clone, "git", "checkout", "--quiet", ".")
-    head = [cell.strip() for cell in table.splitlines()[0].strip("| ").split("|")]
-    assert head[:5] == ["Experiment", "image_alignment", "image_delta", "text_alignment", "text_delta"]
+def test_a_table_of_six_experiments_fits_a_terminal(clone):
+    """With the command of `make experiments`, and two parameters with long names that vary."""
+    recipe = run(ROOT, "make", "--dry-run", "--old-file=install", "experiments").splitlines()[-1]
+    path = clone / "results/evaluate/summary.json"
+    for number in range(6):  # as experiments would leave it
+        figures = {name: round(value + number / 8, 3) for name, value in json.loads(path.read_text()).items()}
+        path.write_text(json.dumps(figures))
+        edit(clone, {"train": {"learning_rate": 1e-4 + number / 1e5, "prior_loss_weight": 0.5 + number / 8}})
+        run(clone, *DVC, "exp", "save", "--force", "--name", f"idea-number-{number}")
+        run(clone, "git", "checkout", "--quiet", ".")
+    table = run(clone, *DVC, *shlex.split(recipe)[1:], "--no-pager", COLUMNS="250")
+    columns = ["Experiment", "image_delta", "identity", "text_delta", "train.learning_rate", "train.prior_loss_weight"]
+    head = next(line for line in table.splitlines() if "Experiment" in line)
+    assert sorted(head.split()) == sorted(columns)
+    assert sum("idea-number" in line for line in table.splitlines()) == 6
     assert max(map(len, table.splitlines())) <= 120
