@@ -220,7 +220,7 @@ def test_an_edit_reruns_exactly_the_stages_that_read_it(clone, changed, key, val
 @pytest.mark.parametrize(
     ("path", "stages"),
     [
-        ("data/concepts/cat/01.txt", {"download-data@cat"}),
+        ("data/concepts/cat/01.png", {"download-data@cat"}),
         ("data/captioner/config.json", {"prepare@cat"}),
         ("class-images/01.png", {"retrieve-class-images@cat"}),
         ("prompts/default.txt", {"evaluate"}),
