@@ -80,9 +80,13 @@ def test_the_state_of_the_machine_is_one_line(capsys, problem):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_one_line(capsys, number):
-    with pytest.raises(SystemExit) as ended, one_line_errors():
-        os.kill(os.getpid(), number)
-        time.sleep(5)
+    before = signal.signal(number, signal.SIG_DFL)  # a shell lets jobs in the background ignore SIGINT
+    try:
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+    finally:
+        signal.signal(number, before)
     assert ended.value.code == 128 + number
     assert capsys.readouterr().err.count("\n") == 1
 
