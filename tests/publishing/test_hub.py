@@ -541,8 +541,9 @@ def test_the_password_of_an_address_is_not_shown(the_hub, monkeypatch):
     assert "hidden" not in str(caught.value)
 
 
-def test_the_environment_and_a_login_are_honoured(learned, tiny_base, tmp_path):
+def test_the_environment_and_a_login_are_honoured(learned, tiny_base, tmp_path, monkeypatch):
     """In its own process, because huggingface_hub reads the environment when it is imported."""
+    monkeypatch.chdir(tmp_path)  # `sample` takes its settings from a params.yaml in the working directory
     server = Hub()
     home = tmp_path / "home"
     home.mkdir()
