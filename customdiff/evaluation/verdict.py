@@ -12,8 +12,8 @@ from customdiff.evaluation.metrics import PhotoShare
 from customdiff.evaluation.prompts import JOIN
 from customdiff.evaluation.scores import PromptAccuracy, Summary
 
-# Share of the way from which a subject is partly learned, and learned. Those of identity are lower by the ratio of
-# the two shares in the default run (60 % and 73 %).
+# Share of the way from which a subject is partly learned, and learned. Those of identity are lower because its share is
+# lower in the same runs; both are measured on the embedded model alone (docs/evaluation.md).
 LEVELS = {"image_alignment": (0.25, 0.6), "identity": (0.2, 0.5)}
 FOLLOWS = 0.8  # of the base model's prompt accuracy; below it the adapter ignores prompts
 
