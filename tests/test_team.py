@@ -86,7 +86,8 @@ def test_plots_open_without_a_network(clone):
 
 def test_a_table_of_six_experiments_fits_a_terminal(clone):
     """With the command of `make experiments`, and two parameters with long names that vary."""
-    recipe = run(ROOT, "make", "--dry-run", "--old-file=install", "experiments").splitlines()[-1]
+    commands = run(ROOT, "make", "--dry-run", "--old-file=install", "experiments").splitlines()
+    recipe = next(command for command in commands if command.startswith("dvc exp show"))
     path = clone / "results/evaluate/summary.json"
     for number in range(6):  # as experiments would leave it
         figures = {name: round(value + number / 8, 3) for name, value in json.loads(path.read_text()).items()}
