@@ -43,9 +43,10 @@ def run_identity(params: Params, prepared: Path, num_processes: int) -> dict:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that training computes with."""
+    """Versions of Python (without its patch level, which changes no result) and of the libraries that training uses."""
     libraries = (torch, diffusers, transformers, accelerate)
-    return {"python": platform.python_version()} | {library.__name__: library.__version__ for library in libraries}
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"python": python} | {library.__name__: library.__version__ for library in libraries}
 
 
 def adapter_config(params: Params) -> AdapterConfig:
