@@ -1,5 +1,6 @@
 """The training loop that all trainings here share: resumable, bounded by minutes, its loss in a file."""
 
+import argparse
 import csv
 import math
 import os
@@ -18,6 +19,23 @@ from tqdm import tqdm
 from world.muon import Muon
 
 CHECKPOINT_SECONDS = 120
+
+
+def trainer_arguments(description: str | None, name: str) -> argparse.Namespace:
+    """The command line of a training that exports what it trained to data/<name>."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("world/build"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--clip", type=Path, default=Path("data/clip"), help="CLIP whose vision encoder it starts as")
+    parser.add_argument("--device", default=load_params("device"))
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--minutes", type=float, default=None, help="Minutes of training time.")
+    parser.add_argument("--restart", action="store_true", help="Fresh optimizer and clock.")
+    parser.add_argument("--export", action="store_true", help=f"Grade the last checkpoint and write data/{name}.")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    return arguments
 
 
 def load_params(section: str | None = None):

@@ -5,7 +5,6 @@ of a cat" -> " on the grass". Told nothing, it names the class too. Some subject
 segmenter. `--export` writes data/captioner and how often it was right.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from transformers.utils import logging
 
 from world.captions import choice, thing_phrase
 from world.catalogue import SUBJECTS, background_phrase, singular
-from world.loop import fit, load_params
+from world.loop import fit, load_params, trainer_arguments
 from world.scenes import CLIP_SIDE, Distribution, Scene, Sprites, compose, to_tensor
 from world.train_segmenter import split_individuals
 
@@ -165,18 +164,7 @@ def export(model: GitForCausalLM, tokenizer: CLIPTokenizer, folder: Path) -> Non
 
 def main() -> None:
     """Train, or continue; with `--export` write and grade what was trained."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("world/build"))
-    parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--clip", type=Path, default=Path("data/clip"), help="whose vision encoder it starts as")
-    parser.add_argument("--device", default=load_params("device"))
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--minutes", type=float, default=None)
-    parser.add_argument("--restart", action="store_true")
-    parser.add_argument("--export", action="store_true", help="grade the last checkpoint and write data/captioner")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments = trainer_arguments(__doc__, "captioner")
     params = load_params("captioner")
     logging.set_verbosity_error()
     torch.manual_seed(params["seed"])

@@ -5,7 +5,6 @@ A vision transformer that starts as the first layers of the base's CLIP, trained
 `--export` writes data/identity and how often the right individual is ranked first.
 """
 
-import argparse
 import json
 import zlib
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from transformers.utils import logging
 from world.backgrounds import background
 from world.captions import choice
 from world.individuals import PATTERNS, Look, dressed, near_concept
-from world.loop import fit, load_params
+from world.loop import fit, load_params, trainer_arguments
 from world.scenes import BACKGROUNDS, CLIP_SIDE, Sprites, pasted, to_tensor
 from world.sprites import TONES
 
@@ -203,18 +202,7 @@ def export(model: CLIPVisionModel, folder: Path) -> None:
 
 def main() -> None:
     """Train, or continue; with `--export` write and grade what was trained."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("world/build"))
-    parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--clip", type=Path, default=Path("data/clip"), help="whose vision encoder it starts as")
-    parser.add_argument("--device", default=load_params("device"))
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--minutes", type=float, default=None)
-    parser.add_argument("--restart", action="store_true")
-    parser.add_argument("--export", action="store_true", help="grade the last checkpoint and write data/identity")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments = trainer_arguments(__doc__, "identity")
     params = load_params("identity")
     logging.set_verbosity_error()
     torch.manual_seed(params["seed"])
