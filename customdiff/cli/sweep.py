@@ -165,7 +165,7 @@ def checkpoints() -> None:
         adapter_config = adapter.read_config(paths[-1])
         words = ", ".join(adapter_config.tokens)
         done = folders.step_of(paths[-1])
-        state = "complete" if (run.path / folders.COMPLETE).exists() else f"{done} of {adapter_config.steps} steps"
+        state = "complete" if (run.path / folders.COMPLETE).exists() else f"{done} of {run.max_steps} steps"
         begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(folders.last_opened(run)))
         typer.echo(f"{run.path}  {begun}  {words} on {adapter_config.base.model}, {adapter_config.method}, {state}")
         typer.echo(f"  steps {', '.join(str(folders.step_of(path)) for path in paths)}")

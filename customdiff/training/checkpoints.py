@@ -40,12 +40,14 @@ class Progress:
         seconds: training time, including that before an interruption.
         rows: metrics of each step; see `step_log.StepLog`.
         speeds: images per second of each step.
+        measured: figures of the graded checkpoints; see `selection.Selection`.
     """
 
     step: int = 0
     seconds: float = 0.0
     rows: list[dict] = field(default_factory=list)
     speeds: list[float] = field(default_factory=list)
+    measured: list[dict] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ class RunFolder:
         folder = cls(runs / _name(identity))
         return folder if (folder.path / COMPLETE).exists() else None
 
+    @property
+    def max_steps(self) -> int:
+        """`train.max_steps` of the run."""
+        return json.loads((self.path / "identity.json").read_text(encoding="utf-8"))["train"]["max_steps"]
+
     def metrics(self) -> dict:
         """Metrics, time and memory of a complete run."""
         paths = [self.path / "metrics.json", self.path / "performance.json"]
@@ -128,6 +135,7 @@ class RunFolder:
             "seconds": progress.seconds,
             "rows": progress.rows,
             "speeds": progress.speeds,
+            "measured": progress.measured,
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
@@ -145,12 +153,13 @@ class RunFolder:
         schedule.load_state_dict(state["schedule"])
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(state["scaler"])
-        return Progress(state["step"], state["seconds"], state["rows"], state["speeds"])
+        return Progress(state["step"], state["seconds"], state["rows"], state["speeds"], state["measured"])
 
-    def prune(self, limit: int | None) -> None:
-        """Remove all but the newest `limit` checkpoints; None keeps all."""
+    def prune(self, limit: int | None, keep: int | None = None) -> None:
+        """Remove all but the newest `limit` checkpoints and that of the step `keep`; None as limit keeps all."""
         for old in self.checkpoints()[: -limit if limit else 0]:
-            shutil.rmtree(old)
+            if step_of(old) != keep:
+                shutil.rmtree(old)
 
     def run_id(self) -> str | None:
         """Id of the MLflow run that an earlier start of this training opened, or None."""
