@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from customdiff.tracking import Tracker
 RUNS = Path(".checkpoints")
 COMPLETE = "complete"
 RUN_ID = "run.json"
+GRADE = "grade.json"
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ class RunFolder:
         optimizer: Optimizer,
         schedule: LRScheduler,
         accelerator: Accelerator,
+        grade: Mapping[str, float] | None = None,
     ) -> None:
-        """Write a checkpoint atomically: an adapter, and the state needed to continue the run."""
+        """Write a checkpoint atomically: an adapter, the state needed to continue the run, and its grade, if any."""
         scaler = accelerator.scaler
         state = {
             "step": progress.step,
@@ -143,6 +146,8 @@ class RunFolder:
         with atomic_directory(self.path / f"step-{progress.step:06d}") as out:
             adapter.save(learned, out, with_pickle=False)
             torch.save(state, out / "state.pt")
+            if grade:
+                (out / GRADE).write_text(json.dumps(grade, indent=1) + "\n", encoding="utf-8")
 
     def restore(
         self, checkpoint: Path, optimizer: Optimizer, schedule: LRScheduler, accelerator: Accelerator
@@ -229,6 +234,12 @@ def _no_images() -> Image.Image:
 def step_of(checkpoint: Path) -> int:
     """Step of a checkpoint, from its folder's name."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def score_of(checkpoint: Path) -> float | None:
+    """Score of a checkpoint that was graded during training; see `selection.Grade`."""
+    path = checkpoint / GRADE
+    return json.loads(path.read_text(encoding="utf-8"))["score"] if path.exists() else None
 
 
 def find_runs(runs: Path = RUNS) -> list[RunFolder]:

@@ -265,7 +265,8 @@ def _loop(trainer: Trainer, progress: Progress, folder: RunFolder, log: StepLog,
 def _save(trainer: Trainer, progress: Progress, folder: RunFolder, selection: Selection) -> None:
     """Write a checkpoint, and remove those that are not kept."""
     learned = adapter.from_pipeline(trainer.pipe, adapter_config(selection.params, progress.step))
-    folder.save(progress, learned, trainer.optimizer, trainer.schedule, trainer.accelerator)
+    grade = next((each.to_dict() for each in selection.grades() if each.step == progress.step), None)
+    folder.save(progress, learned, trainer.optimizer, trainer.schedule, trainer.accelerator, grade)
     folder.prune(trainer.train.checkpoints_total_limit, keep=selection.selected_step)
 
 

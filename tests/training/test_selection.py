@@ -15,6 +15,7 @@ from customdiff.evaluation.prompts import Prompt, check_grading_prompts
 from customdiff.files import sha256
 from customdiff.tracking import Tracker
 from customdiff.training import selection, trainer
+from customdiff.training.checkpoints import score_of
 from customdiff.training.identity import run_identity
 
 GRADING = {"prompts": ["a {} on red", "the {}"], "steps": 1, "guidance_scale": 1.0}
@@ -79,6 +80,8 @@ def test_the_best_checkpoint_becomes_the_adapter(tiny_base, tmp_path):
     assert found["selected_step"] == 4
     assert found["selected_score"] == pytest.approx(2 / (1 / 0.6 + 1 / 0.9), abs=1e-6)
     assert [grade["step"] for grade in found["grades"]] == [2, 4, 6]
+    scores = [grade["score"] for grade in found["grades"]]
+    assert [score_of(path) for path in best.checkpoints()] == scores[1:]
     assert grader.asked == [("cat", ["a cat on red", "the cat"])] * 4  # no modifier token reaches the judge
 
 
