@@ -1,7 +1,12 @@
 """The checkpoint that becomes the adapter: its score by hand, and runs whose grades depend on their images."""
 
+import json
+import os
 import shutil
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +19,7 @@ from customdiff.errors import UserError
 from customdiff.evaluation.prompts import Prompt, check_grading_prompts
 from customdiff.files import sha256
 from customdiff.tracking import Tracker
-from customdiff.training import selection, trainer
+from customdiff.training import launch, selection, trainer
 from customdiff.training.checkpoints import score_of
 from customdiff.training.identity import run_identity
 
@@ -149,6 +154,35 @@ def test_a_checkpoint_without_its_grade_is_graded_when_the_run_continues(tiny_ba
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     continued = run(params, tmp_path, ByPixels(), "killed")
     assert continued.metrics()["grades"] == whole.metrics()["grades"]
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_checkpoint(tiny_base, tmp_path, monkeypatch):
+    """Only the main process grades; the other one waits for its grade, and stops with it."""
+    options = {"select": "best", "patience": 1, "max_steps": 8, "launch": {"num_processes": 2}}
+    params = tiny_params(tiny_base, grading=GRADING, **options)
+    write_prepared(tmp_path / "prepared", params)
+    (tmp_path / "params.json").write_text(params.model_dump_json())
+    (tmp_path / "two.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_selection import ByPixels\n"
+        "from pathlib import Path\n"
+        "from customdiff.training import trainer\n"
+        "from customdiff.config import Params\n"
+        "from customdiff.tracking import Tracker\n"
+        "params = Params.model_validate_json(Path('params.json').read_text())\n"
+        "grader = ByPixels([(0.0, 1.0), (0.5, 0.8), (0.4, 0.8)])\n"
+        "trainer.run(params, Path('prepared'), Path('two'), lambda run_id: Tracker(), grader)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(
+        launch.command(params.train, "two.py"), check=True, env=environment, capture_output=True, timeout=300
+    )
+    (two,) = (tmp_path / "two").iterdir()
+    assert len((two / "steps.csv").read_text().splitlines()) == 1 + 4
+    assert json.loads((two / "metrics.json").read_text())["selected_step"] == 2
 
 
 def test_grades_are_tracked_with_pictures(tiny_base, tmp_path):
