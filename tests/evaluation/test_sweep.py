@@ -121,9 +121,11 @@ def project(tiny_base, tmp_path, monkeypatch):
     settings = params.model_dump() | {"evaluate": {"steps": 2, "num_images": 1, "bootstrap": 100, "masked": False}}
     (tmp_path / "data/prompts").mkdir(parents=True)
     (tmp_path / "data/prompts/cat.txt").write_text("scene: a {} on red\nstyle: the {}\n")
-    for folder, red in (("instances", 20), ("holdout", 30)):
+    for folder, reds in (("instances", (20,)), ("holdout", (30, 40))):
         (tmp_path / "data" / folder / "cat").mkdir(parents=True)
-        plain(red).save(tmp_path / "data" / folder / "cat/1.png")
+        for red in reds:
+            plain(red).save(tmp_path / "data" / folder / f"cat/{red}.png")
+    settings["concepts"]["cat"]["holdout"] = "data/holdout/cat"
     write_prepared(tmp_path / "prepared", params)
     monkeypatch.setattr(clip.Clip, "load", lambda *arguments: Judge())
 
@@ -151,7 +153,9 @@ def test_the_sweep_of_a_complete_training_is_a_run_with_a_child_per_checkpoint(p
     assert {path.name for path in out.iterdir()} == files
     metrics = json.loads((out / "metrics.json").read_text())
     assert (list(metrics["steps"]), metrics["num_prompts"], metrics["num_images"]) == (["2", "4", "6"], 2, 4)
-    assert metrics["holdout_photos"] == pytest.approx(np.cos(np.radians(10)), abs=1e-6)
+    assert metrics["holdout_photos"] == pytest.approx(np.cos(np.radians([10, 20])).mean(), abs=1e-6)
+    assert all(0 < figures["class_drift_low"] <= figures["class_drift"] for figures in metrics["steps"].values())
+    assert "class_drift" not in metrics["base"]
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     training = client.get_run(training_run.run_id())
@@ -202,7 +206,10 @@ def test_a_second_sweep_gives_the_same_table_and_takes_base_images_from_the_cach
 
 def test_without_holdout_photos_a_sweep_leaves_them_out(project, tmp_path):
     project()
-    run("--steps", "2", "--holdout", "nowhere")
+    params = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    params["concepts"]["cat"]["holdout"] = None
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    run("--steps", "2")
     metrics = json.loads((tmp_path / "results/sweep/metrics.json").read_text())
     assert metrics["holdout_photos"] is None
     assert HOLDOUT not in metrics["base"]
