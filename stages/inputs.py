@@ -1,21 +1,18 @@
 """inputs: check params.yaml and its prompts, and write the inputs of every stage to data/inputs for DVC."""
 
-from pathlib import Path
-
 from customdiff.errors import one_line_errors
 
 
 def main() -> None:
-    """Check params.yaml, the evaluation prompts and holdout folders, before training."""
+    """Check params.yaml, the evaluation prompts and holdout photos, before training."""
     from customdiff import config, stage_inputs
     from customdiff.evaluation.prompts import read_all_prompts
-    from customdiff.sources.image_folder import holdout_paths
+    from customdiff.sources.holdout import check_source
 
     params = config.load()
     read_all_prompts(params.evaluate.prompts, params.concepts)
     for name, concept in params.concepts.items():
-        if concept.holdout:
-            holdout_paths(name, Path(concept.holdout))
+        check_source(name, concept, params.download)
     stage_inputs.write_inputs(params)
 
 
