@@ -39,7 +39,7 @@ def data(tmp_path):
     (folder / "prompts").mkdir()
     (folder / "prompts/cat.txt").write_text("Photo of a {}.\n{} in times square.\n")
     (folder / "prompts/cup.txt").write_text("A {} on red. \n\n")
-    (folder / "prompts/pet_things.txt").write_text("The {1} beside a {0}.")
+    (folder / "prompts/pet_things.txt").write_text("The {1} beside a {0}.\n{0} with {0}")
     single = [item("pet_cat1", "<new1>", "cat"), item("things_cup2", "<new1>", "cup")]
     joint = [[item("pet_cat1", "<new1>", "cat"), item("things_cup2", "<new2>", "cup")]]
     joint[0].append({"prompt_filename_compose": "prompts/pet_things.txt"})
@@ -58,6 +58,7 @@ def test_the_layout_of_the_authors_is_read(data):
     assert [prompt.template for prompt in cat.prompts] == ["Photo of a {}.", "{} in times square."]
     assert cat.prompts[1].fill("<new1> cat") == "<new1> cat in times square."
     assert pair.prompts[0].fill("<new1> cat", "<new2> cup") == "The <new2> cup beside a <new1> cat."
+    assert pair.prompts[1].fill("<new1> cat", "<new2> cup") == "<new1> cat with <new1> cat", "as in scene_pet.txt"
     assert cat.concepts["pet_cat1"].caption == "photo of a <new1> cat"
     assert (cat.class_images["pet_cat1"].name, cup.class_images["things_cup2"]) == ("pet_cat1", None)
 
@@ -81,7 +82,7 @@ def test_a_data_set_without_pairs_has_its_single_concepts(data):
         ("dataset_multiconcept.json", "[[]]", r"dataset_multiconcept\.json: an entry lacks prompt_filename_compose"),
         ("prompts/cat.txt", "a cat\n", r"cat\.txt: 'a cat' lacks a placeholder"),
         ("prompts/cat.txt", "", r"cat\.txt: has no prompts"),
-        ("prompts/pet_things.txt", "only {0}", r"pet_things\.txt: 'only \{0\}' lacks a placeholder"),
+        ("prompts/pet_things.txt", "both", r"pet_things\.txt: 'both' lacks a placeholder"),
     ],
 )
 def test_a_file_of_another_form_is_named(data, file, text, named):
@@ -218,7 +219,8 @@ def test_given_adapters_are_scored_under_their_own_names_and_others_left_out(pro
     out = tmp_path / "results/customconcept101"
     assert {path.name for path in (out / "scores").iterdir()} == {"pet_cat1", "pet_cat1+things_cup2"}
     assert set(json.loads((out / "scores/pet_cat1+things_cup2/prompts.json").read_text()).values()) == {
-        "The cup beside a cat."
+        "The cup beside a cat.",
+        "cat with cat",
     }
     assert not (out / "adapters").exists()
     written = (out / "scores/pet_cat1/samples/0000.png").stat().st_mtime_ns
