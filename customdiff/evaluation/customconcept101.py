@@ -26,7 +26,7 @@ from customdiff.evaluation.generation import Generation, customized_subject, gen
 from customdiff.evaluation.judges import Judges
 from customdiff.evaluation.metrics import image_alignment, text_alignment
 from customdiff.evaluation.prompts import JOIN, Prompt
-from customdiff.files import atomic_directory, atomic_file
+from customdiff.files import atomic_directory, atomic_file, sha256
 from customdiff.images import save_all
 from customdiff.preparation.prepare import prepare_concept
 from customdiff.retrieval.class_images import retrieve
@@ -183,16 +183,17 @@ def learn(params: Params, entry: Entry, work: Path, class_images: Path, out: Pat
 
     Args:
         work: folder with `instances`, and for intermediate files.
-        class_images: folder of the class images of all entries, because pairs have those of their concepts.
+        class_images: folder of the class images of all entries, which concepts of one class share.
 
     Raises:
         UserError: photos, class images or models cannot be read.
     """
-    for name in entry.concepts:
+    for name, concept in entry.concepts.items():
         classes = work
         if params.train.preserves_prior:
             own = _retrieval(params, entry.class_images[name])
-            classes = class_images / f"{name}-{_hash(own.model_dump(include={'base', 'retrieve', 'download'}))}"
+            values = own.model_dump(include={"base": {"model", "revision", "seed"}, "retrieve": True, "download": True})
+            classes = class_images / _hash(values | {"class_prompt": concept.class_prompt})
             if not (classes / "manifest.json").exists():
                 retrieve(own, name, instances=work / "instances" / name, index="", out=classes)
         folders = {"instances": work / "instances" / name, "classes": classes, "out": work / "prepared" / name}
@@ -311,11 +312,13 @@ def _run_entry(params: Params, entry: Entry, judges: Judges, out: Path, given: P
 
 
 def _settings(params: Params, given: Path | None) -> str:
-    """A hash of everything in params.yaml that determines the scores of an entry."""
+    """A hash of everything in params.yaml that determines the scores of an entry, or of its adapter's weights."""
     shared = {"base", "concepts", "download", "evaluate"}
     values: dict[str, Any] = params.model_dump(include=shared | (set() if given else {"prepare", "train", "retrieve"}))
     values["base"].pop("device")
-    return _hash(values | ({"adapter": str(given.resolve())} if given else {}))
+    return _hash(
+        values | {"adapter": [sha256(path) for path in sorted(given.glob("*.safetensors"))] if given else None}
+    )
 
 
 def _hash(values: dict[str, Any]) -> str:
