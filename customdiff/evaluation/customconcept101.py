@@ -166,13 +166,14 @@ def protocol(
 def params_of(params: Params, entry: Entry) -> Params:
     """The parameters of an entry: those of params.yaml with the concepts of the data set.
 
-    An entry of two concepts trains for twice `train.max_steps`, as in the authors' scripts.
+    An entry of two concepts trains for twice `train.max_steps`, as in the authors' scripts, and all to their last step.
     """
     values = params.model_dump()
     values["concepts"] = {name: concept.model_dump() for name, concept in entry.concepts.items()}
     values["download"]["minimum"] = 1
     values["train"]["max_steps"] *= len(entry.concepts)
     values["train"]["validation"]["prompts"] = []
+    values["train"] |= {"select": "last", "patience": None}
     return Params.model_validate(values)
 
 
