@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from customdiff import cli, tracking
 from customdiff.config import Params
 from customdiff.errors import UserError
-from customdiff.evaluation import scores, sweep
+from customdiff.evaluation import drift, scores, sweep
 from customdiff.evaluation.generation import generate_pairs
 from customdiff.evaluation.judges import Judges
+from customdiff.evaluation.metrics import bootstrap_interval
 from customdiff.evaluation.prompts import Prompt
 from customdiff.evaluation.report import PLANE as METRICS
 from customdiff.evaluation.scores import HOLDOUT, metrics_of
@@ -71,6 +72,26 @@ def test_figures_are_means_over_concepts_with_intervals_over_prompts():
         for name, figure in zip(METRICS, (text, image), strict=True)
         for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))
     }
+
+
+def test_a_sweep_over_noise_seeds_has_intervals_over_prompts_and_seeds(tiny_base, tmp_path):
+    how = generation(tiny_base, seeds=2, num_images=1)
+    folder = random_adapter(tiny_base, tmp_path / "adapter", concepts=BOTH)
+    prompts = [Prompt(text, ("cat",)) for text in ("a {} on red", "the {}", "my {}")]
+    controls = [Prompt("a car", ()), prompts[0]]
+    _, point = sweep.sweep(how, {50: folder}, prompts, INSTANCES, Judges(Judge()), controls=controls)
+    ((_, pairs),) = generate_pairs(how, {"alone": folder}, prompts, controls)
+    own, without = ([pair for pair in pairs if pair.is_control is kind] for kind in (False, True))
+    scored = scores.score_prompts(own, INSTANCES, Judges(Judge()))
+    values = np.array([np.subtract(*each.by_seed("image_alignment")[::-1]) for each in scored])
+    assert values.shape == (3, 2)
+    found = sweep.summarize(point, resamples=300, seed=1).figures
+    low, high = bootstrap_interval([values], resamples=300, seed=1)
+    delta = found["image_alignment_delta"]
+    assert (delta.value, delta.low, delta.high) == pytest.approx((values.mean(), low, high), abs=1e-5)
+    expected = drift.figures(without, {}, Judges(Judge()), resamples=300, seed=1)[None]
+    assert {name: found[name] for name in expected} == expected
+    assert set(expected) == {"drift", "class_drift"}
 
 
 def test_the_alignment_of_photos_is_the_mean_over_concepts():
