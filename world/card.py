@@ -89,8 +89,7 @@ PHASES = (
     "subjects, in all sizes, several of them as many individuals.",
 )
 INDIVIDUALS_TEXT = (
-    "- Many individuals each, by colour, pattern and proportions: {subjects}. Captions may name their colour: "
-    '"a photo of a blue cat".\n'
+    '- Many individuals each, by colour: {subjects}. Captions may name their colour: "a photo of a blue cat".\n'
 )
 
 
