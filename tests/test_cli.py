@@ -47,7 +47,7 @@ def presets(tmp_path, monkeypatch):
     work.mkdir()
     for name in ("fast", "slow"):
         (folder / f"{name}.yaml").write_text(PARAMS.format(how=name))
-    monkeypatch.setattr(cli.preset, "PRESETS", folder)
+    monkeypatch.setattr("customdiff.new_concept.presets.PRESETS", folder)
     monkeypatch.chdir(work)
     return folder
 

@@ -5,7 +5,20 @@ Commands import torch and diffusers when they run, so that help and errors appea
 
 import typer
 
-from customdiff.cli import adapters, captions, compare, formats, hub, new, plots, preset, sample, serve_index, sweep
+from customdiff.cli import (
+    adapters,
+    captions,
+    compare,
+    formats,
+    hub,
+    new,
+    page,
+    plots,
+    preset,
+    sample,
+    serve_index,
+    sweep,
+)
 from customdiff.errors import one_line_errors
 
 commands = typer.Typer(
@@ -39,6 +52,7 @@ commands.command(epilog=adapters.COMPRESS_EXAMPLES, short_help="Compress an adap
 commands.command("serve-index", epilog=serve_index.EXAMPLES, short_help="Serve the index of the pool.")(
     serve_index.serve_index
 )
+commands.command("app", epilog=page.EXAMPLES, short_help="Open a local page over the pipeline.")(page.page)
 commands.command("offline-plots", short_help="Let `dvc plots` draw without a network.")(plots.offline_plots)
 
 
