@@ -75,8 +75,7 @@ def serve(host: str, port: int, *, show: bool) -> None:
     shown = f"[{host}]" if ":" in host else host
     path = f"/?token={token}" if token else "/"
     print(
-        f"customdiff app: http://{shown}:{port}{path}  (Ctrl-C ends the page; a run of the pipeline goes on)",
-        flush=True,
+        f"customdiff app: http://{shown}:{port}{path}\nCtrl-C ends the page; a run of the pipeline goes on", flush=True
     )
     if token:
         print("whoever has this address can edit this project and run it; the connection is not encrypted", flush=True)

@@ -35,7 +35,8 @@ class Painter:
 
 async def paint(photo: Image.Image, mask: SubjectMask | None) -> Image.Image | None:
     """Open a dialog to paint on a mask; returns the new one, or None if the user cancels."""
-    painter, points = Painter(photo, mask), []
+    painter = Painter(photo, mask)
+    points: list[tuple[float, float]] = []
     scale = SIDE / max(photo.size)
 
     def on_mouse(event: events.MouseEventArguments) -> None:

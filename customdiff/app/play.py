@@ -68,9 +68,7 @@ class Play:
         folders = {str(path): label for path, label in adapter_folders().items()}
         with ui.card().classes("w-full"):
             heading("Prompt")
-            self.prompt = (
-                ui.input("Prompt").classes("w-full").on("keydown.enter", lambda: self.button.run_method("click"))
-            )
+            self.prompt = ui.input("Prompt").classes("w-full")
             self.chips = ui.row().classes("gap-1 items-center")
             with ui.row().classes("w-full gap-4"):
                 self.first = ui.select(folders, value=next(iter(folders)), label="Adapter", on_change=self.offer)
@@ -83,8 +81,9 @@ class Play:
                 self.steps = _slider("Steps", 1, 100, 1, settings.steps)
                 self.guidance = _slider("Guidance", 0, 15, 0.5, settings.guidance_scale)
                 self.strength = _slider("Strength of the adapter", 0, 1.5, 0.05, 1)
-            self.button = ui.button("Draw", icon="brush")
-            busy(self.button, self.draw)
+            button = ui.button("Draw", icon="brush")
+            busy(button, self.draw)
+            self.prompt.on("keydown.enter", lambda: button.run_method("click"))
         with ui.card().classes("w-full"):
             heading("Images")
             self.shown = ui.column().classes("w-full gap-4")

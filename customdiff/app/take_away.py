@@ -1,13 +1,16 @@
 """Tab Take away: `customdiff export` and `customdiff push`, and what they say."""
 
 import asyncio
+import itertools
 import re
 import sys
+from pathlib import Path
 
 from nicegui import ui
 
 from customdiff.adapters.formats import FORMATS
 from customdiff.app.common import Session, busy, heading
+from customdiff.app.player import adapter_folders
 from customdiff.errors import UserError, printable
 from customdiff.redaction import redact
 
@@ -28,7 +31,7 @@ def _export() -> None:
     known = {name: f"{name}: {form.description}" for name, form in FORMATS.items() if "export" in form.directions}
     form = ui.select(known, value="lora", label="Format").classes("w-full max-w-2xl")
     with ui.row().classes("items-center gap-4"):
-        adapter = adapter_select()
+        adapter = _adapter()
         folder = ui.input("Folder in exports/", value="lora").props('hint="a new one"')
         rank = ui.number("Maximum rank", min=1).props('hint="lora and kohya; empty: no limit"')
     form.on_value_change(lambda event: folder.set_value(event.value))
@@ -51,7 +54,7 @@ def _push() -> None:
         licence = ui.input("Licence", placeholder="cc-by-4.0")
         base = ui.input("Base model on the Hub", placeholder="owner/name").props('hint="empty: as in the adapter"')
     with ui.row().classes("items-center gap-4"):
-        adapter = adapter_select()
+        adapter = _adapter()
         public = ui.switch("Visible to everyone (--public)")
         dry = ui.switch("Only write what would be sent (--dry-run)", value=True)
     button = ui.button("Publish", icon="cloud_upload")
@@ -68,20 +71,15 @@ def _push() -> None:
     busy(button, push)
 
 
-def adapter_select() -> ui.select:
+def _adapter() -> ui.select:
     """A choice among the adapters of this project."""
-    from customdiff.app.player import adapter_folders
-
-    folders = {
-        str(path): f"{label} ({path})" if label != str(path) else label for path, label in adapter_folders().items()
-    }
+    folders = {str(path): label for path, label in adapter_folders().items()}
     return ui.select(folders, value=next(iter(folders), None), label="Adapter").classes("w-72")
 
 
 def _free(stem: str) -> str:
-    from pathlib import Path
-
-    names = (f"{stem}{number}" for number in range(1, 1000))
+    """A name that no file has."""
+    names = (f"{stem}{number or ''}" for number in itertools.count())
     return next(name for name in names if not Path(name).exists())
 
 
@@ -103,6 +101,7 @@ async def _tell(said: ui.label, *arguments: str) -> None:
     )
     output, _ = await process.communicate()
     said.set_text(printable(redact(output.decode(errors="replace"))).strip() or "done")
-    ui.notify(
-        "done" if process.returncode == 0 else "failed", type="positive" if process.returncode == 0 else "negative"
-    )
+    if process.returncode == 0:
+        ui.notify("done", type="positive")
+    else:
+        ui.notify("failed; the text below the button says why", type="negative")

@@ -36,11 +36,8 @@ def preset(
     if name is None:
         width = max(map(len, known)) + 2
         for preset_name, path in known.items():
-            typer.echo(
-                textwrap.fill(
-                    f"{preset_name:<{width}}{presets.first_sentence(path)}", 100, subsequent_indent=" " * width
-                )
-            )
+            line = f"{preset_name:<{width}}{presets.first_sentence(path)}"
+            typer.echo(textwrap.fill(line, 100, subsequent_indent=" " * width))
         return
     if name not in known:
         raise UserError(f"NAME: unknown preset {name}; use one of {', '.join(known)}")
