@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nicegui import ui
@@ -13,6 +13,7 @@ from customdiff.errors import UserError, printable
 from customdiff.new_concept.params_file import ChangedOutsideError, ParamsFile
 from customdiff.redaction import redact
 
+REPORT = Path("results/evaluate/report.html")
 ADDED, REMOVED = "text-green-700 dark:text-green-400", "text-red-700 dark:text-red-400"
 
 
@@ -76,7 +77,8 @@ def guarded() -> Iterator[None]:
 def say(message: str) -> None:
     """Show an error until the user closes it."""
     text = printable(redact(message))
-    ui.notify(text, type="negative", multi_line=True, timeout=0, close_button="Close", classes="break-words")
+    with suppress(RuntimeError):  # the page was closed meanwhile
+        ui.notify(text, type="negative", multi_line=True, timeout=0, close_button="Close", classes="break-words")
 
 
 async def confirm(title: str, difference: str, *, yes: str = "Write", more: Callable[[], object] | None = None) -> bool:

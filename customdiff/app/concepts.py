@@ -1,8 +1,10 @@
 """Tab Concepts: add a concept from photos; see and mend captions and masks; set photos aside."""
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
-from nicegui import events, run, ui
+from nicegui import events, ui
 
 from customdiff import config
 from customdiff.app.common import Session, busy, confirm, guarded, heading, picture
@@ -15,14 +17,15 @@ from customdiff.new_concept.photo_files import ShownPhoto
 from customdiff.preparation.sheet import outlined
 
 
-def build(session: Session) -> None:
-    """Both parts of the tab."""
+def build(session: Session) -> Callable[[], None]:
+    """Both parts of the tab, which stay as they are while other tabs are open."""
     with ui.card().classes("w-full"):
         heading("Add a concept")
         NewConcept(session)
     with ui.card().classes("w-full"):
         heading("Photos, captions and masks")
         ConceptPhotos(session)
+    return lambda: None
 
 
 class NewConcept:
@@ -58,7 +61,7 @@ class NewConcept:
         with guarded():
             data = await event.file.read()
             limits = self.session.file.params.download
-            await run.io_bound(self.dropped.add, event.file.name, data, limits)
+            await asyncio.to_thread(self.dropped.add, event.file.name, data, limits)
         self.show()
 
     def refuse(self, maximum: int) -> None:
@@ -90,8 +93,8 @@ class NewConcept:
     async def propose_class(self) -> None:
         """Ask CLIP for the class, and offer its three most probable words."""
         params = self.session.file.params
-        gathered = await run.io_bound(self.gather, "new", params)
-        _, guesses = await run.io_bound(adding.guesses, gathered, params)
+        gathered = await asyncio.to_thread(self.gather, "new", params)
+        _, guesses = await asyncio.to_thread(adding.guesses, gathered, params)
         self.words.set_value(self.words.value or guesses[0].word)
         self.guesses.clear()
         with self.guesses:
@@ -109,14 +112,14 @@ class NewConcept:
         """Show what would be written, and write it if the user agrees."""
         name, params, only = self.name.value.strip(), self.session.file.params, self.only.value
         adding.check_is_new(name, params, copy=True, replace=self.replace.value)
-        gathered = await run.io_bound(self.gather, name, params)
+        gathered = await asyncio.to_thread(self.gather, name, params)
         if not self.words.value.strip():
             await self.propose_class()
         token = adding.token_for(name, params, only=only)
         values = entry.new_entry(gathered.path, token, " ".join(self.words.value.split()))
         edited = entry.with_concept(self.session.file.text, name, values, only=only)
         changed = config.parse(edited)
-        examples = await run.io_bound(adding.examples, gathered, changed.concepts[name], changed)
+        examples = await asyncio.to_thread(adding.examples, gathered, changed.concepts[name], changed)
 
         def show() -> None:
             with ui.scroll_area().classes("w-full h-60"):
@@ -162,7 +165,7 @@ class ConceptPhotos:
         try:
             with guarded():
                 folder = _inside(photo_files.source_folder(name, params.concepts[name]))
-                found = await run.io_bound(photo_files.shown_photos, params, name)
+                found = await asyncio.to_thread(photo_files.shown_photos, params, name)
                 self.show(folder, found, params.concepts[name])
         except Exception:
             self.rows.clear()

@@ -1,8 +1,10 @@
 """Tab Learn: a recipe, the keys that matter most, and the pipeline as it runs."""
 
+import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from nicegui import run, ui
+from nicegui import ui
 from pydantic.fields import FieldInfo
 
 from customdiff.app import pipeline
@@ -17,14 +19,15 @@ KEYS = ("train.max_steps", "train.learning_rate", "train.prior_loss_weight", "ba
 ICONS = {"done": "check_circle", "unchanged": "fast_forward", "running": "hourglass_top", "ended": "cancel"}
 
 
-def build(session: Session) -> None:
-    """The settings, and the run."""
+def build(session: Session) -> Callable[[], None]:
+    """The settings, and the run, which stay as they are while other tabs are open."""
     with ui.card().classes("w-full"):
         heading("Recipe")
         settings = Settings(session)
     with ui.card().classes("w-full"):
         heading("Run")
         Run(settings)
+    return lambda: None
 
 
 class Settings:
@@ -99,13 +102,13 @@ class Run:
         """Start the pipeline, or continue it; edits of the keys are written first."""
         if self.settings.are_edited and not await self.settings.write():
             return
-        await run.io_bound(pipeline.start)
+        await asyncio.to_thread(pipeline.start)
         await self.update()
 
     async def end(self) -> None:
         """Send Ctrl-C to the run."""
         with guarded():
-            await run.io_bound(pipeline.stop)
+            await asyncio.to_thread(pipeline.stop)
             ui.notify("stopping; a training writes a checkpoint first, and Run continues it", type="info")
 
     async def update(self) -> None:
@@ -114,10 +117,8 @@ class Run:
         outcome = pipeline.outcome()
         self.stop.set_enabled(is_running)
         self.start.set_enabled(not is_running and not foreign)
-        progress = await run.io_bound(pipeline.progress)
-        if progress is None:
-            return  # the server ends
-        text = "The pipeline is running." if is_running else f"The last run {WORDS[outcome]}"
+        progress = await asyncio.to_thread(pipeline.progress)
+        text = "The pipeline is running." if is_running else WORDS[outcome]
         if foreign and not is_running:
             text = (
                 f"Process {foreign.pid} ({pipeline.command(foreign)}) runs the pipeline in another terminal; Run is "
@@ -145,10 +146,10 @@ class Run:
         """The loss, and the validation images of the last step."""
         self.loss.set_visibility(len(progress.losses) > 1)
         if len(progress.losses) > 1:
-            columns = {"step": list(progress.losses), "loss": list(progress.losses.values())}
-            svg = await run.io_bound(loss_curves, columns)
+            columns: dict[str, list[float]] = {"step": list(progress.losses), "loss": list(progress.losses.values())}
+            svg = await asyncio.to_thread(loss_curves, columns)
             self.loss.set_source(data_address(svg, "svg+xml"))
-        found = await run.io_bound(pipeline.validation_images) if progress.losses else {}
+        found = await asyncio.to_thread(pipeline.validation_images) if progress.losses else {}
         self.images.clear()
         with self.images:
             for step in [max(found)] if found else []:
@@ -159,11 +160,11 @@ class Run:
 
 
 WORDS = {
-    "": "is none yet.",
-    "finished": "has finished.",
-    "stopped": "was stopped; Run continues it.",
-    "failed": "failed; the log says why.",
-    "killed": "was killed; Run continues it.",
+    "": "No run yet.",
+    "finished": "The last run has finished.",
+    "stopped": "The last run was stopped; Run continues it.",
+    "failed": "The last run failed; the log says why.",
+    "killed": "The last run was killed; Run continues it.",
 }
 
 

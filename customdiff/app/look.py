@@ -4,23 +4,13 @@ import json
 import os
 from pathlib import Path
 
-from fastapi import Response
-from nicegui import app, ui
+from nicegui import ui
 
 from customdiff.app import pipeline
-from customdiff.app.common import Session, heading, picture
+from customdiff.app.common import REPORT, Session, heading, picture
 from customdiff.redaction import redact
 
-REPORT, RUN_FILE = Path("results/evaluate/report.html"), Path("results/train/run.json")
-POLICY = "sandbox allow-popups; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
-@app.get("/report", include_in_schema=False)
-def report() -> Response:
-    """The report, and no other file; nothing in it can run."""
-    if not REPORT.is_file():
-        return Response("no report yet; `evaluate` writes it\n", status_code=404, media_type="text/plain")
-    return Response(REPORT.read_bytes(), media_type="text/html", headers={"Content-Security-Policy": POLICY})
+RUN_FILE = Path("results/train/run.json")
 
 
 def build(session: Session) -> None:

@@ -1,29 +1,46 @@
 """The page: header, tabs, a notice when params.yaml is edited outside, and the server."""
 
+import asyncio
+import importlib
 import ipaddress
 import secrets
 from collections.abc import Callable
 
+from fastapi import Response
 from nicegui import app, ui
 
-from customdiff.app import concepts, learn, look, play, take_away
-from customdiff.app.common import Session
+from customdiff.app.common import REPORT, Session, guarded
 from customdiff.app.guard import LOOPBACK, Guard
 from customdiff.errors import UserError
 
-TABS: dict[str, tuple[str, Callable[[Session], None]]] = {
-    "Concepts": ("photo_library", concepts.build),
-    "Learn": ("school", learn.build),
-    "Look": ("insights", look.build),
-    "Play": ("palette", play.build),
-    "Take away": ("ios_share", take_away.build),
+# Tabs with their modules, which import torch, and icons
+TABS = {
+    "Concepts": ("concepts", "photo_library"),
+    "Learn": ("learn", "school"),
+    "Look": ("look", "insights"),
+    "Play": ("play", "palette"),
+    "Take away": ("take_away", "ios_share"),
 }
-LIVE = ("Concepts", "Learn")  # others are built anew when they are opened, since a run may have changed what they show
+NOTES = (
+    "Ctrl-C ends the page; a run of the pipeline goes on",
+    "Whoever has this address can edit and run this project. The connection is not encrypted.",
+)
+POLICY = "sandbox allow-popups; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+@app.get("/report", include_in_schema=False)
+def report() -> Response:
+    """The report of the last evaluation, and no other file; nothing in it can run."""
+    if not REPORT.is_file():
+        return Response("no report yet; `evaluate` writes it\n", status_code=404, media_type="text/plain")
+    return Response(REPORT.read_bytes(), media_type="text/html", headers={"Content-Security-Policy": POLICY})
 
 
 def page() -> None:
     """One open page."""
     dark = ui.dark_mode(None)
+    ui.colors(primary="#2563a8", dark="#1d1f24", dark_page="#121317")
+    ui.button.default_props("no-caps")
     with ui.header().classes("items-center justify-between py-1"):
         ui.label("customdiff").classes("text-xl").props('role="heading" aria-level="1"')
         ui.button(icon="contrast", on_click=dark.toggle).props('flat round color=white aria-label="Dark or light"')
@@ -35,7 +52,7 @@ def page() -> None:
         return
     _notice(session)
     with ui.tabs().classes("w-full").props("mobile-arrows outside-arrows no-caps") as tabs:
-        for name, (icon, _) in TABS.items():
+        for name, (_, icon) in TABS.items():
             ui.tab(name, icon=icon)
     with ui.tab_panels(tabs, value="Concepts", keep_alive=True).classes("w-full max-w-5xl mx-auto bg-transparent"):
         bodies = {}
@@ -43,15 +60,25 @@ def page() -> None:
             with ui.tab_panel(name).classes("p-0 sm:p-4"):
                 bodies[name] = ui.column().classes("w-full")
 
-    def open_tab(name: str) -> None:
-        body = bodies[name]
-        if name not in LIVE or not body.default_slot.children:
-            body.clear()
-            with body:
-                TABS[name][1](session)
+    opened: dict[str, Callable[[], None]] = {}  # what to do when a tab is opened again; others are built anew
+
+    async def open_tab(name: str) -> None:
+        if name in opened:
+            opened[name]()
+            return
+        bodies[name].clear()
+        with bodies[name]:
+            with ui.row().classes("items-center") as wait:
+                ui.spinner()
+                ui.label("Loading ...")
+            with guarded():
+                module = await asyncio.to_thread(importlib.import_module, f"customdiff.app.{TABS[name][0]}")
+                wait.delete()
+                if again := module.build(session):
+                    opened[name] = again
 
     tabs.on_value_change(lambda event: open_tab(event.value))
-    open_tab("Concepts")
+    ui.timer(0, lambda: open_tab("Concepts"), once=True)
 
 
 def _notice(session: Session) -> None:
@@ -74,11 +101,9 @@ def serve(host: str, port: int, *, show: bool) -> None:
     app.add_middleware(Guard, token=token)
     shown = f"[{host}]" if ":" in host else host
     path = f"/?token={token}" if token else "/"
-    print(
-        f"customdiff app: http://{shown}:{port}{path}\nCtrl-C ends the page; a run of the pipeline goes on", flush=True
+    app.on_startup(
+        lambda: print(f"customdiff app: http://{shown}:{port}{path}\n{NOTES[token is not None]}", flush=True)
     )
-    if token:
-        print("whoever has this address can edit this project and run it; the connection is not encrypted", flush=True)
     ui.run(
         page,
         host=host,

@@ -1,11 +1,13 @@
 """Tab Play: prompts, and the base model's image beside that of one adapter or two, from the same seed."""
 
+import asyncio
 import io
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nicegui import run, ui
+from nicegui import ui
 from PIL import Image
 
 from customdiff.app.common import Session, busy, heading, picture
@@ -51,12 +53,12 @@ def player_of(session: Session) -> Player:
     return _players[key]
 
 
-def build(session: Session) -> None:
-    """The prompt with its settings, the images, and the history."""
+def build(session: Session) -> Callable[[], None] | None:
+    """The prompt with its settings, the images, and the history, which stays while other tabs are open."""
     if not adapter_folders():
         ui.label("No adapter yet: Run in the tab Learn trains one.")
-        return
-    Play(session)
+        return None
+    return Play(session).offer_adapters
 
 
 class Play:
@@ -87,6 +89,13 @@ class Play:
         with ui.card().classes("w-full"):
             heading("Images")
             self.shown = ui.column().classes("w-full gap-4")
+        self.offer()
+
+    def offer_adapters(self) -> None:
+        """The adapters of now, which a training may have changed."""
+        folders = {str(path): label for path, label in adapter_folders().items()}
+        for choice, first in ((self.first, next(iter(folders), None)), (self.second, None)):
+            choice.set_options(folders, value=choice.value if choice.value in folders else first)
         self.offer()
 
     def offer(self) -> None:
@@ -122,7 +131,7 @@ class Play:
             self.guidance.value,
             self.strength.value,
         )
-        images = await run.io_bound(player_of(self.session).draw, drawing)
+        images = await asyncio.to_thread(player_of(self.session).draw, drawing)
         titles = ["base model", *(adapter_folders().get(folder, str(folder)) for folder in drawing.adapters)]
         titles = [f"{title} ({number})" if title in titles[:number] else title for number, title in enumerate(titles)]
         self.history = [Drawn(drawing, dict(zip(titles, images, strict=True))), *self.history][:KEPT]

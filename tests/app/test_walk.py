@@ -1,0 +1,209 @@
+"""The page in a real browser: the whole way on the embedded base model, and what bad input does."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from campaign import project
+from conftest import ROOT
+
+pytest.importorskip("nicegui")
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")]
+PHOTOS = sorted((ROOT / "data/concepts/teapot").glob("*.png"))
+TRAINING = {"max_steps": 250, "checkpointing_steps": 10, "validation": {"every": 10, "steps": 5}}
+MINUTES = 60_000  # ms
+SHOTS = os.environ.get("CUSTOMDIFF_SCREENSHOTS")  # folder; see docs/app.md
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A clone with a small params.yaml."""
+    return project.make(tmp_path_factory.mktemp("walk") / "clone", {"train": TRAINING, "evaluate": {"steps": 10}})
+
+
+def environment(clone: Path) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return inherited | {"PATH": path, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def address(clone) -> Iterator[str]:
+    """The page of the clone, served by the command line."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "customdiff.cli", "app", "--no-browser", "--port", str(port)]
+    server = subprocess.Popen(command, cwd=clone, env=environment(clone), stdout=subprocess.PIPE, text=True)
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/").read()
+                break
+            except OSError:
+                assert server.poll() is None
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def page(browser, address):
+    """An open page; it asks no other host for anything."""
+    context = browser.new_context(viewport={"width": 1200, "height": 860})
+    opened = context.new_page()
+    asked: list[str] = []
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.set_default_timeout(MINUTES)
+    opened.goto(address)
+    yield opened
+    context.close()
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def shoot(page, name: str) -> None:
+    if SHOTS:
+        page.screenshot(path=f"{SHOTS}/{name}.jpg", type="jpeg", quality=60)
+
+
+def tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+
+
+def press(page, name: str) -> None:
+    page.get_by_role("button", name=name).last.click()
+
+
+def params(clone: Path) -> dict:
+    return yaml.safe_load((clone / "params.yaml").read_text())
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_the_whole_way(page, clone):
+    started = time.monotonic()
+    add_a_concept(page, clone)
+    mend(page, clone)
+    train(page, clone)
+    first, second = draw(page)
+    tab(page, "Look")
+    page.frame_locator("iframe").get_by_text("of the way to your").first.wait_for()
+    shoot(page, "look")
+    tab(page, "Take away")
+    press(page, "Export")
+    page.get_by_text("exports/lora:").wait_for()
+    shoot(page, "take-away")
+    assert list((clone / "exports/lora").glob("*.safetensors"))
+    print(f"walk: {time.monotonic() - started:.0f} s; first drawing {first:.1f} s, second {second:.1f} s")
+
+
+def add_a_concept(page, clone: Path) -> None:
+    before = (clone / "params.yaml").read_text()
+    page.locator("input[type=file]").set_input_files(PHOTOS)
+    page.get_by_role("button", name="Leave out").nth(4).wait_for()
+    page.get_by_label("Name").fill("pot")
+    press(page, "Propose the class")
+    wait_until(lambda: page.get_by_label("Class").input_value())
+    page.get_by_label("Class").fill("teapot")
+    page.get_by_role("switch", name="Learn it alone").click()
+    press(page, "Show captions, masks and the change")
+    page.get_by_text("+  pot:").wait_for()
+    shoot(page, "concepts")
+    assert (clone / "params.yaml").read_text() == before  # nothing is written before the user agrees
+    press(page, "Write")
+    wait_until(lambda: list(params(clone)["concepts"]) == ["pot"])
+    assert len(list((clone / "data/concepts/pot").glob("*.png"))) == 5
+
+
+def mend(page, clone: Path) -> None:
+    page.get_by_label("Caption of 02.png").fill("a {} teapot in <b>bold</b> light")
+    press_in_row(page, "02.png", "Save the caption")
+    page.get_by_text("+a {} teapot in <b>bold</b> light").wait_for()
+    press(page, "Write")
+    wait_until((clone / "data/concepts/pot/02.txt").is_file)
+    page.get_by_text("caption: sidecar").wait_for()
+    press_in_row(page, "03.png", "Paint the mask")
+    canvas = page.locator(".nicegui-interactive-image, .q-dialog img").last
+    canvas.wait_for()
+    page.wait_for_timeout(500)
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 20, box["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 120, box["y"] + 60, steps=5)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    shoot(page, "paint")
+    press(page, "Write the mask")
+    wait_until((clone / "data/concepts/pot/03.png.mask.png").is_file)
+    page.get_by_text("mask: file").wait_for()
+    press_in_row(page, "05.png", "Set aside")
+    page.get_by_text("05.png is set aside").wait_for()
+    assert not (clone / "data/concepts/pot/05.png").exists()
+    press(page, "Bring back")
+    page.get_by_label("Caption of 05.png").wait_for()
+
+
+def press_in_row(page, photo: str, name: str) -> None:
+    row = page.locator(".q-card .row").filter(has=page.get_by_label(f"Caption of {photo}"))
+    row.get_by_role("button", name=name).last.click()
+
+
+def train(page, clone: Path) -> None:
+    tab(page, "Learn")
+    press(page, "Run")
+    page.get_by_text(re.compile("train: [1-9]\\d* of 250")).wait_for(timeout=3 * MINUTES)
+    press(page, "Stop")
+    page.get_by_text("was stopped").wait_for()
+    assert list(clone.glob(".checkpoints/*/step-*"))
+    page.get_by_label("train.max_steps").fill("30")
+    press(page, "Run")
+    page.get_by_text("+  max_steps: 30").wait_for()
+    press(page, "Write")
+    page.get_by_text(re.compile("train: [1-9]\\d* of 30")).wait_for(timeout=3 * MINUTES)
+    shoot(page, "learn")
+    page.reload()  # the run goes on, and is found
+    tab(page, "Learn")
+    page.get_by_text("The pipeline is running.").wait_for()
+    page.get_by_text("has finished").wait_for(timeout=10 * MINUTES)
+    assert params(clone)["train"]["max_steps"] == 30
+    assert "continuing" not in (clone / ".customdiff/run.log").read_text()  # 30 steps are another run than 250
+
+
+def draw(page) -> tuple[float, float]:
+    tab(page, "Play")
+    seconds = []
+    for number in (1, 2):
+        page.get_by_label("Prompt").fill(f"photo of a <new1> teapot on a blue background, {number}")
+        started = time.monotonic()
+        press(page, "Draw")
+        page.get_by_alt_text(re.compile(f"^base model: .*, {number}$")).wait_for(timeout=3 * MINUTES)
+        seconds.append(time.monotonic() - started)
+    shoot(page, "play")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").first.click()
+    assert download.value.suggested_filename == "customdiff-seed42.png"
+    return seconds[0], seconds[1]
