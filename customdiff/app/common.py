@@ -85,7 +85,8 @@ async def confirm(title: str, difference: str, *, yes: str = "Write", more: Call
     """Ask with a diff; True if the user agrees."""
     with ui.dialog() as dialog, ui.card().classes("w-full max-w-3xl"):
         ui.label(title).classes("text-lg").props('role="heading" aria-level="2"')
-        with ui.scroll_area().classes("w-full max-h-72 h-60 border rounded").props('tabindex="0"'):
+        area = ui.scroll_area().classes("w-full h-60 border rounded").props('tabindex="0"')
+        with area, ui.column().classes("gap-0"):
             for line in difference.splitlines():
                 color = ADDED if line.startswith("+") else REMOVED if line.startswith("-") else ""
                 ui.label(line).classes(f"font-mono text-xs whitespace-pre-wrap break-all {color}")

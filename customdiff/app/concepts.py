@@ -45,9 +45,12 @@ class NewConcept:
             on_rejected=lambda: self.refuse(limits.maximum),
         ).classes("w-full")
         self.upload.props(f'accept="{",".join([*SUFFIXES, ".txt"])}" flat bordered').props["aria-label"] = "Photos"
+        self.upload.on("finish", self.upload.reset)  # the thumbnails show them
         self.thumbnails = ui.row().classes("w-full gap-2")
         with ui.row().classes("w-full items-center gap-4"):
-            self.name = ui.input("Name", placeholder="rex").props('hint="lower-case letters, digits, _ and -"')
+            self.name = (
+                ui.input("Name", placeholder="rex").classes("w-64").props('hint="lower-case letters, digits, _ and -"')
+            )
             self.words = ui.input("Class", placeholder="dog").props('hint="what the subject is"')
             self.guesses = ui.row().classes("gap-1")
             busy(ui.button("Propose the class").props("flat"), self.propose_class)
@@ -132,7 +135,6 @@ class NewConcept:
 
         if await self.session.propose(edited, lambda: adding.keep(name, gathered, examples), show):
             self.dropped.clear()
-            self.upload.reset()
             self.show()
 
 

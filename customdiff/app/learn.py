@@ -16,7 +16,13 @@ from customdiff.new_concept import presets
 from customdiff.new_concept.params_file import with_concepts_of, with_values
 
 KEYS = ("train.max_steps", "train.learning_rate", "train.prior_loss_weight", "base.seed")
-ICONS = {"done": "check_circle", "unchanged": "fast_forward", "running": "hourglass_top", "ended": "cancel"}
+ICONS = {
+    "done": "check_circle",
+    "unchanged": "fast_forward",
+    "running": "hourglass_top",
+    "failed": "error",
+    "stopped": "pause_circle",
+}
 
 
 def build(session: Session) -> Callable[[], None]:
@@ -137,7 +143,7 @@ class Run:
         self.stages.clear()
         with self.stages:
             for name, state in progress.stages.items():
-                ui.chip(f"{name}: {state}", icon=ICONS[state]).props("outline square")
+                ui.chip(f"{name}: {state}", icon=ICONS.get(state, "error")).props("outline square")
         self.bar.set_value(progress.done / progress.total if progress.total else 0)
         self.step.set_text(f"{progress.label}: {progress.done} of {progress.total}" if progress.total else "")
         self.log.set_text("\n".join(progress.lines) or "nothing yet")

@@ -25,6 +25,10 @@ NOTES = (
     "Ctrl-C ends the page; a run of the pipeline goes on",
     "Whoever has this address can edit and run this project. The connection is not encrypted.",
 )
+STYLE = """
+.q-notification .q-btn { color: inherit !important }
+.q-uploader__file { display: none }
+"""
 POLICY = "sandbox allow-popups; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -41,6 +45,8 @@ def page() -> None:
     dark = ui.dark_mode(None)
     ui.colors(primary="#2563a8", dark="#1d1f24", dark_page="#121317")
     ui.button.default_props("no-caps")
+    ui.toggle.default_props("no-caps")
+    ui.add_css(STYLE)
     with ui.header().classes("items-center justify-between py-1"):
         ui.label("customdiff").classes("text-xl").props('role="heading" aria-level="1"')
         ui.button(icon="contrast", on_click=dark.toggle).props('flat round color=white aria-label="Dark or light"')

@@ -33,7 +33,7 @@ class Progress:
     """What the log of a run says.
 
     Attributes:
-        stages: state of each stage that was reached: running, done, or unchanged.
+        stages: state of each stage that was reached: running, done, unchanged, or how the run ended in it.
         label, done, total: the last progress bar; total is 0 before the first one of a stage.
         losses: training loss by step.
         lines: the last lines, without progress bars.
@@ -148,8 +148,9 @@ def progress() -> Progress:
             found.label, found.done, found.total = "", 0, 0
         if line.strip() and not bar:
             found.lines.append(printable(line))
-    if not running():
-        found.stages = {name: "done" if state == "running" else state for name, state in found.stages.items()}
+    if ended := outcome():
+        last = "done" if ended == "finished" else ended
+        found.stages = {name: last if state == "running" else state for name, state in found.stages.items()}
     found.lines = found.lines[-200:]
     return found
 

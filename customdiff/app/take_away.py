@@ -33,7 +33,7 @@ def _export() -> None:
     with ui.row().classes("items-center gap-4"):
         adapter = _adapter()
         folder = ui.input("Folder in exports/", value="lora").props('hint="a new one"')
-        rank = ui.number("Maximum rank", min=1).props('hint="lora and kohya; empty: no limit"')
+        rank = ui.number("Maximum rank", min=1).classes("w-64").props('hint="lora and kohya; empty: no limit"')
     form.on_value_change(lambda event: folder.set_value(event.value))
     button = ui.button("Export", icon="download")
     said = _said()
@@ -52,7 +52,11 @@ def _push() -> None:
     with ui.row().classes("items-center gap-4"):
         repository = ui.input("Repository", placeholder="owner/name")
         licence = ui.input("Licence", placeholder="cc-by-4.0")
-        base = ui.input("Base model on the Hub", placeholder="owner/name").props('hint="empty: as in the adapter"')
+        base = (
+            ui.input("Base model on the Hub", placeholder="owner/name")
+            .classes("w-64")
+            .props('hint="empty: as in the adapter"')
+        )
     with ui.row().classes("items-center gap-4"):
         adapter = _adapter()
         public = ui.switch("Visible to everyone (--public)")

@@ -20,7 +20,7 @@ pytest.importorskip("nicegui")
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")]
-PHOTOS = sorted((ROOT / "data/concepts/teapot").glob("*.png"))
+PHOTOS = sorted((ROOT / "data/concepts/cat").glob("*.png"))
 TRAINING = {"max_steps": 250, "checkpointing_steps": 10, "validation": {"every": 10, "steps": 5}}
 MINUTES = 60_000  # ms
 SHOTS = os.environ.get("CUSTOMDIFF_SCREENSHOTS")  # folder; see docs/app.md
@@ -76,6 +76,7 @@ def page(browser, address):
     opened.set_default_timeout(MINUTES)
     opened.goto(address)
     yield opened
+    shoot(opened, "last")
     context.close()
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
 
@@ -125,26 +126,26 @@ def add_a_concept(page, clone: Path) -> None:
     before = (clone / "params.yaml").read_text()
     page.locator("input[type=file]").set_input_files(PHOTOS)
     page.get_by_role("button", name="Leave out").nth(4).wait_for()
-    page.get_by_label("Name").fill("pot")
+    page.get_by_label("Name").fill("tom")
     press(page, "Propose the class")
     wait_until(lambda: page.get_by_label("Class").input_value())
-    page.get_by_label("Class").fill("teapot")
+    page.get_by_label("Class").fill("cat")
     page.get_by_role("switch", name="Learn it alone").click()
     press(page, "Show captions, masks and the change")
-    page.get_by_text("+  pot:").wait_for()
+    page.get_by_text("+  tom:").wait_for()
     shoot(page, "concepts")
     assert (clone / "params.yaml").read_text() == before  # nothing is written before the user agrees
     press(page, "Write")
-    wait_until(lambda: list(params(clone)["concepts"]) == ["pot"])
-    assert len(list((clone / "data/concepts/pot").glob("*.png"))) == 5
+    wait_until(lambda: list(params(clone)["concepts"]) == ["tom"])
+    assert len(list((clone / "data/concepts/tom").glob("*.png"))) == 5
 
 
 def mend(page, clone: Path) -> None:
-    page.get_by_label("Caption of 02.png").fill("a {} teapot in <b>bold</b> light")
+    page.get_by_label("Caption of 02.png").fill("a {} cat & friends on a red table")
     press_in_row(page, "02.png", "Save the caption")
-    page.get_by_text("+a {} teapot in <b>bold</b> light").wait_for()
+    page.get_by_text("+a {} cat & friends on a red table").wait_for()
     press(page, "Write")
-    wait_until((clone / "data/concepts/pot/02.txt").is_file)
+    wait_until((clone / "data/concepts/tom/02.txt").is_file)
     page.get_by_text("caption: sidecar").wait_for()
     press_in_row(page, "03.png", "Paint the mask")
     canvas = page.locator(".nicegui-interactive-image, .q-dialog img").last
@@ -158,11 +159,11 @@ def mend(page, clone: Path) -> None:
     page.wait_for_timeout(500)
     shoot(page, "paint")
     press(page, "Write the mask")
-    wait_until((clone / "data/concepts/pot/03.png.mask.png").is_file)
+    wait_until((clone / "data/concepts/tom/03.png.mask.png").is_file)
     page.get_by_text("mask: file").wait_for()
     press_in_row(page, "05.png", "Set aside")
     page.get_by_text("05.png is set aside").wait_for()
-    assert not (clone / "data/concepts/pot/05.png").exists()
+    assert not (clone / "data/concepts/tom/05.png").exists()
     press(page, "Bring back")
     page.get_by_label("Caption of 05.png").wait_for()
 
@@ -197,7 +198,7 @@ def draw(page) -> tuple[float, float]:
     tab(page, "Play")
     seconds = []
     for number in (1, 2):
-        page.get_by_label("Prompt").fill(f"photo of a <new1> teapot on a blue background, {number}")
+        page.get_by_label("Prompt").fill(f"photo of a <new1> cat on a blue background, {number}")
         started = time.monotonic()
         press(page, "Draw")
         page.get_by_alt_text(re.compile(f"^base model: .*, {number}$")).wait_for(timeout=3 * MINUTES)
