@@ -130,7 +130,8 @@ def busy(button: ui.button, work: Callable[[], Awaitable[object]]) -> None:
             with guarded():
                 await work()
         finally:
-            button.props(remove="loading").enable()
+            if not button.is_deleted:
+                button.props(remove="loading").enable()
 
     button.on_click(run)
 

@@ -100,7 +100,8 @@ class Run:
         with ui.row().classes("w-full gap-4 items-start"):
             self.loss = ui.image().classes("bg-white rounded w-full sm:w-96").props('no-spinner alt="Training loss"')
             self.images = ui.row().classes("gap-2")
-        with ui.expansion("Log").classes("w-full"):
+        self.details = ui.expansion("Log").classes("w-full")
+        with self.details:
             self.log = ui.label().classes("font-mono text-xs whitespace-pre-wrap break-all")
         ui.timer(1.0, self.update)
 
@@ -135,6 +136,7 @@ class Run:
         if now == self.seen:
             return
         self.seen = now
+        self.details.set_value(self.details.value or outcome == "failed")
         self.show(progress)
         await self.show_training(progress)
 

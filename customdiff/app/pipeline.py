@@ -105,8 +105,12 @@ def foreign() -> psutil.Process | None:
     own = running()
     for pid in _holders():
         try:
-            if own is None or os.getsid(pid) != own.pid:
-                return psutil.Process(pid)
+            process = psutil.Process(pid)
+            is_dvc = any(
+                "dvc" in word for word in process.cmdline()
+            )  # not another program with the number of a dead one
+            if is_dvc and (own is None or os.getsid(pid) != own.pid):
+                return process
         except (psutil.Error, OSError):
             continue  # it has ended
     return None

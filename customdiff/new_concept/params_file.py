@@ -1,7 +1,8 @@
 """params.yaml as a page or a command read it: edits of its text, the difference, and a write that overwrites no one."""
 
 import difflib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 
 from customdiff import config
-from customdiff.config import Params, strict_yaml
+from customdiff.config import Concept, Params, strict_yaml, unknown_tokens
 from customdiff.errors import UserError
 from customdiff.files import atomic_file
 from customdiff.new_concept import entry
@@ -116,6 +117,8 @@ def _with_value(text: str, section: str, name: str, value: str) -> str:
 def with_concepts_of(text: str, preset: str) -> str:
     """The text of a preset, with the concepts of another params.yaml instead of its own.
 
+    Validation prompts of the preset that name a token of its other concepts are removed.
+
     Args:
         text: a valid params.yaml, whose concepts are kept.
         preset: the text of the preset.
@@ -126,4 +129,17 @@ def with_concepts_of(text: str, preset: str) -> str:
     entries: dict[str, Any] = strict_yaml.parse(text)["concepts"]
     for number, (name, values) in enumerate(entries.items()):
         preset = entry.with_concept(preset, name, values, only=number == 0)
-    return preset
+    return _without_unknown_tokens(preset, [Concept.model_validate(values) for values in entries.values()])
+
+
+def _without_unknown_tokens(text: str, concepts: Sequence[Concept]) -> str:
+    """The text without the validation prompts that name a token which no concept has."""
+    node: Any = yaml.compose(text, yaml.SafeLoader)
+    for key in ("train", "validation", "prompts"):
+        node = entry.find(node, key)
+    prompts = [each.value for each in node.value] if isinstance(node, yaml.SequenceNode) else []
+    kept = [prompt for prompt in prompts if not unknown_tokens(prompt, concepts)]
+    if kept == prompts:
+        return text
+    start, end = node.start_mark.index, len(text[: node.end_mark.index].rstrip())
+    return text[:start] + json.dumps(kept, ensure_ascii=False) + text[end:]
