@@ -99,5 +99,5 @@ def test_a_write_is_the_whole_file_or_nothing(file):
 
 def test_a_file_that_is_not_valid_is_not_read(file):
     file.path.write_text("train: {steps: 3}\n")
-    with pytest.raises(UserError, match="params.yaml"):
+    with pytest.raises(UserError, match=r"params\.yaml"):
         ParamsFile.read(file.path)
