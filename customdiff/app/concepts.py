@@ -64,8 +64,9 @@ class NewConcept:
         with guarded():
             data = await event.file.read()
             limits = self.session.file.params.download
-            await asyncio.to_thread(self.dropped.add, event.file.name, data, limits)
-        self.show()
+            name = await asyncio.to_thread(self.dropped.add, event.file.name, data, limits)
+            if name in self.dropped.names:  # not a caption
+                self.show(name)
 
     def refuse(self, maximum: int) -> None:
         """Say why the browser did not send a file."""
@@ -78,20 +79,17 @@ class NewConcept:
             close_button="Close",
         )
 
-    def show(self) -> None:
-        """Thumbnails of the photos that were dropped, each with a button that leaves it out."""
-        self.thumbnails.clear()
-        with self.thumbnails:
-            for name in self.dropped.names:
-                with ui.column().classes("w-24 gap-0 items-center"):
-                    picture(self.dropped.thumbnail(name), name, "w-24")
-                    ui.label(name).classes("text-xs break-all")
-                    ui.button("Leave out", on_click=lambda name=name: self.leave_out(name)).props("flat dense size=sm")
+    def show(self, name: str) -> None:
+        """The thumbnail of a photo that was dropped, with a button that leaves it out."""
 
-    def leave_out(self, name: str) -> None:
-        """Forget a photo."""
-        self.dropped.remove(name)
-        self.show()
+        def leave_out() -> None:
+            self.dropped.remove(name)
+            tile.delete()
+
+        with self.thumbnails, ui.column().classes("w-24 gap-0 items-center") as tile:
+            picture(self.dropped.thumbnail(name), name, "w-24")
+            ui.label(name).classes("text-xs break-all")
+            ui.button("Leave out", on_click=leave_out).props("flat dense size=sm")
 
     async def propose_class(self) -> None:
         """Ask CLIP for the class, and offer its three most probable words."""
@@ -135,7 +133,7 @@ class NewConcept:
 
         if await self.session.propose(edited, lambda: adding.keep(name, gathered, examples), show):
             self.dropped.clear()
-            self.show()
+            self.thumbnails.clear()
 
 
 class ConceptPhotos:

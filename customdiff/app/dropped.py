@@ -1,6 +1,7 @@
 """Photos that were dropped on the page, in a temporary folder until they are added to the project."""
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ class DroppedPhotos:
     def __init__(self) -> None:
         self._work = TemporaryDirectory(prefix="customdiff-")
         self._rounds = 0
+        self._lock = threading.Lock()
         self.folder = Path(self._work.name, "photos")
         self.folder.mkdir()
         self.clean_up: Callable[[], None] = self._work.cleanup
@@ -44,12 +46,13 @@ class DroppedPhotos:
             return safe
         if not image_folder.is_image(safe):
             raise UserError(f"{safe}: not a photo by its name; drop files such as {', '.join(images.SUFFIXES[:4])}")
-        if safe not in self.names and len(self.names) >= limits.maximum:
-            raise UserError(
-                f"{safe}: left out, because download.maximum is {limits.maximum}; 4 to 5 photos of the subject suffice"
-            )
         images.open_rgb(data, limits.max_megapixels, name=safe)
-        (self.folder / safe).write_bytes(data)
+        with self._lock:  # browsers send several at once
+            if safe not in self.names and len(self.names) >= limits.maximum:
+                raise UserError(
+                    f"{safe}: left out: download.maximum is {limits.maximum}; 4 to 5 photos of the subject suffice"
+                )
+            (self.folder / safe).write_bytes(data)
         return safe
 
     def thumbnail(self, name: str) -> Image.Image:

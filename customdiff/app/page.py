@@ -110,8 +110,8 @@ def serve(host: str, port: int, *, show: bool) -> None:
     app.on_startup(
         lambda: print(f"customdiff app: http://{shown}:{port}{path}\n{NOTES[token is not None]}", flush=True)
     )
+    ui.page("/")(page)
     ui.run(
-        page,
         host=host,
         port=port,
         title="customdiff",

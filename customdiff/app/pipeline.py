@@ -106,9 +106,7 @@ def foreign() -> psutil.Process | None:
     for pid in _holders():
         try:
             process = psutil.Process(pid)
-            is_dvc = any(
-                "dvc" in word for word in process.cmdline()
-            )  # not another program with the number of a dead one
+            is_dvc = any("dvc" in word for word in process.cmdline())  # its number may be another program's by now
             if is_dvc and (own is None or os.getsid(pid) != own.pid):
                 return process
         except (psutil.Error, OSError):
@@ -132,7 +130,7 @@ def outcome() -> str:
     run = _read()
     if not run or running():
         return ""
-    if run["status"] is None:
+    if run["status"] is None or run["status"] < 0:
         return "killed"
     return "finished" if run["status"] == 0 else "stopped" if run.get("stopped") else "failed"
 

@@ -68,7 +68,7 @@ def test_only_so_many_photos_are_kept(dropped):
     for number in range(3):
         dropped.add(f"{number}.png", PHOTO, LIMITS)
     dropped.add("2.png", PHOTO, LIMITS)  # again
-    with pytest.raises(UserError, match=r"3\.png: left out, because download\.maximum is 3"):
+    with pytest.raises(UserError, match=r"3\.png: left out: download\.maximum is 3"):
         dropped.add("3.png", PHOTO, LIMITS)
 
 

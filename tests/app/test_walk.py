@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def tab(page, name: str) -> None:
 
 
 def press(page, name: str) -> None:
-    page.get_by_role("button", name=name).last.click()
+    page.get_by_role("button", name=name, exact=True).last.click()
 
 
 def params(clone: Path) -> dict:
@@ -208,3 +209,86 @@ def draw(page) -> tuple[float, float]:
         page.get_by_role("button", name="Download").first.click()
     assert download.value.suggested_filename == "customdiff-seed42.png"
     return seconds[0], seconds[1]
+
+
+def test_bad_files_are_refused_by_name(page, clone, tmp_path):
+    files, before = page.locator("input[type=file]"), (clone / "params.yaml").read_bytes()
+    (tmp_path / "notes.jpg").write_text("only text")
+    (tmp_path / "<img src=x onerror=alert(1)>.png").write_bytes(b"<html>")
+    files.set_input_files([tmp_path / "notes.jpg", tmp_path / "<img src=x onerror=alert(1)>.png", PHOTOS[0]])
+    page.get_by_text("notes.jpg: not an image").wait_for()
+    page.get_by_text("img-src-x-onerror-alert-1-.png: not an image but a web page").wait_for()
+    page.get_by_role("button", name="Leave out").wait_for()
+    assert page.get_by_role("button", name="Leave out").count() == 1
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(400_000_000)
+    files.set_input_files(tmp_path / "large.png")
+    page.get_by_text("of at most 64 MB each").wait_for()
+    for number in range(200):
+        shutil.copy(PHOTOS[0], tmp_path / f"{number}.png")
+    files.set_input_files([tmp_path / f"{number}.png" for number in range(200)])
+    page.get_by_text("at most 100 photos").last.wait_for()
+    page.get_by_text("left out: download.maximum is 100").wait_for()
+    page.get_by_role("button", name="Leave out").nth(99).wait_for()
+    page.get_by_label("Name").fill("../../x")
+    press(page, "Show captions, masks and the change")
+    page.get_by_text("NAME: '../../x' must be of lower-case letters").wait_for()
+    assert sorted(path.name for path in clone.rglob("*") if "onerror" in path.name or path.name == "x") == []
+    assert (clone / "params.yaml").read_bytes() == before
+
+
+def test_an_edit_from_outside_is_not_overwritten(page, clone, browser, address):
+    path = clone / "params.yaml"
+    tab(page, "Learn")
+    page.get_by_label("base.seed").fill("43")
+    other = browser.new_page()
+    other.goto(address)
+    tab(other, "Learn")
+    other.get_by_label("base.seed").fill("44")
+    press(other, "Show and write the change")
+    press(other, "Write")
+    wait_until(lambda: params(clone)["base"]["seed"] == 44)
+    theirs = path.read_bytes()
+    page.get_by_text("params.yaml was edited outside this page").wait_for()
+    press(page, "Show and write the change")
+    press(page, "Write")
+    page.get_by_text("was edited outside; nothing was written").wait_for()
+    page.get_by_text("+  seed: 44").wait_for()
+    assert path.read_bytes() == theirs
+    press(page, "Load params.yaml again")
+    wait_until(lambda: page.get_by_label("base.seed").input_value() == "44")
+    other.close()
+
+
+def test_markup_in_prompts_is_text(page):
+    alerts: list[str] = []
+    page.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
+    tab(page, "Play")
+    page.get_by_label("Prompt").fill("<img src=x onerror=alert(1)> <new1> cat")
+    press(page, "Draw")
+    page.get_by_text("<img src=x onerror=alert(1)> <new1> cat").first.wait_for(timeout=3 * MINUTES)
+    assert page.locator("img[src=x]").count() == 0
+    assert alerts == []
+
+
+def test_a_pipeline_in_another_terminal_is_named(page, clone):
+    command = [*project.DVC, "repro", "--force"]
+    other = subprocess.Popen(command, cwd=clone, env=environment(clone), start_new_session=True)
+    try:
+        tab(page, "Learn")
+        page.get_by_text(re.compile(f"Process {other.pid} .*dvc repro.* in another terminal")).wait_for()
+        assert page.get_by_role("button", name="Run", exact=True).is_disabled()
+    finally:
+        os.killpg(other.pid, signal.SIGINT)
+        other.wait(60)
+    page.get_by_role("button", name="Run", exact=True, disabled=False).wait_for()
+
+
+@pytest.mark.parametrize("path", ["/report/../../params.yaml", "/params.yaml", "/data/base/README.md", "/%2e%2e/etc/x"])
+def test_no_file_of_the_machine_is_served(address, path, clone):
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert b"404" in answer.split(b"\r\n")[0]
+    assert b"concepts:" not in answer
+    assert b"root:" not in answer
