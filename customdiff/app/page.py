@@ -28,6 +28,7 @@ NOTES = (
 STYLE = """
 .q-notification .q-btn { color: inherit !important }
 .q-uploader__file { display: none }
+.body--dark .text-primary { color: #8ab4f0 !important }
 """
 POLICY = "sandbox allow-popups; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 

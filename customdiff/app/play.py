@@ -147,7 +147,7 @@ class Play:
             with ui.row().classes("gap-3"):
                 for title, image in drawn.images.items():
                     with ui.column().classes("gap-0 items-center"):
-                        picture(image, f"{title}: {drawn.drawing.prompt}", "w-40 sm:w-64")
+                        picture(image, f"{title}: {drawn.drawing.prompt}", "w-36 sm:w-64")
                         ui.label(title).classes("text-sm")
             with ui.row().classes("items-center gap-1"):
                 ui.label(drawn.settings).classes("text-sm opacity-70")

@@ -45,7 +45,13 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{':'.join(sys.path)}")  # `python -m dvc` finds it first
     yield tmp_path
     if process := pipeline.running():
-        process.kill()
+        kill(process)
+
+
+def kill(process: psutil.Process) -> None:
+    """Kill a run and the program in it."""
+    for each in [process, *process.children(recursive=True)]:
+        each.kill()
 
 
 def wait_until(condition) -> None:
@@ -95,8 +101,7 @@ def test_a_failure_and_a_kill_are_told_apart(project):
     (project / "end").unlink()
     pipeline.start()
     wait_until(started)
-    for process in [*(own := pipeline.running()).children(recursive=True), own]:
-        process.kill()
+    kill(pipeline.running())
     wait_until(lambda: pipeline.running() is None)
     assert pipeline.outcome() == "killed"
 
