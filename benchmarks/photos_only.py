@@ -152,7 +152,7 @@ def set_up(work: Path) -> None:
     """Photos, links to the shipped models, and the index of the pool."""
     work.mkdir(parents=True, exist_ok=True)
     (work / "data").mkdir(exist_ok=True)
-    for part in ("base", "captioner", "clip", "judge", "pool", "prompts", "segmenter"):
+    for part in ("base", "captioner", "clip", "identity", "judge", "pool", "prompts", "segmenter"):
         if not (work / "data" / part).exists():
             (work / "data" / part).symlink_to(ROOT / "data" / part)
     write_photos(work)

@@ -104,13 +104,19 @@ def prepare(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:
 
 
 def train(params: Params, hashes: "FileHashes") -> Inputs:
-    """Inputs of `train`: sections `train` and `concepts`, without their folders of images, and the base model."""
+    """Inputs of `train`: sections `train` and `concepts`, without their folders of images, and the base model.
+
+    Also the judges of `evaluate` if checkpoints are graded.
+    """
     config_file, folders = params.train.launch.config_file, {"source", "holdout"}
+    judges = {"clip", "identity"} if params.train.grades_checkpoints else set()
     return {
         "train": params.train.model_dump(),
         "prepare": params.prepare.model_dump(include={"resolution", "cache_latents"}),
         "concepts": {name: concept.model_dump(exclude=folders) for name, concept in params.concepts.items()},
         "launch": hashes.of(config_file),
+        "judges": params.evaluate.model_dump(include=judges),
+        "judge files": hashes.of(*(getattr(params.evaluate, name) for name in sorted(judges))),
         **_base(params.base, hashes),
     }
 

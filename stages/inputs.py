@@ -8,11 +8,13 @@ from customdiff.errors import one_line_errors
 def main() -> None:
     """Check params.yaml, the evaluation prompts and holdout folders, before training."""
     from customdiff import config, stage_inputs
-    from customdiff.evaluation.prompts import read_all_prompts
+    from customdiff.evaluation.prompts import check_grading_prompts, read_all_prompts
     from customdiff.sources.image_folder import holdout_paths
 
     params = config.load()
-    read_all_prompts(params.evaluate.prompts, params.concepts)
+    prompts = read_all_prompts(params.evaluate.prompts, params.concepts)
+    if params.train.grades_checkpoints:
+        check_grading_prompts(params.train.grading.prompts, prompts)
     for name, concept in params.concepts.items():
         if concept.holdout:
             holdout_paths(name, Path(concept.holdout))

@@ -17,6 +17,7 @@ def main() -> None:
         os.execv(arguments[0], arguments)
 
     from customdiff import provenance, tracking
+    from customdiff.evaluation.checkpoint_grader import CheckpointGrader
     from customdiff.training import trainer
     from customdiff.training.checkpoints import RUNS
 
@@ -26,7 +27,8 @@ def main() -> None:
             return tracking.resume(params.tracking, run_id, name, tags=tags)
         return tracking.start(params.tracking, name, tags=tags)
 
-    run = trainer.run(params, Path("data/prepared"), RUNS, tracker_for)
+    grader = CheckpointGrader.load(params) if params.train.grades_checkpoints else None
+    run = trainer.run(params, Path("data/prepared"), RUNS, tracker_for, grader)
     if int(os.environ.get("RANK", 0)) == 0:
         run.copy_results(Path("models/adapter"), Path("results/train"))
 

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,10 +135,10 @@ def trainings(learned, tmp_path, monkeypatch):
         changed = adapter.read(folder)
         for weight in changed.weights.values():
             weight *= 1 + number
-        adapter.save(replace(changed, config=changed.config.with_changes(**{"steps": 12})), folder)
+        adapter.save(changed, folder)
         (folder / "state.pt").write_text("never read here")
         identity = folder.parent / "identity.json"
-        identity.touch()
+        identity.write_text('{"train": {"max_steps": 12}}')
         os.utime(identity, (1_700_000_000 + 3600 * (run_name == "late"),) * 2)
     (tmp_path / ".checkpoints/late/step-000012.incoming").mkdir()  # of a training that was killed while it wrote
     (tmp_path / ".checkpoints/early/complete").touch()
@@ -189,6 +188,9 @@ def test_checkpoints_are_listed_the_last_training_first(trainings):
     lines = run("checkpoints").output.splitlines()
     assert [line.split()[0] for line in lines[::2]] == [".checkpoints/late", ".checkpoints/early"]
     assert [line.strip() for line in lines[1::2]] == ["steps 2, 10", "steps 4"]
+    assert "10 of 12 steps" in lines[0]
+    (trainings / "late/step-000010/grade.json").write_text('{"score": 0.61249}')
+    assert "steps 2, 10 (score 0.612)" in run("checkpoints").output
     assert lines[0].endswith(", 10 of 12 steps")
     assert lines[2].endswith(", complete")
     assert "<new1>" in lines[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from world.card import card
@@ -37,6 +38,26 @@ def export_clip(work: Path, name: str, folder: Path) -> None:
     clip.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     image_processor().save_pretrained(folder)
+
+
+def share_text_encoder(data: Path) -> None:
+    """Store the weights of the CLIP's text encoder once: the base model's file is a shard of the CLIP, by a link.
+
+    `export_clip` and `export_base` write them twice, 4 MB each.
+    """
+    whole, text_file = data / "clip/model.safetensors", data / "base/text_encoder/model.safetensors"
+    weights = load_file(whole)
+    text = {name: weight for name, weight in weights.items() if name.startswith("text_model.")}
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    index = {
+        "metadata": {"total_size": sum(weight.nbytes for weight in weights.values())},
+        "weight_map": {name: first if name in text else second for name in sorted(weights)},
+    }
+    save_file(text, text_file, {"format": "pt"})
+    save_file({name: weights[name] for name in weights if name not in text}, data / "clip" / second, {"format": "pt"})
+    (data / "clip" / first).symlink_to(Path("..", text_file.relative_to(data)))
+    (data / "clip/model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    whole.unlink()
 
 
 def assemble(work: Path) -> StableDiffusionPipeline:
@@ -94,6 +115,8 @@ def main() -> None:
             export_clip(work, name, data / name)
     if "base" in wanted:
         export_base(work, data / "base")
+    if (data / "clip/model.safetensors").exists():
+        share_text_encoder(data)
     sizes = {part: sum(f.stat().st_size for f in (data / part).rglob("*") if f.is_file()) for part in parts}
     for file in data.rglob("*.safetensors"):
         file.chmod(0o644)  # written readable by their owner alone

@@ -154,7 +154,7 @@ def _track(params: config.Params, run: "RunFolder", summaries: "list[sweeps.Summ
 
 
 def checkpoints() -> None:
-    """List the trainings that have checkpoints, latest first, and the steps of each."""
+    """List the trainings that have checkpoints, latest first, and the steps of each with their scores, if graded."""
     _check_any_checkpoints(None)
     from customdiff.adapters import adapter
     from customdiff.training import checkpoints as folders
@@ -165,10 +165,12 @@ def checkpoints() -> None:
         adapter_config = adapter.read_config(paths[-1])
         words = ", ".join(adapter_config.tokens)
         done = folders.step_of(paths[-1])
-        state = "complete" if (run.path / folders.COMPLETE).exists() else f"{done} of {adapter_config.steps} steps"
+        state = "complete" if (run.path / folders.COMPLETE).exists() else f"{done} of {run.max_steps} steps"
         begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(folders.last_opened(run)))
         typer.echo(f"{run.path}  {begun}  {words} on {adapter_config.base.model}, {adapter_config.method}, {state}")
-        typer.echo(f"  steps {', '.join(str(folders.step_of(path)) for path in paths)}")
+        scores = {folders.step_of(path): folders.score_of(path) for path in paths}
+        steps = (str(step) if score is None else f"{step} (score {score:.3f})" for step, score in scores.items())
+        typer.echo(f"  steps {', '.join(steps)}")
 
 
 def _steps(text: str | None) -> list[int]:

@@ -62,11 +62,12 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _known_tokens(self) -> "Params":
-        for prompt in self.train.validation.prompts:
+        prompts = {"validation": self.train.validation.prompts, "grading": self.train.grading.prompts}
+        for section, prompt in ((section, prompt) for section, found in prompts.items() for prompt in found):
             if unknown := unknown_tokens(prompt, self.concepts.values()):
                 tokens = ", ".join(concept.modifier_token for concept in self.concepts.values())
                 raise ValueError(
-                    f"train.validation.prompts: {prompt!r} names {unknown[0]}, which no concept has (modifier tokens: "
+                    f"train.{section}.prompts: {prompt!r} names {unknown[0]}, which no concept has (modifier tokens: "
                     f"{tokens}); {{}} stands for every concept in turn"
                 )
         return self

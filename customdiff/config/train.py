@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from customdiff.config.section import Fraction, SamplerSteps, Section
 
@@ -22,6 +22,35 @@ class Validation(Section):
     def due(self, step: int) -> bool:
         """Whether images are generated after this step."""
         return bool(self.prompts) and step % self.every == 0
+
+
+class Grading(Section):
+    """Images by which checkpoints are graded during training, for `select: best` and `patience`."""
+
+    prompts: list[str] = Field(
+        ["a photo of a {} on the beach", "a {} in the snow", "a {} in front of a brick wall", "a painting of a {}"],
+        min_length=1,
+        description="Prompts, none of them of evaluate.prompts; {} stands for the subject.",
+    )
+    num_images: int = Field(1, ge=1, description="Images per prompt and concept.")
+    steps: SamplerSteps = Field(25, description="Sampler steps.")
+    guidance_scale: float = Field(6.0, ge=0, description="Scale of classifier-free guidance.")
+    identity_weight: float = Field(1.0, ge=0, description="Weight of the subject's share in the harmonic mean.")
+    text_weight: float = Field(1.0, ge=0, description="Weight of the share of text alignment.")
+
+    @property
+    def all_prompts(self) -> list[str]:
+        """The prompt of each image of a concept."""
+        return [prompt for prompt in self.prompts for _ in range(self.num_images)]
+
+    @model_validator(mode="after")
+    def _usable(self) -> "Grading":
+        for prompt in self.prompts:
+            if "{}" not in prompt:
+                raise ValueError(f"prompts: {prompt!r} has no {{}} for the subject")
+        if not self.identity_weight + self.text_weight:
+            raise ValueError("identity_weight and text_weight are both 0; at least one must be positive")
+        return self
 
 
 class Launch(Section):
@@ -76,8 +105,20 @@ class Train(Section):
     )
     checkpointing_steps: int = Field(250, ge=1, description="Steps between checkpoints.")
     checkpoints_total_limit: int | None = Field(None, ge=1, description="Checkpoints to keep; null: all.")
+    select: Literal["last", "best"] = Field(
+        "last", description="Checkpoint that becomes the adapter: the last, or the one with the best grade."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after this many checkpoints in a row without a better grade; null: never."
+    )
+    grading: Grading = Grading()
     validation: Validation = Validation()
     launch: Launch = Launch()
+
+    @property
+    def grades_checkpoints(self) -> bool:
+        """Whether checkpoints are graded during training."""
+        return self.select == "best" or self.patience is not None
 
     @property
     def preserves_prior(self) -> bool:

@@ -94,12 +94,14 @@ class Row:
 
 
 def params_of(params: Params, method: str, rate: float | None = None) -> Params:
-    """The parameters of a training by another method, without validation images; everything else is the same."""
+    """The parameters of a training by another method, to its last step and without images; all else is the same."""
     silent = params.train.validation.model_copy(update={"prompts": []})
     changes = {
         "method": method,
         "learning_rate": rate or params.train.learning_rate * RATES[method],
         "validation": silent,
+        "select": "last",
+        "patience": None,
     }
     return params.model_copy(update={"train": params.train.model_copy(update=changes)})
 

@@ -51,6 +51,19 @@ def read_all_prompts(folder: Path | str, concepts: Mapping[str, Concept]) -> lis
     return prompts + read_joint_prompts(folder, concepts)
 
 
+def check_grading_prompts(grading: Sequence[str], prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts for the selection of checkpoints by which the adapter is evaluated as well.
+
+    Raises:
+        UserError: `train.grading.prompts` has an evaluation prompt; the figures would be too good.
+    """
+    evaluated = {prompt.template for prompt in prompts}
+    if shared := [prompt for prompt in grading if prompt in evaluated]:
+        raise UserError(
+            f"train.grading.prompts: {shared[0]!r} is an evaluation prompt as well; select checkpoints by other prompts"
+        )
+
+
 def read_prompts(folder: Path | str, name: str, concepts: Mapping[str, Concept]) -> list[Prompt]:
     """The prompts of the concept `name`: those of `<class_prompt>.txt`, spaces as _, or else of `default.txt`.
 

@@ -130,7 +130,8 @@ def _write_image_encoder(path: Path, config: dict[str, Any], folder: Path) -> No
     from safetensors.numpy import load_file, save_file
 
     width, tokens, positions = 8, 49408, 77
-    weights = {k: v for k, v in load_file(path / "model.safetensors").items() if not k.startswith("text_")}
+    files = sorted(path.glob("model*.safetensors"))  # several if the weights are sharded
+    weights = {k: v for file in files for k, v in load_file(file).items() if not k.startswith("text_")}
     weights |= {
         "text_model.embeddings.token_embedding.weight": np.zeros((tokens, width), np.float32),
         "text_model.embeddings.position_embedding.weight": np.zeros((positions, width), np.float32),

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from customdiff.tracking import Tracker
 RUNS = Path(".checkpoints")
 COMPLETE = "complete"
 RUN_ID = "run.json"
+GRADE = "grade.json"
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Progress:
         seconds: training time, including that before an interruption.
         rows: metrics of each step; see `step_log.StepLog`.
         speeds: images per second of each step.
+        measured: figures of the graded checkpoints; see `selection.Selection`.
     """
 
     step: int = 0
     seconds: float = 0.0
     rows: list[dict] = field(default_factory=list)
     speeds: list[float] = field(default_factory=list)
+    measured: list[dict] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ class RunFolder:
         folder = cls(runs / _name(identity))
         return folder if (folder.path / COMPLETE).exists() else None
 
+    @property
+    def max_steps(self) -> int:
+        """`train.max_steps` of the run."""
+        return json.loads((self.path / "identity.json").read_text(encoding="utf-8"))["train"]["max_steps"]
+
     def metrics(self) -> dict:
         """Metrics, time and memory of a complete run."""
         paths = [self.path / "metrics.json", self.path / "performance.json"]
@@ -120,14 +129,16 @@ class RunFolder:
         optimizer: Optimizer,
         schedule: LRScheduler,
         accelerator: Accelerator,
+        grade: Mapping[str, float] | None = None,
     ) -> None:
-        """Write a checkpoint atomically: an adapter, and the state needed to continue the run."""
+        """Write a checkpoint atomically: an adapter, the state needed to continue the run, and its grade, if any."""
         scaler = accelerator.scaler
         state = {
             "step": progress.step,
             "seconds": progress.seconds,
             "rows": progress.rows,
             "speeds": progress.speeds,
+            "measured": progress.measured,
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
@@ -135,6 +146,8 @@ class RunFolder:
         with atomic_directory(self.path / f"step-{progress.step:06d}") as out:
             adapter.save(learned, out, with_pickle=False)
             torch.save(state, out / "state.pt")
+            if grade:
+                (out / GRADE).write_text(json.dumps(grade, indent=1) + "\n", encoding="utf-8")
 
     def restore(
         self, checkpoint: Path, optimizer: Optimizer, schedule: LRScheduler, accelerator: Accelerator
@@ -145,12 +158,13 @@ class RunFolder:
         schedule.load_state_dict(state["schedule"])
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(state["scaler"])
-        return Progress(state["step"], state["seconds"], state["rows"], state["speeds"])
+        return Progress(state["step"], state["seconds"], state["rows"], state["speeds"], state["measured"])
 
-    def prune(self, limit: int | None) -> None:
-        """Remove all but the newest `limit` checkpoints; None keeps all."""
+    def prune(self, limit: int | None, keep: int | None = None) -> None:
+        """Remove all but the newest `limit` checkpoints and that of the step `keep`; None as limit keeps all."""
         for old in self.checkpoints()[: -limit if limit else 0]:
-            shutil.rmtree(old)
+            if step_of(old) != keep:
+                shutil.rmtree(old)
 
     def run_id(self) -> str | None:
         """Id of the MLflow run that an earlier start of this training opened, or None."""
@@ -220,6 +234,12 @@ def _no_images() -> Image.Image:
 def step_of(checkpoint: Path) -> int:
     """Step of a checkpoint, from its folder's name."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def score_of(checkpoint: Path) -> float | None:
+    """Score of a checkpoint that was graded during training; see `selection.Grade`."""
+    path = checkpoint / GRADE
+    return json.loads(path.read_text(encoding="utf-8"))["score"] if path.exists() else None
 
 
 def find_runs(runs: Path = RUNS) -> list[RunFolder]:

@@ -12,6 +12,7 @@ from customdiff.tracking.pictures import validation_sheet
 from customdiff.tracking.pyfunc import pyfunc_files
 from customdiff.training import step_log
 from customdiff.training.checkpoints import RunFolder, step_of
+from customdiff.training.selection import Grade
 
 
 def begin(tracker: Tracker, params: Params, prepared: Path) -> None:
@@ -27,13 +28,21 @@ def begin(tracker: Tracker, params: Params, prepared: Path) -> None:
 
 
 def end(
-    tracker: Tracker, params: Params, prepared: Path, folder: RunFolder, rows: Sequence[dict], seconds: float
+    tracker: Tracker,
+    params: Params,
+    prepared: Path,
+    folder: RunFolder,
+    rows: Sequence[dict],
+    seconds: float,
+    grades: Sequence[Grade] = (),
 ) -> None:
-    """Log the training time, and each checkpoint that was kept as a model with its losses.
+    """Log the training time, and each checkpoint that was kept as a model with its losses and its grade.
 
     Args:
         rows: metrics of each step.
+        grades: of the checkpoints.
     """
+    by_step = {grade.step: grade.to_dict() for grade in grades}
     tracker.metrics({"seconds": round(seconds, 2)})
     with TemporaryDirectory() as scratch:
         sheet = validation_sheet(folder.path / "validation", Path(scratch, "validation.jpg"))
@@ -47,7 +56,8 @@ def end(
             for name, value in step_log.summary(rows[:step], 0).items()
             if name.startswith("final_")
         }
+        values = {f"grade/{name}": value for name, value in by_step.get(step, {}).items() if name != "step"}
         name = f"{'-'.join(params.concepts)}-step-{step}"
         settings = {"method": params.train.method, "step": str(step)}
-        model = Model(name, CHECKPOINT, step, losses, step, data, params=settings)
+        model = Model(name, CHECKPOINT, step, losses | values, step, data, params=settings)
         tracker.model(model, lambda entity, path=checkpoint: pyfunc_files(path, params, entity))  # type: ignore[misc]

@@ -37,6 +37,7 @@ from customdiff.training.checkpoints import Progress, RunFolder
 from customdiff.training.identity import adapter_config, run_identity
 from customdiff.training.launch import check_distributed_type
 from customdiff.training.objective import learning_rate, losses, optimizer_for, target_of
+from customdiff.training.selection import Grader, Selection
 from customdiff.training.step_log import StepLog
 
 MEMORY_EFFICIENT_FROM = 256  # px; below this, memory-efficient layers are slower and save almost no memory
@@ -130,7 +131,13 @@ class Trainer:
         return metrics | {"grad_norm": norm}
 
 
-def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str | None], Tracker]) -> RunFolder:
+def run(
+    params: Params,
+    prepared: Path,
+    runs: Path,
+    tracker_for: Callable[[str | None], Tracker],
+    grader: Grader | None = None,
+) -> RunFolder:
     """Train on the prepared sets of all concepts, or continue an interrupted run with the same identity.
 
     Args:
@@ -138,6 +145,7 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
         prepared: folder of the prepared sets, one per concept (data/prepared).
         runs: folder of the run folders, which DVC does not track.
         tracker_for: called in the main process with the id of the MLflow run to continue, or None.
+        grader: grades checkpoints; needed if `train.select` or `train.patience` asks for grades.
 
     Returns:
         The run's folder with its adapter, steps.csv, metrics.json, performance.json and validation images.
@@ -146,7 +154,8 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
         UserError: the base model, the prepared sets or the options are invalid or do not fit together.
     """
     accelerator = _accelerator(params)
-    identity = run_identity(params, prepared, accelerator.num_processes)
+    selection = Selection(params, grader if params.train.grades_checkpoints else None)
+    identity = run_identity(params, prepared, accelerator.num_processes, grader)
     folder = RunFolder.of(runs, identity)
     with locked(folder.path) if accelerator.is_main_process else nullcontext():
         folder.open(identity, params.train, accelerator)
@@ -156,7 +165,7 @@ def run(params: Params, prepared: Path, runs: Path, tracker_for: Callable[[str |
                 with tracker_for(folder.run_id()) as tracker:  # a process that was killed has not ended its MLflow run
                     folder.save_run_id(tracker)
         else:
-            _train(params, prepared, folder, tracker_for, accelerator)
+            _train(params, prepared, folder, tracker_for, selection, accelerator)
     return folder
 
 
@@ -165,6 +174,7 @@ def _train(
     prepared: Path,
     folder: RunFolder,
     tracker_for: Callable[[str | None], Tracker],
+    selection: Selection,
     accelerator: Accelerator,
 ) -> None:
     """Train from the last checkpoint of an open run folder, or from the start, and write the results to it."""
@@ -181,22 +191,24 @@ def _train(
         progress = Progress()
         if checkpoint:
             progress = folder.restore(checkpoint, trainer.optimizer, trainer.schedule, accelerator)
-            log.rows, log.speeds = progress.rows, progress.speeds
+            log.rows, log.speeds, selection.measured = progress.rows, progress.speeds, progress.measured
             accelerator.print(f"continuing an interrupted run after step {progress.step}")
             missing = train.validation.due(progress.step) and not folder.has_images(params, progress.step)
             if missing and accelerator.is_main_process:
                 validation.generate(pipe, params, folder, tracker, progress.step)
-        seconds = _loop(trainer, progress, params, folder, log)
+        seconds = _loop(trainer, progress, folder, log, selection)
         if accelerator.is_main_process:
-            learned = adapter.from_pipeline(pipe, adapter_config(params))
+            step = selection.selected_step
+            last = adapter.from_pipeline(pipe, adapter_config(params, len(log.rows)))
+            learned = adapter.read(folder.checkpoint(step)) if step else last
             summary = step_log.summary(log.rows, sum(parameter.numel() for parameter in trainer.trained))
             performance = step_log.performance(log, seconds)
-            folder.finish(learned, log.rows, summary, performance, train)
-            run_log.end(tracker, params, prepared, folder, log.rows, seconds)
+            folder.finish(learned, log.rows, summary | selection.summary(), performance, train)
+            run_log.end(tracker, params, prepared, folder, log.rows, seconds, selection.grades())
     accelerator.wait_for_everyone()
 
 
-def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolder, log: StepLog) -> float:
+def _loop(trainer: Trainer, progress: Progress, folder: RunFolder, log: StepLog, selection: Selection) -> float:
     """Train to the last step, with checkpoints and validation images; returns the run's training time in seconds.
 
     A signal stops a single process after its step, with a checkpoint; several processes stop at once.
@@ -205,22 +217,26 @@ def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolde
         Interrupted: by a signal.
         UserError: a loss or a weight is not finite.
     """
-    train, accelerator = trainer.train, trainer.accelerator
+    train, accelerator, params = trainer.train, trainer.accelerator, selection.params
     first, is_main = progress.step, accelerator.is_main_process
-    single = accelerator.num_processes == 1
     started = time.perf_counter()
     if is_main and first == 0 and train.validation.prompts:
         validation.generate(trainer.pipe, params, folder, log.tracker, 0)
+    if selection.is_due(first) and not selection.is_graded(first):
+        selection.grade(trainer.pipe, first, log.tracker, accelerator)
     log.restart_clock()
     with (
         tqdm(total=train.max_steps, initial=first, desc="train", unit="step", disable=not is_main) as bar,
-        interrupts.deferred() if single else nullcontext(interrupts.Deferral()) as stop,
+        interrupts.deferred() if accelerator.num_processes == 1 else nullcontext(interrupts.Deferral()) as stop,
     ):
         for done in range(first + 1, train.max_steps + 1):
+            if selection.is_over:
+                accelerator.print(f"stopped after step {done - 1}: {train.patience} checkpoints without a better grade")
+                break
             metrics = trainer.step(done - 1)
             log.add({"step": done, **metrics, "learning_rate": trainer.schedule.get_last_lr()[0]})
             bar.update()
-            validate = train.validation.due(done)
+            validate, grade = train.validation.due(done), selection.is_due(done)
             checkpoint = done % train.checkpointing_steps == 0 or done == train.max_steps or stop.requested
             if is_main and (validate or checkpoint):
                 log.flush()
@@ -230,12 +246,13 @@ def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolde
             if is_main and validate and not stop.requested:
                 with stop.during():
                     validation.generate(trainer.pipe, params, folder, log.tracker, done)
+            if grade and not stop.requested:
+                with stop.during():
+                    selection.grade(trainer.pipe, done, log.tracker, accelerator)
             stopping = stop.requested
             if is_main and (checkpoint or stopping):
-                learned = adapter.from_pipeline(trainer.pipe, adapter_config(params))
-                now = Progress(done, progress.seconds + time.perf_counter() - started, log.rows, log.speeds)
-                folder.save(now, learned, trainer.optimizer, trainer.schedule, accelerator)
-                folder.prune(train.checkpoints_total_limit)
+                seconds = progress.seconds + time.perf_counter() - started
+                _save(trainer, Progress(done, seconds, log.rows, log.speeds, selection.measured), folder, selection)
             if stopping:
                 break
             if validate or checkpoint:
@@ -243,6 +260,14 @@ def _loop(trainer: Trainer, progress: Progress, params: Params, folder: RunFolde
         stop.check()
     accelerator.wait_for_everyone()
     return progress.seconds + time.perf_counter() - started
+
+
+def _save(trainer: Trainer, progress: Progress, folder: RunFolder, selection: Selection) -> None:
+    """Write a checkpoint, and remove those that are not kept."""
+    learned = adapter.from_pipeline(trainer.pipe, adapter_config(selection.params, progress.step))
+    grade = next((each.to_dict() for each in selection.grades() if each.step == progress.step), None)
+    folder.save(progress, learned, trainer.optimizer, trainer.schedule, trainer.accelerator, grade)
+    folder.prune(trainer.train.checkpoints_total_limit, keep=selection.selected_step)
 
 
 def _accelerator(params: Params) -> Accelerator:
@@ -331,7 +356,7 @@ def _load_base(params: Params, device: torch.device) -> tuple[DiffusionPipeline,
     """The base model in the compute dtype, its VAE if validation or pixels need it, and the latents' scale."""
     train = params.train
     dtype = base.DTYPES[train.mixed_precision]
-    needs_vae = bool(train.validation.prompts) or not params.prepare.cache_latents
+    needs_vae = bool(train.validation.prompts) or train.grades_checkpoints or not params.prepare.cache_latents
     vae_config = AutoencoderKL.load_config(params.base.model, subfolder="vae", revision=params.base.revision)
     parts = {} if needs_vae else {"vae": None}
     pipe = base.load_pipeline(params.base, dtype=dtype, device=device, **parts)

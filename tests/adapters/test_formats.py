@@ -359,8 +359,23 @@ BLOCKS = {
 def test_compvis_block_names(there):
     end = "transformer_blocks.0.attn2.to_k.weight"
     here, there = f"{BLOCKS[there]}.{end}", f"model.diffusion_model.{there}.{end}"
-    assert compvis.compvis_name(here, 2) == there
-    assert compvis.diffusers_name(there, 2) == here
+    assert compvis.compvis_name(here, [2, 2, 2, 2]) == there
+    assert compvis.diffusers_name(there, [2, 2, 2, 2]) == here
+
+
+def test_compvis_block_names_with_unequal_levels():
+    """One layer in the first level, two in the second, numbered by hand as CompVis' constructor does."""
+    end = "transformer_blocks.0.attn2.to_k.weight"
+    blocks = {
+        "input_blocks.1.1": "down_blocks.0.attentions.0",
+        "input_blocks.3.1": "down_blocks.1.attentions.0",
+        "input_blocks.4.1": "down_blocks.1.attentions.1",
+        "output_blocks.2.1": "up_blocks.0.attentions.2",
+        "output_blocks.3.1": "up_blocks.1.attentions.0",
+    }
+    for there, here in blocks.items():
+        assert compvis.compvis_name(f"{here}.{end}", [1, 2]) == f"model.diffusion_model.{there}.{end}"
+        assert compvis.diffusers_name(f"model.diffusion_model.{there}.{end}", [1, 2]) == f"{here}.{end}"
 
 
 def test_an_exported_compvis_delta_can_be_imported(learned, tmp_path):

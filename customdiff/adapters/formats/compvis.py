@@ -4,11 +4,13 @@
                 "embed": (tokens, D)}}                           compressed: {"u": (out, r), "v": (r, in)}
 """
 
-import re
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from customdiff.adapters.config import AdapterConfig
@@ -21,8 +23,6 @@ from customdiff.models.modifier_tokens import TokenEmbedding
 FILE = "delta.ckpt"
 PREFIX = "model.diffusion_model."
 EMBED = "embed"
-# prefix of CompVis, prefix of diffusers, and CompVis' index of the first block that may have attention
-_BLOCKS = (("input", "down", 1), ("output", "up", 0))
 
 
 def check(config: AdapterConfig, rank: int | None) -> None:
@@ -69,46 +69,60 @@ def read(path: Path, request: ImportRequest) -> ImportedWeights:
     if isinstance(contents, dict) and "unet" in contents:
         raise UserError(f"{path}: from the paper's diffusers code; --format delta reads it")
     state = section(contents, "state_dict", path)
-    layers = request.pipe.unet.config.layers_per_block
+    layers = _layers(request.pipe.unet)
     weights = {diffusers_name(name, layers): delta.learned(state[name]) for name in state if name != EMBED}
     return ImportedWeights(weights, _embeddings(state.get(EMBED), path, request), path)
 
 
 def content(source: ExportSource) -> dict:
     """Contents of delta.ckpt."""
-    layers = source.pipe.unet.config.layers_per_block
+    layers = _layers(source.pipe.unet)
     weights = {compvis_name(name, layers): weight for name, weight in delta.weights(source).items()}
     embed = torch.stack([embedding["text_encoder"] for embedding in source.adapter.embeddings.values()])
     return {"state_dict": weights | {EMBED: embed}}
 
 
-def compvis_name(name: str, layers: int) -> str:
+def compvis_name(name: str, layers: Sequence[int]) -> str:
     """CompVis' name for a UNet's weight: `down_blocks.0.attentions.1.` is `model.diffusion_model.input_blocks.2.1.`
 
-    CompVis numbers blocks consecutively: conv_in, then the layers and the downsampler of each level. Output blocks have
-    layers + 1 per level.
-
     Args:
-        layers: the UNet's layers_per_block, 2 in Stable Diffusion.
+        layers: residual blocks of each level of the UNet, 2 in Stable Diffusion.
     """
-    name = name.replace("mid_block.attentions.0.", "middle_block.1.")
-    for compvis, diffusers, first in _BLOCKS:
-        match = re.match(rf"{diffusers}_blocks\.(\d+)\.attentions\.(\d+)\.", name)
-        if match:
-            block = first + int(match[1]) * (layers + 1) + int(match[2])
-            name = f"{compvis}_blocks.{block}.1.{name[match.end() :]}"
-    return PREFIX + name
+    return PREFIX + _renamed(name, dict(_block_names(layers)))
 
 
-def diffusers_name(name: str, layers: int) -> str:
+def diffusers_name(name: str, layers: Sequence[int]) -> str:
     """The UNet's name for a weight of CompVis; the inverse of `compvis_name`."""
-    name = name.removeprefix(PREFIX).replace("middle_block.1.", "mid_block.attentions.0.")
-    for compvis, diffusers, first in _BLOCKS:
-        match = re.match(rf"{compvis}_blocks\.(\d+)\.1\.", name)
-        if match:
-            level, layer = divmod(int(match[1]) - first, layers + 1)
-            name = f"{diffusers}_blocks.{level}.attentions.{layer}.{name[match.end() :]}"
-    return name
+    return _renamed(name.removeprefix(PREFIX), {compvis: diffusers for diffusers, compvis in _block_names(layers)})
+
+
+def _block_names(layers: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """The prefix of each attention block in diffusers and in CompVis.
+
+    CompVis numbers blocks consecutively: conv_in, then the layers and the downsampler of each level. Output blocks
+    have one layer more per level.
+    """
+    yield "mid_block.attentions.0.", "middle_block.1."
+    inputs, outputs = itertools.count(1), itertools.count()
+    for level, count in enumerate(layers):
+        for layer in range(count):
+            yield f"down_blocks.{level}.attentions.{layer}.", f"input_blocks.{next(inputs)}.1."
+        next(inputs)  # the downsampler
+    for level, count in enumerate(reversed(layers)):
+        for layer in range(count + 1):
+            yield f"up_blocks.{level}.attentions.{layer}.", f"output_blocks.{next(outputs)}.1."
+
+
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    """A weight's name with another prefix of its attention block; unchanged if it has none of them."""
+    found = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return prefixes[found] + name.removeprefix(found) if found else name
+
+
+def _layers(unet: UNet2DConditionModel) -> Sequence[int]:
+    """Residual blocks of each level."""
+    layers = unet.config.layers_per_block
+    return [layers] * len(unet.config.block_out_channels) if isinstance(layers, int) else layers
 
 
 def _embeddings(embed: Any, path: Path, request: ImportRequest) -> dict[str, TokenEmbedding]:
