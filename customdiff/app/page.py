@@ -121,6 +121,7 @@ def serve(host: str, port: int, *, show: bool) -> None:
         reload=False,
         show=path if show else False,
         show_welcome_message=False,
+        reconnect_timeout=30,  # s; a training may keep all cores busy
         favicon="🎨",
     )
 

@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,26 +41,32 @@ def environment(clone: Path) -> dict[str, str]:
     return inherited | {"PATH": path, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def address(clone) -> Iterator[str]:
-    """The page of the clone, served by the command line."""
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def served(clone: Path, *options: str) -> Iterator[str]:
+    """The page of the clone, served by the command line; yields the address that it prints."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "customdiff.cli", "app", "--no-browser", "--port", str(port)]
-    server = subprocess.Popen(command, cwd=clone, env=environment(clone), stdout=subprocess.PIPE, text=True)
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/").read()
-                break
-            except OSError:
-                assert server.poll() is None
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(30)
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "customdiff.cli", "app", "--no-browser", "--port", port, *options]
+    with subprocess.Popen(command, cwd=clone, env=environment(clone), stdout=subprocess.PIPE, text=True) as server:
+        try:
+            printed = server.stdout.readline().removeprefix("customdiff app: ").strip()
+            wait_until(lambda: is_open(int(port)))
+            yield printed
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module")
+def address(clone) -> Iterator[str]:
+    """Where the clone's page is."""
+    with served(clone) as found:
+        yield found.rstrip("/")
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +300,16 @@ def test_no_file_of_the_machine_is_served(address, path, clone):
     assert b"404" in answer.split(b"\r\n")[0]
     assert b"concepts:" not in answer
     assert b"root:" not in answer
+
+
+def test_other_machines_need_the_token(browser, clone):
+    with served(clone, "--host", "0.0.0.0") as found:
+        assert re.fullmatch(r"http://0\.0\.0\.0:\d+/\?token=[\w-]{32}", found)
+        local = found.replace("0.0.0.0", "127.0.0.1")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(local.partition("?")[0])
+        page = browser.new_page()
+        page.goto(local)
+        page.get_by_role("heading", name="Add a concept").wait_for(timeout=MINUTES)
+        assert "token" not in page.url
+        page.close()
