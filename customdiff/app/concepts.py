@@ -5,15 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nicegui import events, ui
+from PIL import Image
 
 from customdiff import config
 from customdiff.app.common import Session, busy, confirm, guarded, heading, picture
 from customdiff.app.dropped import MAX_PHOTO_MEGABYTES, DroppedPhotos
 from customdiff.app.paint import paint
 from customdiff.errors import UserError
-from customdiff.images import SUFFIXES
+from customdiff.images import SUFFIXES, open_rgb
 from customdiff.new_concept import adding, entry, photo_files
 from customdiff.new_concept.photo_files import ShownPhoto
+from customdiff.preparation.masks import SubjectMask
 from customdiff.preparation.sheet import outlined
 
 
@@ -126,7 +128,7 @@ class NewConcept:
             with ui.scroll_area().classes("w-full h-60"):
                 for example in examples:
                     with ui.row().classes("w-full items-center no-wrap"):
-                        picture(_outlined(example), example.caption, "w-20 shrink-0")
+                        picture(_outlined(open_rgb(example.path), example.mask), example.caption, "w-20 shrink-0")
                         with ui.column().classes("gap-0"):
                             ui.label(example.caption)
                             ui.label("; ".join(example.notes)).classes("text-xs opacity-70")
@@ -162,18 +164,18 @@ class ConceptPhotos:
         with self.rows, ui.row().classes("items-center"):
             ui.spinner()
             ui.label("Reading photos, captions and masks ...")
-        try:
-            with guarded():
-                folder = _inside(photo_files.source_folder(name, params.concepts[name]))
-                found = await asyncio.to_thread(photo_files.shown_photos, params, name)
-                self.show(folder, found, params.concepts[name])
-        except Exception:
-            self.rows.clear()
-            raise
+        folder, found = None, list[ShownPhoto]()
+        with guarded():
+            folder = _inside(photo_files.source_folder(name, params.concepts[name]))
+            found = await asyncio.to_thread(photo_files.shown_photos, params, name)
+        if name == self.concept.value:  # no other one was chosen meanwhile
+            self.show(folder, found, params.concepts[name])
 
-    def show(self, folder: Path, found: list[ShownPhoto], concept: config.Concept) -> None:
-        """One row per photo, and those that were set aside."""
+    def show(self, folder: Path | None, found: list[ShownPhoto], concept: config.Concept) -> None:
+        """One row per photo, and those that were set aside, which can be brought back where too few are left."""
         self.rows.clear()
+        if folder is None:
+            return
         with self.rows:
             for each in found:
                 self.row(folder, each, concept)
@@ -187,7 +189,8 @@ class ConceptPhotos:
         """A photo with the outline of its mask, its caption, and buttons."""
         photo, example = folder / shown.name, shown.example
         with ui.row().classes("w-full items-center gap-4 no-wrap max-sm:flex-wrap"):
-            picture(_outlined_photo(shown), f"{shown.name} with the outline of its mask", "w-32 shrink-0")
+            image = _outlined(shown.image, example.mask)
+            picture(image, f"{shown.name} with the outline of its mask", "w-32 shrink-0")
             with ui.column().classes("grow gap-1 min-w-0"):
                 text = example.caption.replace(concept.modifier_token, "{}")
                 caption = ui.input(f"Caption of {shown.name}; {{}} is the subject", value=text).classes("w-full")
@@ -212,7 +215,7 @@ class ConceptPhotos:
             ui.notify(f"{photo_files.write_mask(photo, mask)} is written", type="positive")
             await self.load()
 
-    async def change(self, move, photo: Path) -> None:
+    async def change(self, move: Callable[[Path], Path], photo: Path) -> None:
         """Set a photo aside, or bring it back."""
         with guarded():
             move(photo)
@@ -225,12 +228,5 @@ def _inside(folder: Path) -> Path:
     return folder
 
 
-def _outlined(example):
-    from customdiff.images import open_rgb
-
-    photo = open_rgb(example.path)
-    return outlined(photo, example.mask.coverage) if example.mask else photo
-
-
-def _outlined_photo(shown: ShownPhoto):
-    return outlined(shown.image, shown.example.mask.coverage) if shown.example.mask else shown.image
+def _outlined(photo: Image.Image, mask: SubjectMask | None) -> Image.Image:
+    return outlined(photo, mask.coverage) if mask else photo
