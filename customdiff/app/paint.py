@@ -68,6 +68,7 @@ async def paint(photo: Image.Image, mask: SubjectMask | None) -> Image.Image | N
             events=["mousedown", "mousemove", "mouseup", "mouseleave"],
             cross=True,
         ).classes("w-full touch-none")
+        canvas.props('role="img" aria-label="The photo with its mask, to paint on with the mouse"')
         with ui.row().classes("w-full items-center"):
             mode = ui.toggle(["Paint", "Erase"], value="Paint")
             ui.label("Brush")

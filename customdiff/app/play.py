@@ -131,10 +131,17 @@ class Play:
             self.guidance.value,
             self.strength.value,
         )
-        images = await asyncio.to_thread(player_of(self.session).draw, drawing)
         titles = ["base model", *(adapter_folders().get(folder, str(folder)) for folder in drawing.adapters)]
         titles = [f"{title} ({number})" if title in titles[:number] else title for number, title in enumerate(titles)]
-        self.history = [Drawn(drawing, dict(zip(titles, images, strict=True))), *self.history][:KEPT]
+        images = player_of(self.session).draw(drawing)
+        self.history = [Drawn(drawing, {}), *self.history][:KEPT]
+        for title in titles:
+            image = await asyncio.to_thread(next, images)
+            self.history[0].images[title] = image
+            self.show_all()
+
+    def show_all(self) -> None:
+        """All drawings, the last one first."""
         self.shown.clear()
         with self.shown:
             for drawn in self.history:

@@ -1,7 +1,7 @@
 """Images of the base model and of adapters from one prompt and seed; pipelines stay loaded between images."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,24 +48,24 @@ class Player:
     _pipes: dict[tuple, tuple[DiffusionPipeline, Adapter]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def draw(self, drawing: Drawing) -> list[Image.Image]:
-        """The base model's image, with the class for the subject, and that of each adapter, from the same noise.
+    def draw(self, drawing: Drawing) -> Iterator[Image.Image]:
+        """The base model's image, with the class for the subject, then that of each adapter, from the same noise.
 
         Raises:
             UserError: the prompt is empty, an adapter cannot be read, or its base model cannot be loaded.
         """
         if not drawing.prompt.strip() or UNPRINTABLE.search(drawing.prompt):
             raise UserError("the prompt is empty, or has a character that cannot be printed; write a prompt")
-        with self._lock:
-            images: list[Image.Image] = []
-            for folder in drawing.adapters:
-                pipe, learned = self._pipe(folder)
-                if not images:
-                    set_strength(pipe, learned, 0)
-                    images.append(self._image(pipe, without_tokens(drawing.prompt, *learned.embeddings), drawing))
-                set_strength(pipe, learned, drawing.strength)
-                images.append(self._image(pipe, drawing.prompt, drawing))
-            return images
+        yield self._draw(drawing.adapters[0], drawing, is_base=True)
+        for folder in drawing.adapters:
+            yield self._draw(folder, drawing)
+
+    def _draw(self, folder: Path, drawing: Drawing, *, is_base: bool = False) -> Image.Image:
+        with self._lock:  # held for one image, so that several pages take turns
+            pipe, learned = self._pipe(folder)
+            set_strength(pipe, learned, 0 if is_base else drawing.strength)
+            prompt = without_tokens(drawing.prompt, *learned.embeddings) if is_base else drawing.prompt
+            return self._image(pipe, prompt, drawing)
 
     def _image(self, pipe: DiffusionPipeline, prompt: str, drawing: Drawing) -> Image.Image:
         (image,) = sampling.generate(

@@ -33,25 +33,29 @@ def drawn(tiny_base, folder: Path | None, prompt: str) -> np.ndarray:
     return np.asarray(image)
 
 
+def draw(player: Player, drawing: Drawing) -> list:
+    return list(player.draw(drawing))
+
+
 def test_images_are_those_of_fresh_pipelines_in_any_order(tiny_base, adapters):
     player, prompt = Player(SETTINGS, "cpu"), "photo of a <new1> cat"
     expected = [drawn(tiny_base, None, "photo of a cat"), drawn(tiny_base, adapters[0], prompt)]
     for strength in (1, 0.5, 1):
-        images = player.draw(Drawing(prompt, adapters[:1], 7, 4, 3.0, strength))
+        images = draw(player, Drawing(prompt, adapters[:1], 7, 4, 3.0, strength))
         np.testing.assert_array_equal(images[0], expected[0])
         assert np.array_equal(images[1], expected[1]) == (strength == 1)
 
 
 def test_two_adapters_side_by_side(tiny_base, adapters):
-    images = Player(SETTINGS, "cpu").draw(Drawing("a <new2> pot", adapters, 7, 4, 3.0))
+    images = draw(Player(SETTINGS, "cpu"), Drawing("a <new2> pot", adapters, 7, 4, 3.0))
     assert len(images) == 3
     np.testing.assert_array_equal(images[2], drawn(tiny_base, adapters[1], "a <new2> pot"))
 
 
 def test_an_adapter_that_was_trained_again_is_loaded_again(tiny_base, tmp_path):
     player, folder = Player(SETTINGS, "cpu"), tmp_path / "a"
-    first = player.draw(Drawing("a <new1> cat", (random_adapter(tiny_base, folder),), 7, 4, 3.0))
-    second = player.draw(Drawing("a <new1> cat", (random_adapter(tiny_base, folder, seed=5),), 7, 4, 3.0))
+    first = draw(player, Drawing("a <new1> cat", (random_adapter(tiny_base, folder),), 7, 4, 3.0))
+    second = draw(player, Drawing("a <new1> cat", (random_adapter(tiny_base, folder, seed=5),), 7, 4, 3.0))
     np.testing.assert_array_equal(first[0], second[0])
     assert not np.array_equal(first[1], second[1])
 
@@ -59,11 +63,11 @@ def test_an_adapter_that_was_trained_again_is_loaded_again(tiny_base, tmp_path):
 @pytest.mark.parametrize("prompt", ["", "  ", "a \x07 cat"])
 def test_a_prompt_that_is_none_is_refused(adapters, prompt):
     with pytest.raises(UserError, match="the prompt is empty"):
-        Player(SETTINGS, "cpu").draw(Drawing(prompt, adapters[:1], 7, 4, 3.0))
+        draw(Player(SETTINGS, "cpu"), Drawing(prompt, adapters[:1], 7, 4, 3.0))
 
 
 def test_markup_in_a_prompt_is_words(adapters):
-    assert len(Player(SETTINGS, "cpu").draw(Drawing("<script>alert(1)</script> cat", adapters[:1], 7, 4, 3.0))) == 2
+    assert len(draw(Player(SETTINGS, "cpu"), Drawing("<script>alert(1)</script> cat", adapters[:1], 7, 4, 3.0))) == 2
 
 
 def test_the_adapters_of_a_project(tiny_base, tmp_path, monkeypatch):
