@@ -9,6 +9,7 @@ from customdiff.errors import one_line_errors
 def main(*arguments: str) -> None:
     """Collect the instance images of one concept."""
     from customdiff import config
+    from customdiff.sources.holdout import check_instances
     from customdiff.sources.instance_images import collect
 
     params = config.load()
@@ -20,6 +21,7 @@ def main(*arguments: str) -> None:
         print(f"  set aside: {refused.name}: {refused.reason}")
     for note in result.notes:
         print(f"  warning: {note}")
+    check_instances(name, concept, params.download, folder)
 
 
 if __name__ == "__main__":

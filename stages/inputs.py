@@ -1,23 +1,20 @@
 """inputs: check params.yaml and its prompts, and write the inputs of every stage to data/inputs for DVC."""
 
-from pathlib import Path
-
 from customdiff.errors import one_line_errors
 
 
 def main() -> None:
-    """Check params.yaml, the evaluation prompts and holdout folders, before training."""
+    """Check params.yaml, the evaluation prompts and holdout photos, before training."""
     from customdiff import config, stage_inputs
     from customdiff.evaluation.prompts import check_grading_prompts, read_all_prompts
-    from customdiff.sources.image_folder import holdout_paths
+    from customdiff.sources.holdout import check_source
 
     params = config.load()
     prompts = read_all_prompts(params.evaluate.prompts, params.concepts)
     if params.train.grades_checkpoints:
         check_grading_prompts(params.train.grading.prompts, prompts)
     for name, concept in params.concepts.items():
-        if concept.holdout:
-            holdout_paths(name, Path(concept.holdout))
+        check_source(name, concept, params.download)
     stage_inputs.write_inputs(params)
 
 

@@ -204,7 +204,7 @@ def test_nothing_reruns_when_nothing_changed(changed):
         ("retrieve.min_similarity", 0.5, set()),
         ("retrieve.fill", "generate", {"retrieve-class-images@cat"}),
         ("download.minimum", 3, {"download-data@cat", "retrieve-class-images@cat"}),
-        ("concepts.cat.source.path", "data/holdout/cat", {"download-data@cat"}),
+        ("concepts.cat.source.path", "data/concepts/teapot", {"download-data@cat"}),
         ("concepts.cat.class_prompt", "animal", {"retrieve-class-images@cat", "prepare@cat", "train", "evaluate"}),
         ("concepts.cat.initializer_token", "dog", {"train"}),
         ("tracking.log_every", 1, set()),

@@ -5,8 +5,10 @@ import os
 import pytest
 import yaml
 from conftest import concept_values
+from PIL import Image
+from typer.testing import CliRunner
 
-from customdiff import stage_inputs
+from customdiff import cli, stage_inputs
 from customdiff.config import Params
 from customdiff.errors import UserError
 from stages import inputs as inputs_stage
@@ -109,19 +111,27 @@ def test_the_floor_is_an_input_where_it_is_read(retrieve_inputs, backend, change
     assert (retrieve_inputs(backend=backend) != retrieve_inputs(backend=backend, **change)) is read
 
 
-def test_a_holdout_of_one_photo_stops_the_first_stage(tmp_path, monkeypatch):
+def test_a_holdout_of_one_photo_or_of_a_photo_that_is_trained_on_stops_the_first_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts/default.txt").write_text("a {}\n")
     (tmp_path / "kept").mkdir()
-    for name in ("1.png", "1.txt", "1.mask.png"):
+    for name in ("1.txt", "1.mask.png"):
         (tmp_path / "kept" / name).write_text("")
-    values = {"concepts": {"cat": concept_values() | {"holdout": "kept"}}, "evaluate": {"prompts": "prompts"}}
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "kept/1.png")
+    (tmp_path / "photos").mkdir()
+    concept = concept_values() | {"holdout": "kept", "source": {"path": "photos"}}
+    values = {"concepts": {"cat": concept}, "evaluate": {"prompts": "prompts"}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=r"concepts\.cat\.holdout: kept has 1 photos"):
         inputs_stage.main()
-    (tmp_path / "kept/2.jpg").write_text("")
+    Image.new("RGB", (9, 9), "blue").save(tmp_path / "kept/2.jpg")
     inputs_stage.main()
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "photos/same.bmp")
+    with pytest.raises(UserError, match=r"concepts\.cat\.holdout: kept/1\.png .*same\.bmp"):
+        inputs_stage.main()
+    with pytest.raises(UserError, match=r"concepts\.cat\.holdout: kept/1\.png .*same\.bmp"):
+        CliRunner().invoke(cli.commands, ["check"], catch_exceptions=False)
 
 
 @pytest.fixture

@@ -61,7 +61,16 @@ from world.scenes import (
     varied_distribution,
 )
 from world.sprites import toned
-from world.train_unet import PHASES, build, draw_timesteps, folder_of, importance, last_checkpoint, scheduler
+from world.train_unet import (
+    PHASES,
+    build,
+    draw_timesteps,
+    folder_of,
+    grown,
+    importance,
+    last_checkpoint,
+    scheduler,
+)
 from world.train_vae import build as build_vae
 from world.train_vae import grow
 
@@ -332,6 +341,25 @@ def test_a_grown_autoencoder_decodes_as_the_smaller_one():
     # the last two convolutions see enlarged pixels: alike, not equal
     correlation = np.corrcoef(torch.nn.functional.avg_pool2d(large, 2).flatten(), small.flatten())[0, 1]
     assert correlation > 0.8
+
+
+def test_a_grown_unet_predicts_as_the_smaller_one():
+    """One layer more in the lowest level; and a step of training moves the new layers."""
+    params = {"widths": [8, 16], "heads": 2, "norm_groups": 4}
+    torch.manual_seed(3)
+    small, large = build(params | {"layers": 1}, 12), build(params | {"layers": [1, 2]}, 12)
+    weights = grown(small.state_dict(), large)
+    large.load_state_dict(weights)
+    noisy, t, text = torch.randn(2, 4, 16, 16), torch.tensor([10, 700]), torch.randn(2, 5, 12)
+    with torch.no_grad():
+        expected, found = (unet(noisy, t, encoder_hidden_states=text).sample for unet in (small, large))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in large.parameters()) > 1.2 * sum(p.numel() for p in small.parameters())
+    large(noisy, t, encoder_hidden_states=text).sample.square().mean().backward()
+    for block in ("down_blocks.1.resnets.1.conv2", "up_blocks.0.resnets.0.conv2", "up_blocks.0.attentions.0.proj_out"):
+        assert large.get_parameter(f"{block}.weight").grad.abs().max() > 0
+    again = grown(large.state_dict(), large)
+    assert all(torch.equal(again[key], value) for key, value in large.state_dict().items())
 
 
 def test_adversarial_terms_move_one_side_each():

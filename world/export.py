@@ -41,20 +41,19 @@ def export_clip(work: Path, name: str, folder: Path) -> None:
 
 
 def share_text_encoder(data: Path) -> None:
-    """Store the weights of the CLIP's text encoder once: the base model's file is a shard of the CLIP, by a link.
+    """Store the weights of the CLIP's text encoder once: the base model's file becomes a shard of the CLIP, by a link.
 
-    `export_clip` and `export_base` write them twice, 4 MB each.
+    `export_clip` writes them a second time, 4 MB.
     """
     whole, text_file = data / "clip/model.safetensors", data / "base/text_encoder/model.safetensors"
     weights = load_file(whole)
-    text = {name: weight for name, weight in weights.items() if name.startswith("text_model.")}
+    rest = {name: weight for name, weight in weights.items() if not name.startswith("text_model.")}
     first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
     index = {
         "metadata": {"total_size": sum(weight.nbytes for weight in weights.values())},
-        "weight_map": {name: first if name in text else second for name in sorted(weights)},
+        "weight_map": {name: second if name in rest else first for name in sorted(weights)},
     }
-    save_file(text, text_file, {"format": "pt"})
-    save_file({name: weights[name] for name in weights if name not in text}, data / "clip" / second, {"format": "pt"})
+    save_file(rest, data / "clip" / second, {"format": "pt"})
     (data / "clip" / first).symlink_to(Path("..", text_file.relative_to(data)))
     (data / "clip/model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     whole.unlink()
@@ -80,7 +79,7 @@ def assemble(work: Path) -> StableDiffusionPipeline:
 
 
 def export_base(work: Path, folder: Path) -> None:
-    """The base model as a diffusers pipeline folder, fp16, with its card."""
+    """The base model as a diffusers pipeline folder, fp16, with its card; its text encoder's names are the CLIP's."""
     pipeline = assemble(work)
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
@@ -88,6 +87,9 @@ def export_base(work: Path, folder: Path) -> None:
     # transformers would load what is stored as fp16 in fp16, and diffusers the rest in fp32: a plain call then fails
     config = beside / "text_encoder/config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    text_encoder = beside / "text_encoder/model.safetensors"
+    named_as_in_clip = {f"text_model.{name}": weight for name, weight in load_file(text_encoder).items()}
+    save_file(named_as_in_clip, text_encoder, {"format": "pt"})
     if (work / "grade.json").exists():
         (beside / "README.md").write_text(card(work, pipeline, len(SUBJECTS)))
     shutil.rmtree(folder, ignore_errors=True)

@@ -4,7 +4,7 @@
 
 import argparse
 import copy
-import shutil
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from world.latents import scaling_factor
-from world.loop import fit, load_params
+from world.loop import fit, load_params, save_beside
 
 
 def build(params: dict, text_width: int) -> UNet2DConditionModel:
@@ -36,6 +36,34 @@ def build(params: dict, text_width: int) -> UNet2DConditionModel:
         down_block_types=["CrossAttnDownBlock2D"] * len(widths),
         up_block_types=["CrossAttnUpBlock2D"] * len(widths),
     )
+
+
+def grown(state: dict[str, torch.Tensor], unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """Weights of a UNet with one layer fewer in its lowest level, as weights of `unet` that compute the same.
+
+    The new residual block and the new attention block on either side of the lowest level start as identities: what
+    they add to their input is zero. `state` is returned as it is where it fits already.
+    """
+    target = unet.state_dict()
+    level = len(unet.down_blocks) - 1
+    up = f"up_blocks.0.resnets.{len(unet.up_blocks[0].resnets) - 1}.conv1.weight"
+    if up in state:
+        return state
+
+    def earlier(key: str) -> str:
+        """Where the earlier UNet holds a weight: its layers of the up block have numbers smaller by one."""
+        return re.sub(r"^(up_blocks\.0\.(?:resnets|attentions)\.)(\d+)", lambda m: f"{m[1]}{int(m[2]) - 1}", key)
+
+    weights = {key: state[earlier(key)] if earlier(key) in state else value.clone() for key, value in target.items()}
+    last = len(unet.down_blocks[-1].resnets) - 1
+    for block in (f"down_blocks.{level}.resnets.{last}.conv2", "up_blocks.0.resnets.0.conv2",
+                  f"down_blocks.{level}.attentions.{last}.proj_out", "up_blocks.0.attentions.0.proj_out"):  # fmt: skip
+        weights[f"{block}.weight"].zero_()
+        weights[f"{block}.bias"].zero_()
+    shortcut = weights["up_blocks.0.resnets.0.conv_shortcut.weight"]  # of (what comes from below, the skip connection)
+    shortcut.zero_()[:, : len(shortcut), 0, 0].fill_diagonal_(1)
+    weights["up_blocks.0.resnets.0.conv_shortcut.bias"].zero_()
+    return weights
 
 
 def scheduler() -> DDIMScheduler:
@@ -163,7 +191,8 @@ def main() -> None:
     begins = before is not None and not (folder / "checkpoint.pt").exists()
     if begins:
         folder.mkdir(parents=True)
-        shutil.copy(before, folder / "checkpoint.pt")
+        state = torch.load(before, map_location="cpu", weights_only=True)
+        save_beside(state | {key: grown(state[key], unet) for key in ("model", "ema")}, folder / "checkpoint.pt")
     fit(
         folder,
         unet,

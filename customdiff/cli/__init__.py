@@ -7,6 +7,7 @@ import typer
 
 from customdiff.cli import (
     adapters,
+    benchmark,
     captions,
     compare,
     formats,
@@ -40,6 +41,7 @@ commands.command(epilog=captions.EXAMPLES, short_help="Show or write the caption
 commands.command(epilog=sweep.EXAMPLES, short_help="Evaluate several checkpoints of a training.")(sweep.sweep)
 commands.command(short_help="List the checkpoints of all trainings.")(sweep.checkpoints)
 commands.command(epilog=compare.EXAMPLES, short_help="Compare methods or adapters.")(compare.compare)
+commands.add_typer(benchmark.benchmark, name="benchmark", short_help="Run published benchmarks.")
 commands.command(epilog=formats.EXPORT_EXAMPLES, short_help="Export an adapter to another program's format.")(
     formats.export
 )

@@ -20,6 +20,7 @@ EXAMPLES = """Examples:
   customdiff compare                                            train each method on data/prepared and grade it
   customdiff compare --methods custom_diffusion,lora --learning-rate lora=5e-4
   customdiff compare joint=models/adapter merged=models/merged  grade existing adapters
+  customdiff compare --seeds 3 a=models/adapter b=kept/adapter  from three noise seeds, for narrower intervals
 """
 RUNS, PREPARED = Path(".comparison"), Path("data/prepared")
 
@@ -39,7 +40,10 @@ def compare(
         ),
     ] = None,
     num_images: Annotated[
-        int | None, typer.Option(min=1, help="Images per prompt (default: evaluate.num_images).")
+        int | None, typer.Option(min=1, help="Images per prompt and noise seed (default: evaluate.num_images).")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Noise seeds: base.seed and the next (default: evaluate.seeds).")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the tables and the contact sheet.")] = Path("results/compare"),
 ) -> None:
@@ -49,7 +53,7 @@ def compare(
     interrupted training continues, and a complete one is not run again.
     """
     check_free(out, "comparison.csv")
-    params = config.with_num_images(config.load(), num_images)
+    params = config.with_evaluation(config.load(), num_images=num_images, seeds=seeds)
     rates = {name: _rate(name, text) for name, text in _pairs(learning_rate or [], "--learning-rate").items()}
     folders = {name: Path(folder) for name, folder in _pairs(adapters or [], "NAME=FOLDER").items()}
     wanted = [] if folders else [name.strip() for name in methods.split(",")]
@@ -83,7 +87,7 @@ def _grade(
     Args:
         parent, runs: see `_train`.
     """
-    from customdiff.evaluation import comparison
+    from customdiff.evaluation import comparison, drift
     from customdiff.evaluation.base_image_cache import cache_folder
     from customdiff.evaluation.generation import Generation
     from customdiff.evaluation.holdout import read_all
@@ -93,6 +97,7 @@ def _grade(
 
     # before hours of training, so that a missing file is reported at once
     prompts = read_all_prompts(params.evaluate.prompts, params.concepts)
+    controls = drift.control_prompts(params.evaluate, params.concepts, prompts)
     instances = {name: read_instance_images(Path("data/instances", name)) for name in params.concepts}
     judges = Judges.load(params)
     holdout = read_all(params.concepts, params.download, instances)
@@ -100,7 +105,7 @@ def _grade(
     trained = {name: _train(params, name, rate, parent, runs) for name, rate in methods.items()}
     all_folders = {**folders, **{name: folder for name, (folder, _) in trained.items()}}
     generation = Generation(params.base, params.evaluate, params.concepts, cache_folder())
-    graded = comparison.grade(generation, all_folders, prompts, instances, judges, holdout)
+    graded = comparison.grade(generation, all_folders, prompts, instances, judges, holdout, controls)
     for name, (_, facts) in trained.items():
         graded[name].facts.update(facts)
     return graded
@@ -149,6 +154,7 @@ def _track(
 
     for name, each in graded.items():
         figures = {key: metric.adapter for key, metric in each.summary.overall.items()}
+        figures |= {key: figure.value for key, figure in each.summary.figures.get(None, {}).items()}
         values = {"adapter": name} | {key: f"{value:g}" for key, value in each.facts.items()}
         tracking.log_child(
             params.tracking, parent, name, figures, values, run_id=runs.get(name), tags=provenance.run_tags()

@@ -50,8 +50,16 @@ def preset(
 def check(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="File to check.")] = Path("params.yaml"),
 ) -> None:
-    """Check params.yaml for unknown keys, wrong types and values out of range."""
+    """Check params.yaml for unknown keys, wrong types and values out of range, and the holdout photos that it names.
+
+    Paths in the file are relative to the current folder; holdout photos are only checked for a file in it.
+    """
     params = config.load(path)
+    if path.resolve().parent == Path.cwd():
+        from customdiff.sources.holdout import check_source
+
+        for name, concept in params.concepts.items():
+            check_source(name, concept, params.download)
     concepts = ", ".join(f"{name} ({concept.modifier_token})" for name, concept in params.concepts.items())
     typer.echo(f"{path}: valid; trains {concepts} on {params.base.model} for {params.train.max_steps} steps")
 

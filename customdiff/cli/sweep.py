@@ -42,11 +42,8 @@ def sweep(
         str | None, typer.Option(help="Steps to grade, such as 50,100,150 (default: all checkpoints of the run).")
     ] = None,
     num_images: Annotated[
-        int | None, typer.Option(min=1, help="Images per prompt and model (default: evaluate.num_images).")
+        int | None, typer.Option(min=1, help="Images per prompt, noise seed and model (default: evaluate.num_images).")
     ] = None,
-    holdout: Annotated[
-        Path, typer.Option(help="Folder of photos that were not trained on, in <concept>/; may be missing.")
-    ] = Path("data/holdout"),
     out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")] = Path("results/sweep"),
 ) -> None:
     """Grade checkpoints of a training beside the base model: how long to train, and where overfitting begins.
@@ -56,14 +53,14 @@ def sweep(
     wanted = _steps(steps)
     check_free(out, "sweep.csv")
     _check_any_checkpoints(run)
-    params = config.with_num_images(config.load(), num_images)
+    params = config.with_evaluation(config.load(), num_images=num_images)
 
     from customdiff.training import checkpoints
 
     folder = checkpoints.find_run(run)
     paths = [folder.checkpoint(step) for step in wanted] if wanted else folder.checkpoints()
     typer.echo(f"{folder.path}: steps {', '.join(str(checkpoints.step_of(path)) for path in paths)}")
-    summaries = _grade(params, folder, paths, holdout, out)
+    summaries = _grade(params, folder, paths, out)
     typer.echo(f"picture: {out / 'trade_off.png'}")
     _track(params, folder, summaries, out)
 
@@ -81,15 +78,14 @@ def _check_any_checkpoints(run: Path | None) -> None:
         )
 
 
-def _grade(
-    params: config.Params, run: "RunFolder", paths: list[Path], holdout: Path, out: Path
-) -> "list[sweeps.Summary]":
+def _grade(params: config.Params, run: "RunFolder", paths: list[Path], out: Path) -> "list[sweeps.Summary]":
     """Grade the checkpoints at `paths` and write the results; returns the base model's summary, then theirs."""
     from customdiff.adapters.config import read_config
-    from customdiff.evaluation import scores, trade_off
+    from customdiff.evaluation import drift, scores, trade_off
     from customdiff.evaluation import sweep as sweeps
     from customdiff.evaluation.base_image_cache import cache_folder
     from customdiff.evaluation.generation import Generation
+    from customdiff.evaluation.holdout import read_all
     from customdiff.evaluation.judges import Judges
     from customdiff.evaluation.prompts import read_all_prompts
     from customdiff.sources.instance_images import read_instance_images
@@ -99,14 +95,16 @@ def _grade(
     scores.check_concepts(read_config(paths[0]), concepts)
     prompts = read_all_prompts(settings.prompts, concepts)
     instances = {name: read_instance_images(Path("data/instances", name)) for name in concepts}
-    photos = None
-    if all((holdout / name).is_dir() for name in concepts):
-        photos = {name: read_instance_images(holdout / name) for name in concepts}
+    controls = drift.control_prompts(settings, concepts, prompts)
+    kept_out = read_all(concepts, params.download, instances)
+    # only with photos of every concept, as the figures are means over concepts
+    photos = {name: each.images for name, each in kept_out.items()} if len(kept_out) == len(concepts) else None
     judges = Judges.load(params)
 
     started = time.perf_counter()
     generation = Generation(params.base, settings, concepts, cache_folder())
-    points = sweeps.sweep(generation, {step_of(path): path for path in paths}, prompts, instances, judges, photos)
+    folders = {step_of(path): path for path in paths}
+    points = sweeps.sweep(generation, folders, prompts, instances, judges, photos, controls)
     summaries = [sweeps.summarize(point, resamples=settings.bootstrap, seed=params.base.seed) for point in points]
     ceiling = sweeps.photo_alignment(photos, instances, judges) if photos else None
     metrics = {
@@ -115,7 +113,7 @@ def _grade(
         "steps": {str(summary.step): summary.flat() for summary in summaries[1:]},
         "holdout_photos": ceiling,
         "num_prompts": len(prompts),
-        "num_images": len(prompts) * settings.num_images,
+        "num_images": len(prompts) * settings.num_images * settings.seeds,
         "seconds": round(time.perf_counter() - started, 1),
     }
     with atomic_directory(out) as incoming:

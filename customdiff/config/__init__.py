@@ -8,7 +8,7 @@ from customdiff.config.base import Base
 from customdiff.config.concepts import Concept, Source, unknown_tokens
 from customdiff.config.download import Download
 from customdiff.config.evaluate import Evaluate
-from customdiff.config.params import Params, concept, load, parse, stage_concept, with_num_images
+from customdiff.config.params import Params, concept, load, parse, stage_concept, with_evaluation
 from customdiff.config.prepare import Prepare
 from customdiff.config.retrieve import Generate, Index, Retrieve, Service
 from customdiff.config.section import ParamsError
@@ -37,5 +37,5 @@ __all__ = [
     "parse",
     "stage_concept",
     "unknown_tokens",
-    "with_num_images",
+    "with_evaluation",
 ]

@@ -11,7 +11,13 @@ class Evaluate(Section):
     """evaluate: the figures of the adapter beside those of the base model (section 4 of the paper)."""
 
     prompts: str = Field("data/prompts", description="Folder of <class>.txt or default.txt; {} stands for the subject.")
-    num_images: int = Field(4, ge=1, description="Images per prompt.")
+    num_images: int = Field(4, ge=1, description="Images per prompt and noise seed.")
+    seeds: int = Field(
+        1,
+        ge=1,
+        description="Noise seeds: every prompt is generated from base.seed, base.seed + 1, ...; with two or more, "
+        "intervals are over prompts and seeds.",
+    )
     batch_size: int = Field(8, ge=1, description="Images generated at a time.")
     scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler", "base"] = Field(
         "ddim", description="Sampler; base: the model's own."
@@ -38,4 +44,4 @@ class Evaluate(Section):
         description="Prompts without the token whose images are compared with the base model's: up to so many of "
         "other things (drift.txt), and as many of the class; 0: no drift and no KID of the class images.",
     )
-    bootstrap: int = Field(2000, ge=100, description="Bootstrap resamples of prompts for 95 % intervals.")
+    bootstrap: int = Field(2000, ge=100, description="Bootstrap resamples for 95 % intervals.")

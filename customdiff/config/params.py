@@ -109,11 +109,10 @@ def parse(text: str, path: Path | str = "params.yaml") -> Params:
         raise ParamsError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from error
 
 
-def with_num_images(params: Params, num_images: int | None) -> Params:
-    """Parameters with another `evaluate.num_images`; None leaves it unchanged."""
-    if num_images is None:
-        return params
-    return params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"num_images": num_images})})
+def with_evaluation(params: Params, **changes: int | None) -> Params:
+    """Parameters with other values in section `evaluate`; None leaves a value unchanged."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    return params.model_copy(update={"evaluate": params.evaluate.model_copy(update=given)})
 
 
 def concept(params: Params, name: str) -> Concept:

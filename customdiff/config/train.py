@@ -37,6 +37,10 @@ class Grading(Section):
     guidance_scale: float = Field(6.0, ge=0, description="Scale of classifier-free guidance.")
     identity_weight: float = Field(1.0, ge=0, description="Weight of the subject's share in the harmonic mean.")
     text_weight: float = Field(1.0, ge=0, description="Weight of the share of text alignment.")
+    tolerance: Fraction = Field(
+        0.08,
+        description="Scores that differ by less count as equal, and the latest checkpoint of equal ones is selected.",
+    )
 
     @property
     def all_prompts(self) -> list[str]:

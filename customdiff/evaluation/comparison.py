@@ -16,11 +16,11 @@ from PIL import Image
 
 from customdiff.adapters import adapter
 from customdiff.config import Params
-from customdiff.evaluation import report
+from customdiff.evaluation import drift, report
 from customdiff.evaluation.generation import Generation, ImagePair, generate_pairs
 from customdiff.evaluation.holdout import Holdout, figures
 from customdiff.evaluation.judges import Judges
-from customdiff.evaluation.metrics import PairedMetric, PhotoShare, paired_metric
+from customdiff.evaluation.metrics import IntervalMetric, PairedMetric, PhotoShare, paired_metric
 from customdiff.evaluation.prompts import Prompt
 from customdiff.evaluation.scores import (
     METRICS,
@@ -29,7 +29,6 @@ from customdiff.evaluation.scores import (
     metrics_of,
     photo_ceilings,
     score_prompts,
-    single_concepts,
     summarize,
 )
 from customdiff.tracking import Tracker
@@ -42,11 +41,13 @@ from customdiff.training.objective import learning_rate
 # textual inversion (5e-4) and DreamBooth with LoRA (1e-4).
 RATES = {"custom_diffusion": 1.0, "textual_inversion": 50.0, "lora": 10.0}
 INTERVAL = ("delta", "delta_low", "delta_high")
+DRIFTS = ("drift", "class_drift")
 FACTS = ("seconds", "bytes", "trained_parameters", "learning_rate")
 COLUMNS = (
     "adapter",
     "concept",
     *(f"{name}{end}" for name in METRICS for end in ("", "_delta", "_delta_low", "_delta_high")),
+    *(f"{name}{end}" for name in DRIFTS for end in ("", "_low", "_high")),
     "holdout_share",
     "photo_share",
     *FACTS,
@@ -61,6 +62,7 @@ class GradedAdapter:
         pairs: its images beside the base model's, of the prompts whose concepts it has learned.
         summary: its metrics.
         scores: its metrics by prompt.
+        distances: of its images without the token from the base model's, by prompt; see `drift.distances`.
         facts: `bytes` of its files, and of a training here `seconds`, `trained_parameters` and `learning_rate`.
     """
 
@@ -68,6 +70,7 @@ class GradedAdapter:
     summary: Summary
     facts: dict[str, float]
     scores: list[PromptScore] = field(default_factory=list)
+    distances: dict[Prompt, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Row:
         metrics: by name.
         facts: see `GradedAdapter`; empty for the base model.
         share: of the way from the base model to the photos; None for the base model, and where it is unknown.
+        drifts: those of `DRIFTS` that are known; empty for the base model.
     """
 
     model: str
@@ -86,6 +90,7 @@ class Row:
     facts: dict[str, float]
     is_base: bool = False
     share: PhotoShare | None = None
+    drifts: Mapping[str, IntervalMetric] = field(default_factory=dict)
 
     def value(self, metric: str) -> float:
         """The model's own value of a metric."""
@@ -126,6 +131,7 @@ def grade(
     instances: Mapping[str, Sequence[Image.Image]],
     judges: Judges,
     holdout: Mapping[str, Holdout] | None = None,
+    controls: Sequence[Prompt] = (),
 ) -> dict[str, GradedAdapter]:
     """Generate and score the base model once, then each adapter.
 
@@ -133,17 +139,21 @@ def grade(
         adapters: folders by the name that the table shows.
         instances: instance images by concept.
         holdout: holdout photos by concept.
+        controls: prompts without the token; see `drift.control_prompts`.
 
     Raises:
         UserError: an adapter is damaged, or was trained on another base model.
     """
     graded, ceilings = {}, photo_ceilings(instances, judges)
     photos = figures(holdout or {}, instances, judges)
-    for name, pairs in generate_pairs(generation, adapters, prompts):
+    for name, generated in generate_pairs(generation, adapters, prompts, controls):
+        pairs = [pair for pair in generated if not pair.is_control]
         scores = score_prompts(pairs, instances, judges)
+        distances = drift.distances([pair for pair in generated if pair.is_control], judges)
         resampled = {"resamples": generation.settings.bootstrap, "seed": generation.base.seed}
-        summary = summarize(scores, len(pairs), **resampled, ceilings=ceilings, holdout=photos)
-        graded[name] = GradedAdapter(pairs, summary, {"bytes": adapter.size(adapters[name])}, scores)
+        drifts = drift.distance_figures(distances, **resampled)
+        summary = summarize(scores, len(pairs), **resampled, ceilings=ceilings, holdout=photos, figures=drifts)
+        graded[name] = GradedAdapter(pairs, summary, {"bytes": adapter.size(adapters[name])}, scores, distances)
     return graded
 
 
@@ -153,7 +163,10 @@ def table(graded: Mapping[str, GradedAdapter]) -> list[Row]:
     base_rows: dict[str, Row] = {}
     for name, each in graded.items():
         for concept, metrics in each.summary.concepts.items():
-            rows.append(Row(name, concept, metrics, each.facts, share=each.summary.photo_share(concept)))
+            share, figures = each.summary.photo_share(concept), each.summary.figures
+            overall = {key: figure for key, figure in figures.get(None, {}).items() if key == "drift"}
+            drifts = overall | dict(figures.get(concept, {}))
+            rows.append(Row(name, concept, metrics, each.facts, share=share, drifts=drifts))
             base_rows.setdefault(concept, Row("base model", concept, metrics, {}, is_base=True))
     return [*base_rows.values(), *rows]
 
@@ -167,6 +180,8 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
             values: dict[str, object] = {"adapter": row.model, "concept": row.concept, **row.facts}
             if row.share:
                 values[row.share.name] = row.share.value
+            for name, figure in row.drifts.items():
+                values |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
             for name, metric in row.metrics.items():
                 values[name] = row.value(name)
                 if not row.is_base:
@@ -175,12 +190,14 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The comparison as a Markdown table: metrics with change and 95 % interval, way to the photos, seconds, MB."""
+    """The comparison as a Markdown table: metrics with change and interval, drift, way to the photos, seconds, MB."""
     names = [name for name in METRICS if all(name in row.metrics for row in rows)]
-    head = ["adapter", "concept", *(name.replace("_", " ") for name in names), "way to the photos", "seconds", "MB"]
+    drifts = [name for name in DRIFTS if any(name in row.drifts for row in rows)]
+    words = [name.replace("_", " ") for name in (*names, *drifts)]
+    head = ["adapter", "concept", *words, "way to the photos", "seconds", "MB"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        metrics = [_with_change(row, name) for name in names]
+        metrics = [_with_change(row, name) for name in names] + [_with_interval(row, name) for name in drifts]
         share = f"{100 * row.share.value:.0f} %" if row.share else ""
         seconds = f"{row.facts['seconds']:.0f}" if "seconds" in row.facts else ""
         megabytes = f"{row.facts['bytes'] / 1e6:.3f}" if "bytes" in row.facts else ""
@@ -189,32 +206,52 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def differences(graded: Mapping[str, GradedAdapter], *, resamples: int, seed: int) -> list[str]:
-    """For each two adapters, one sentence per metric: whether they differ on the prompts of the concepts of both.
+    """For each two adapters, one sentence per figure: whether they differ on the prompts of the concepts of both.
 
-    The interval is a paired bootstrap over prompts, from the same seeds of images; it does not cover other trainings.
-    Prompts that show several concepts do not count.
+    The interval is a paired bootstrap over prompts, and with several noise seeds over seeds within prompts
+    (`bootstrap_interval`); it does not cover other trainings. Prompts that show several concepts do not count.
     """
     sentences = []
     for first, second in itertools.combinations(graded, 2):
-        one, other = ({score.prompt: score for score in graded[name].scores} for name in (first, second))
-        shared = [score for score in one.values() if score.prompt in other]
-        groups = single_concepts(shared)
-        for metric in [name for name in metrics_of(shared) if name != "diversity"] if groups else []:
-            values = (
-                [np.array([scores[score.prompt].adapter[metric] for score in group]) for group in groups]
-                for scores in (one, other)
-            )
-            sentences.append(_sentence(first, second, metric, paired_metric(*values, resamples=resamples, seed=seed)))
+        one, other = (_values(graded[name]) for name in (first, second))
+        for figure in [name for name in (*METRICS, *DRIFTS) if name in one and name in other]:
+            groups: dict[str, list[Prompt]] = {}
+            for prompt in one[figure]:
+                if prompt in other[figure]:
+                    groups.setdefault(prompt.concept_label, []).append(prompt)
+            if groups:
+                before, after = (
+                    [np.array([values[figure][prompt] for prompt in group]) for group in groups.values()]
+                    for values in (other, one)
+                )
+                found = paired_metric(before, after, resamples=resamples, seed=seed)
+                sentences.append(_sentence(first, second, figure, found))
     return sentences
 
 
-def _sentence(first: str, second: str, metric: str, found: PairedMetric) -> str:
-    name = metric.replace("_", " ")
-    interval = f"{found.delta:+.3f}, 95 % interval over prompts {found.delta_low:+.3f} to {found.delta_high:+.3f}"
+def _values(each: GradedAdapter) -> dict[str, dict[Prompt, np.ndarray]]:
+    """By figure and prompt the values of an adapter by noise seed, (S,); without diversity, which is good near the base
+    model's."""
+    single = [score for score in each.scores if len(score.prompt.concepts) == 1]
+    values = {
+        metric: {score.prompt: score.by_seed(metric)[1] for score in single}
+        for metric in metrics_of(single)
+        if metric != "diversity"
+    }
+    values["drift"] = {prompt: found for prompt, found in each.distances.items() if not prompt.concepts}
+    values["class_drift"] = {prompt: found for prompt, found in each.distances.items() if prompt.concepts}
+    return values
+
+
+def _sentence(first: str, second: str, figure: str, found: PairedMetric) -> str:
+    """`found`: the first minus the second."""
+    name = figure.replace("_", " ")
+    ends = (found.delta_low, found.delta_high)
     if found.delta_low <= 0 <= found.delta_high:
-        return f"{first} and {second} do not differ measurably in {name} ({interval})."
-    order = "higher" if found.delta > 0 else "lower"
-    return f"{second} has a {order} {name} than {first} ({interval})."
+        return f"{name}: no difference can be told between {first} and {second} ({ends[0]:+.3f} to {ends[1]:+.3f})."
+    order, sign = ("higher", 1) if found.delta > 0 else ("lower", -1)
+    low, high = sorted(sign * end for end in ends)
+    return f"{name}: {first} is {order} than {second} by {sign * found.delta:.3f} ({low:.3f} to {high:.3f})."
 
 
 def _with_change(row: Row, name: str) -> str:
@@ -224,12 +261,17 @@ def _with_change(row: Row, name: str) -> str:
     return f"{metric.adapter:.3f} ({metric.delta:+.3f}, {metric.delta_low:+.3f} to {metric.delta_high:+.3f})"
 
 
+def _with_interval(row: Row, name: str) -> str:
+    figure = row.drifts.get(name)
+    return f"{figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f})" if figure else ""
+
+
 def sheet(graded: Mapping[str, GradedAdapter]) -> Image.Image:
     """The first image of each prompt: one row per prompt, one column per model, the base model first."""
     rows: dict[Prompt, tuple[str, dict[str, Image.Image]]] = {}
     for name, each in graded.items():
         for pair in each.pairs:
-            if pair.number == 0:
+            if pair.is_first:
                 _, images = rows.setdefault(pair.prompt, (pair.text, {"base model": pair.base}))
                 images[name] = pair.customized
     return report.image_grid(list(rows.values()), ["base model", *graded])

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from customdiff.config import Concept, Evaluate
@@ -26,7 +27,7 @@ Figures = dict[str, IntervalMetric]
 
 
 def control_prompts(settings: Evaluate, concepts: Mapping[str, Concept], prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts that both models generate without a token, one image each.
+    """Prompts that both models generate without a token, one image each and noise seed.
 
     Args:
         prompts: of the concepts.
@@ -85,24 +86,48 @@ def figures(
     if not controls:
         return {}
     base, adapter = (judges.features([getattr(pair, kind) for pair in controls]) for kind in ("base", "customized"))
-    distances = feature_distance(base, adapter)
-    rows: dict[str | None, list[int]] = {}
+    rows: dict[str, list[int]] = {}
     for row, pair in enumerate(controls):
-        rows.setdefault(pair.prompt.concept_label or None, []).append(row)
+        rows.setdefault(pair.prompt.concept_label, []).append(row)
+    found = distance_figures(_by_prompt(controls, feature_distance(base, adapter)), resamples=resamples, seed=seed)
+    rows.pop("", None)
     real = {name: judges.features(images) for name, images in class_images.items() if len(images) > 1}
-    resampled = {"resamples": resamples, "seed": seed}
-    found: dict[str | None, Figures] = {None: {}}
-    if others := rows.pop(None, []):
-        found[None]["drift"] = interval_metric([distances[others]], **resampled)
     sets = {name: (base[own], adapter[own], real[name]) for name, own in rows.items() if name in real and len(own) > 1}
-    for name, own in rows.items():
-        found[name] = {"class_drift": interval_metric([distances[own]], **resampled)}
-        if name in sets:
-            found[name]["prior_kid"] = kid_metric([sets[name]], subsets=resamples, seed=seed)
-    if rows:
-        found[None]["class_drift"] = interval_metric([distances[own] for own in rows.values()], **resampled)
+    for name, each in sets.items():
+        found[name]["prior_kid"] = kid_metric([each], subsets=resamples, seed=seed)
     if sets and len(sets) == len(rows):
         found[None]["prior_kid"] = kid_metric(list(sets.values()), subsets=resamples, seed=seed)
+    return found
+
+
+def distances(controls: Sequence[ImagePair], judges: Judges) -> dict[Prompt, np.ndarray]:
+    """The `feature_distance` of each prompt's images by noise seed, (S,), 0 to 2."""
+    if not controls:
+        return {}
+    base, adapter = (judges.features([getattr(pair, kind) for pair in controls]) for kind in ("base", "customized"))
+    return _by_prompt(controls, feature_distance(base, adapter))
+
+
+def _by_prompt(controls: Sequence[ImagePair], values: np.ndarray) -> dict[Prompt, np.ndarray]:
+    found: dict[Prompt, list[float]] = {}
+    for pair, value in zip(controls, values, strict=True):
+        found.setdefault(pair.prompt, []).append(value)
+    return {prompt: np.array(each) for prompt, each in found.items()}
+
+
+def distance_figures(distances: Mapping[Prompt, np.ndarray], *, resamples: int, seed: int) -> dict[str | None, Figures]:
+    """`drift` and `class_drift` by concept, None being all; a figure without images is left out."""
+    groups: dict[str, list[np.ndarray]] = {}
+    for prompt, values in distances.items():
+        groups.setdefault(prompt.concept_label, []).append(values)
+    found: dict[str | None, Figures] = {None: {}}
+    if others := groups.pop("", []):
+        found[None]["drift"] = interval_metric([np.array(others)], resamples=resamples, seed=seed)
+    for name, own in groups.items():
+        found[name] = {"class_drift": interval_metric([np.array(own)], resamples=resamples, seed=seed)}
+    if groups:
+        every = [np.array(own) for own in groups.values()]
+        found[None]["class_drift"] = interval_metric(every, resamples=resamples, seed=seed)
     return found
 
 

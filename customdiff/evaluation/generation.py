@@ -27,13 +27,15 @@ class ImageRequest:
 
     Attributes:
         prompt: what it shows.
-        number: among the images of this prompt, from 0.
+        number: among the images of this prompt from one noise seed, from 0.
         seed: of its noise.
+        repeat: from which noise seed, from 0; see `evaluate.seeds`.
     """
 
     prompt: Prompt
     number: int
     seed: int
+    repeat: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class ImagePair:
     Attributes:
         prompt: what it shows.
         text: the prompt without modifier tokens, which both images are compared with.
-        number: among the images of this prompt, from 0.
+        number: among the images of this prompt from one noise seed, from 0.
         base, customized: RGB.
         is_control: whether the adapter was given the class as well, without its token; see `drift`.
+        repeat: from which noise seed, from 0; see `evaluate.seeds`.
     """
 
     prompt: Prompt
@@ -54,6 +57,12 @@ class ImagePair:
     base: Image.Image
     customized: Image.Image
     is_control: bool = False
+    repeat: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the first image of its prompt."""
+        return self.number == 0 and self.repeat == 0
 
 
 @dataclass(frozen=True)
@@ -78,12 +87,20 @@ class Generation:
     def requests(self, prompts: Sequence[Prompt], num_images: int | None = None) -> list[ImageRequest]:
         """The images to generate, in order; each has a seed of its own, which other prompts do not change.
 
+        The images of the noise seed n are those of an evaluation with `base.seed` + n.
+
         Args:
-            num_images: per prompt; None: `evaluate.num_images`.
+            num_images: per prompt and noise seed; None: `evaluate.num_images`.
         """
         return [
-            ImageRequest(prompt, number, image_seed(self.base.seed, prompt.concept_label, prompt.template, number))
+            ImageRequest(
+                prompt,
+                number,
+                image_seed(self.base.seed + repeat, prompt.concept_label, prompt.template, number),
+                repeat,
+            )
             for prompt in prompts
+            for repeat in range(self.settings.seeds)
             for number in range(num_images or self.settings.num_images)
         ]
 
@@ -121,7 +138,8 @@ def generate_pairs(
 
     Args:
         adapters: folders by the name that progress bars show.
-        controls: prompts of which both models generate one image with the class for the subject; see `drift`.
+        controls: prompts of which both models generate one image per noise seed, with the class for the subject; see
+            `drift`.
 
     Yields:
         The name of each adapter, and its images beside the base model's, those of `controls` last.
@@ -176,7 +194,15 @@ def _control_pairs(
 ) -> list[ImagePair]:
     """The images of controls of two models, side by side."""
     return [
-        ImagePair(each.prompt, generation.text(each.prompt, class_subject), each.number, before, after, is_control=True)
+        ImagePair(
+            each.prompt,
+            generation.text(each.prompt, class_subject),
+            each.number,
+            before,
+            after,
+            is_control=True,
+            repeat=each.repeat,
+        )
         for each, before, after in zip(requests, base, customized, strict=True)
     ]
 
@@ -246,7 +272,14 @@ def pair_images(
 ) -> list[ImagePair]:
     """The images of two models of the same requests, side by side."""
     return [
-        ImagePair(request.prompt, generation.reference_text(request.prompt), request.number, before, after)
+        ImagePair(
+            request.prompt,
+            generation.reference_text(request.prompt),
+            request.number,
+            before,
+            after,
+            repeat=request.repeat,
+        )
         for request, before, after in zip(requests, base, customized, strict=True)
     ]
 
@@ -254,7 +287,8 @@ def pair_images(
 def write_images(pairs: Sequence[ImagePair], folder: Path) -> None:
     """Write `<folder>/base/<concept>/...png` and `<folder>/customized/<concept>/...png`, under the same names.
 
-    Controls are in `without-token` instead of the concept's folder.
+    Controls are in `without-token` instead of the concept's folder. The names end with the number of the image, for
+    further noise seeds behind that of the seed: `-0.png`, `-1.png`, `-seed1-0.png`.
     """
     numbers: dict[tuple[Prompt, bool], int] = {}
     images = {}
@@ -262,7 +296,8 @@ def write_images(pairs: Sequence[ImagePair], folder: Path) -> None:
         number = numbers.setdefault((pair.prompt, pair.is_control), len(numbers) + 1)
         label = "without-token" if pair.is_control else pair.prompt.concept_label
         words = re.sub(r"[^a-z0-9]+", "-", pair.prompt.template.lower()).strip("-")[:60]
+        place = f"seed{pair.repeat}-{pair.number}" if pair.repeat else str(pair.number)
         for kind in ("base", "customized"):
-            path = folder / kind / label / f"{number:02d}-{words}-{pair.number}.png"
+            path = folder / kind / label / f"{number:02d}-{words}-{place}.png"
             images[path] = getattr(pair, kind)
     save_all(images)

@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from customdiff.config import Concept, Download
-from customdiff.errors import UserError
 from customdiff.evaluation.judges import Judges
 from customdiff.evaluation.metrics import image_alignment, text_alignment, without_tokens
-from customdiff.images import limit_side, open_rgb
-from customdiff.sources.image_folder import holdout_paths, sidecar_caption
+from customdiff.sources.holdout import read_photos, refuse_shared
+from customdiff.sources.image_folder import sidecar_caption
 
 
 @dataclass(frozen=True)
@@ -34,16 +32,12 @@ def read(name: str, concept: Concept, limits: Download, instances: Sequence[Imag
     Raises:
         UserError: the folder has fewer than two photos, one cannot be read, or one is an instance image.
     """
-    key, paths = f"concepts.{name}.holdout", holdout_paths(name, Path(concept.holdout or ""))
-    images = [limit_side(open_rgb(path, limits.max_megapixels), limits.max_side) for path in paths]
-    known = {(image.size, image.tobytes()) for image in instances}
-    for path, image in zip(paths, images, strict=True):
-        if (image.size, image.tobytes()) in known:
-            raise UserError(f"{key}: {path} is also an instance image of {name}; holdout photos must not be trained on")
-    captions = [sidecar_caption(path) for path in paths]
+    photos = read_photos(name, concept, limits)
+    refuse_shared(name, photos, ((f"number {number}", image) for number, image in enumerate(instances, 1)))
+    captions = [sidecar_caption(path) for path, _ in photos]
     subject = concept.modifier_token
     words = [without_tokens(text.replace("{}", subject), subject) for text in captions if text]
-    return Holdout(images, words if len(words) == len(paths) else [])
+    return Holdout([image for _, image in photos], words if len(words) == len(photos) else [])
 
 
 def read_all(

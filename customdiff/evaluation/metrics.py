@@ -23,7 +23,7 @@ class PairedMetric:
     Attributes:
         base, adapter: means over concepts of the means over prompts.
         delta: adapter minus base.
-        delta_low, delta_high: 95 % bootstrap interval of the paired difference over prompts.
+        delta_low, delta_high: 95 % interval of the paired difference; see `bootstrap_interval`.
     """
 
     base: float
@@ -39,7 +39,7 @@ class PairedMetric:
 
 @dataclass(frozen=True)
 class IntervalMetric:
-    """A mean with its 95 % bootstrap interval over prompts."""
+    """A mean with its 95 % interval; see `bootstrap_interval`."""
 
     value: float
     low: float
@@ -98,7 +98,7 @@ def photo_share(
 def paired_metric(
     base: Sequence[np.ndarray], adapter: Sequence[np.ndarray], *, resamples: int, seed: int
 ) -> PairedMetric:
-    """Summarize one metric of base and adapter: one array per concept, one value per prompt."""
+    """Summarize one metric of base and adapter: one array per concept as for `bootstrap_interval`."""
     deltas = [np.asarray(after) - np.asarray(before) for before, after in zip(base, adapter, strict=True)]
     low, high = bootstrap_interval(deltas, resamples=resamples, seed=seed)
     before, after = (round(mean_over_groups(groups), DIGITS) for groups in (base, adapter))
@@ -106,7 +106,7 @@ def paired_metric(
 
 
 def interval_metric(groups: Sequence[np.ndarray], *, resamples: int, seed: int) -> IntervalMetric:
-    """Summarize one metric of one model: one array per concept, one value per prompt."""
+    """Summarize one metric of one model: one array per concept as for `bootstrap_interval`."""
     low, high = bootstrap_interval(groups, resamples=resamples, seed=seed)
     return IntervalMetric(round(mean_over_groups(groups), DIGITS), round(low, DIGITS), round(high, DIGITS))
 
@@ -266,9 +266,15 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over groups of each group's mean.
 
+    Prompts are resampled with replacement within their concept, as the mean is one over concepts. With several noise
+    seeds the bootstrap is hierarchical: for each prompt that was drawn, its seeds are resampled with replacement as
+    well (Davison and Hinkley 1997, section 3.8, strategy 2). Each prompt has noise of its own, so seeds are nested in
+    prompts. The resampled means have the variance within prompts a second time, so an interval is rather too wide than
+    too narrow where the noise decides (docs/comparison.md has the measured coverage).
+
     Args:
-        groups: one array per concept, one value per prompt. Prompts are resampled within their concept, as the mean is
-            one over concepts.
+        groups: one array per concept: (P,), one value per prompt, or (P, S), one per prompt and noise seed. Differences
+            of two models on the same prompts and seeds give the paired bootstrap.
         resamples: number of resamples.
         seed: of numpy's generator.
         level: share of the resampled means inside the interval.
@@ -284,7 +290,10 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     means = np.zeros(resamples)
     for group in groups:
-        values = np.asarray(group, np.float64)
-        means += values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
+        values = np.asarray(group, np.float64).reshape(len(group), -1)
+        prompts, seeds = values.shape
+        rows = rng.integers(prompts, size=(resamples, prompts))[:, :, None]
+        columns = rng.integers(seeds, size=(resamples, prompts, seeds)) if seeds > 1 else 0
+        means += values[rows, columns].mean(axis=(1, 2))
     low, high = np.quantile(means / len(groups), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

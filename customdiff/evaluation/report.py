@@ -190,7 +190,6 @@ def html(
         worst=ranked(scores)[: -EXTREMES - 1 : -1],
         controls=_data_uri(_jpeg(controls), "image/jpeg") if controls else None,
         verdicts=verdicts,
-        changes=changes(summary),
         scores=scores,
         sheet=_data_uri(_jpeg(sheet), "image/jpeg"),
         photos=[_data_uri(path.read_bytes(), "image/jpeg") for path in photos if path.is_file()],
@@ -203,7 +202,7 @@ def html(
 
 
 def changes(summary: Summary) -> list[str]:
-    """One sentence per metric; a change whose interval includes zero is not called one."""
+    """One sentence per metric, for the terminal; a change whose interval includes zero is not called one."""
     sentences = []
     for name, metric in summary.overall.items():
         interval = f"95 % interval {metric.delta_low:+.3f} to {metric.delta_high:+.3f}"

@@ -43,16 +43,23 @@ class PromptScore:
     Attributes:
         base, adapter: by metric: some of `METRICS`, and `HOLDOUT` where there are holdout photos.
         followed: share of the images of base and adapter that no other prompt fits better; see `follows_prompt`.
+        seeds: of base and adapter, by metric the means over the images of each noise seed; empty with a single seed.
     """
 
     prompt: Prompt
     base: dict[str, float]
     adapter: dict[str, float]
     followed: tuple[float, float] = (1.0, 1.0)
+    seeds: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
 
     def delta(self, metric: str) -> float:
         """Adapter minus base."""
         return self.adapter[metric] - self.base[metric]
+
+    def by_seed(self, metric: str) -> np.ndarray:
+        """A metric of base and adapter by noise seed, (2, S)."""
+        means = (self.base, self.adapter)
+        return np.array([seeds.get(metric) or [mean[metric]] for seeds, mean in zip(self.seeds, means, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -195,8 +202,11 @@ def score_prompts(
     kept_out = _embed(holdout or {}, "image_alignment", judges)
     references = {metric: _embed(instances, metric, judges) for metric in judges.alignments}
     places: dict[Prompt, list[int]] = {}
+    seeds: dict[Prompt, dict[int, list[int]]] = {}
     for place, pair in enumerate(pairs):
         places.setdefault(pair.prompt, []).append(place)
+        seeds.setdefault(pair.prompt, {}).setdefault(pair.repeat, []).append(place)
+    sets = [chosen for each in seeds.values() for chosen in each.values()]
     found, followed = [], []
     for images in ([pair.base for pair in pairs], [pair.customized for pair in pairs]):
         embedded = judges.clip.images(images)
@@ -205,24 +215,33 @@ def score_prompts(
             values[metric] = _alignments(metric, images, pairs, photos, judges)
         if kept_out:
             values[HOLDOUT] = _alignments("image_alignment", images, pairs, kept_out, judges)
-        if all(len(chosen) > 1 for chosen in places.values()):
-            values["diversity"] = _diversity(judges.features(images), places)
+        if all(len(chosen) > 1 for chosen in sets):
+            values["diversity"] = _diversity(judges.features(images), sets)
         found.append(values)
         followed.append(_followed(embedded, texts, places))
-
-    def means(values: Mapping[str, np.ndarray], chosen: Sequence[int]) -> dict[str, float]:
-        return {name: float(each[chosen].mean()) for name, each in values.items()}
 
     base, adapter = found
     return [
         PromptScore(
             prompt,
-            means(base, chosen),
-            means(adapter, chosen),
+            _means(base, chosen),
+            _means(adapter, chosen),
             (float(followed[0][chosen].mean()), float(followed[1][chosen].mean())),
+            (_seed_means(base, seeds[prompt]), _seed_means(adapter, seeds[prompt])),
         )
         for prompt, chosen in places.items()
     ]
+
+
+def _means(values: Mapping[str, np.ndarray], chosen: Sequence[int]) -> dict[str, float]:
+    return {name: float(each[chosen].mean()) for name, each in values.items()}
+
+
+def _seed_means(values: Mapping[str, np.ndarray], seeds: Mapping[int, Sequence[int]]) -> dict[str, list[float]]:
+    """By metric the mean over the images of each noise seed; empty for a single seed."""
+    if len(seeds) == 1:
+        return {}
+    return {name: [float(each[chosen].mean()) for chosen in seeds.values()] for name, each in values.items()}
 
 
 def _followed(images: np.ndarray, texts: np.ndarray, places: Mapping[Prompt, Sequence[int]]) -> np.ndarray:
@@ -257,10 +276,10 @@ def _alignments(
     return values
 
 
-def _diversity(features: np.ndarray, places: Mapping[Prompt, Sequence[int]]) -> np.ndarray:
-    """The `diversity` of each image's prompt, (N,); the images of a prompt are at its `places`."""
+def _diversity(features: np.ndarray, sets: Sequence[Sequence[int]]) -> np.ndarray:
+    """The `diversity` of each image's set, (N,): the images of one prompt and noise seed, at these places."""
     result = np.zeros(len(features))
-    for chosen in places.values():
+    for chosen in sets:
         result[list(chosen)] = diversity(features[list(chosen)])
     return result
 
@@ -279,7 +298,7 @@ def single_concepts(scores: Iterable[PromptScore]) -> list[list[PromptScore]]:
 
 
 def summarize(scores: Sequence[PromptScore], num_images: int, *, resamples: int, seed: int, **further: Any) -> Summary:
-    """Metrics over all concepts and of each, with 95 % bootstrap intervals of the paired differences over prompts.
+    """Metrics over all concepts and of each, with 95 % intervals of the paired differences (`bootstrap_interval`).
 
     Args:
         num_images: that each model generated.
@@ -292,8 +311,7 @@ def summarize(scores: Sequence[PromptScore], num_images: int, *, resamples: int,
     def summarized(groups: Sequence[Sequence[PromptScore]]) -> dict[str, PairedMetric]:
         return {
             metric: paired_metric(
-                [np.array([score.base[metric] for score in group]) for group in groups],
-                [np.array([score.adapter[metric] for score in group]) for group in groups],
+                *([np.array([score.by_seed(metric)[i] for score in group]) for group in groups] for i in (0, 1)),
                 resamples=resamples,
                 seed=seed,
             )

@@ -7,22 +7,23 @@ Alignment with holdout photos, which were not trained on, tells the two apart.
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from customdiff.evaluation import report
+from customdiff.evaluation import drift, report
 from customdiff.evaluation.generation import Generation, ImagePair, generate_pairs
 from customdiff.evaluation.judges import Judges
 from customdiff.evaluation.metrics import IntervalMetric, image_alignment, interval_metric
 from customdiff.evaluation.prompts import Prompt
 from customdiff.evaluation.scores import HOLDOUT, METRICS, PromptScore, metrics_of, score_prompts
 
+DRIFTS = ("drift", "class_drift")
 DELTAS = tuple(f"{name}_delta" for name in METRICS)
 FIGURES = (*METRICS, *DELTAS, HOLDOUT)
-COLUMNS = ("step", *(f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")))
+COLUMNS = ("step", *(f"{name}{end}" for name in (*FIGURES, *DRIFTS) for end in ("", "_low", "_high")))
 PROMPT_COLUMNS = ("step", "concept", "prompt", "kind", *FIGURES)
 
 
@@ -36,12 +37,16 @@ class Point:
         values: by figure, one value per prompt: `METRICS`, of checkpoints also `DELTAS`, and `HOLDOUT` where there are
             holdout photos.
         images: the first image of each prompt.
+        by_seed: the same figures by prompt and noise seed, (P, S).
+        distances: of a checkpoint's images without the token from the base model's, by prompt; see `drift.distances`.
     """
 
     step: int
     prompts: list[Prompt]
     values: dict[str, list[float]]
     images: list[Image.Image]
+    by_seed: dict[str, np.ndarray] = field(default_factory=dict)
+    distances: dict[Prompt, np.ndarray] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -51,7 +56,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Summary:
-    """A model's figures over all concepts, by name; see `Point.values`."""
+    """A model's figures over all concepts, by name: those of `Point.values`, and of checkpoints `DRIFTS`."""
 
     step: int
     figures: dict[str, IntervalMetric]
@@ -71,6 +76,7 @@ def sweep(
     instances: Mapping[str, Sequence[Image.Image]],
     judges: Judges,
     holdout: Mapping[str, Sequence[Image.Image]] | None = None,
+    controls: Sequence[Prompt] = (),
 ) -> list[Point]:
     """Generate and score the base model once, then each checkpoint.
 
@@ -79,6 +85,7 @@ def sweep(
         instances: instance images by concept.
         judges: embed texts and images.
         holdout: photos by concept that were not trained on; None where a concept has none.
+        controls: prompts without the token; see `drift.control_prompts`.
 
     Returns:
         The base model, then the checkpoints in their order.
@@ -88,24 +95,34 @@ def sweep(
     """
     folders = {f"step {step}": folder for step, folder in checkpoints.items()}
     points: list[Point] = []
-    for step, (_, pairs) in zip(checkpoints, generate_pairs(generation, folders, prompts), strict=True):
+    generated = generate_pairs(generation, folders, prompts, controls)
+    for step, (_, images) in zip(checkpoints, generated, strict=True):
+        pairs = [pair for pair in images if not pair.is_control]
+        distances = drift.distances([pair for pair in images if pair.is_control], judges)
         scores = score_prompts(pairs, instances, judges, holdout)
-        first = [pair for pair in pairs if pair.number == 0]
+        first = [pair for pair in pairs if pair.is_first]
         if not points:
             points.append(_base_point(scores, first))
-        points.append(_checkpoint_point(step, scores, first))
+        points.append(_checkpoint_point(step, scores, first, distances))
     return points
 
 
 def _base_point(scores: Sequence[PromptScore], first: Sequence[ImagePair]) -> Point:
     values = {name: [score.base[name] for score in scores] for name in scores[0].base}
-    return Point(0, [score.prompt for score in scores], values, [pair.base for pair in first])
+    by_seed = {name: np.array([score.by_seed(name)[0] for score in scores]) for name in values}
+    return Point(0, [score.prompt for score in scores], values, [pair.base for pair in first], by_seed)
 
 
-def _checkpoint_point(step: int, scores: Sequence[PromptScore], first: Sequence[ImagePair]) -> Point:
+def _checkpoint_point(
+    step: int, scores: Sequence[PromptScore], first: Sequence[ImagePair], distances: dict[Prompt, np.ndarray]
+) -> Point:
     values = {name: [score.adapter[name] for score in scores] for name in scores[0].adapter}
-    values |= {f"{name}_delta": [score.delta(name) for score in scores] for name in metrics_of(scores)}
-    return Point(step, [score.prompt for score in scores], values, [pair.customized for pair in first])
+    by_seed = {name: np.array([score.by_seed(name)[1] for score in scores]) for name in values}
+    for name in metrics_of(scores):
+        values[f"{name}_delta"] = [score.delta(name) for score in scores]
+        by_seed[f"{name}_delta"] = np.array([np.diff(score.by_seed(name), axis=0)[0] for score in scores])
+    images = [pair.customized for pair in first]
+    return Point(step, [score.prompt for score in scores], values, images, by_seed, distances)
 
 
 def photo_alignment(
@@ -119,7 +136,7 @@ def photo_alignment(
 
 
 def summarize(point: Point, *, resamples: int, seed: int) -> Summary:
-    """Figures over all concepts with 95 % intervals over prompts, resampled within each concept.
+    """Figures over all concepts with 95 % intervals; see `bootstrap_interval`.
 
     The intervals of `DELTAS`, which are paired with the base model, are the narrower ones.
     """
@@ -127,9 +144,10 @@ def summarize(point: Point, *, resamples: int, seed: int) -> Summary:
     figures = {}
     for name in FIGURES:
         if name in point.values:
-            pairs = list(zip(point.prompts, point.values[name], strict=True))
+            pairs = list(zip(point.prompts, point.by_seed.get(name, point.values[name]), strict=True))
             groups = [np.array([value for prompt, value in pairs if prompt.concept_label == label]) for label in labels]
             figures[name] = interval_metric(groups, resamples=resamples, seed=seed)
+    figures |= drift.distance_figures(point.distances, resamples=resamples, seed=seed)[None]
     return Summary(point.step, figures)
 
 

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,13 +11,52 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from customdiff.config import Prepare
+from customdiff.config import Params, Prepare
 from customdiff.errors import UserError
-from customdiff.preparation import augmentation, prepared_set
-from customdiff.preparation.examples import Example
+from customdiff.files import atomic_directory
+from customdiff.models import base
+from customdiff.preparation import augmentation, prepared_set, sheet
+from customdiff.preparation.examples import Example, class_examples, instance_examples
 from customdiff.preparation.latent_cache import LatentCache
 from customdiff.preparation.prepared_set import PreparedSet
 from customdiff.preparation.views import Views
+
+
+def prepare_concept(
+    params: Params, name: str, *, instances: Path, classes: Path, out: Path, cache: Path | None = None
+) -> tuple[list[Example], dict[str, PreparedSet]]:
+    """Prepare a concept's instance images, and its class images if they are used.
+
+    Writes `out`/instance, `out`/class and `out`/sheet.jpg.
+
+    Args:
+        instances, classes: folders of its instance and class images.
+        cache: folder of VAE moments of earlier runs; None: encode everything.
+
+    Returns:
+        The instance images, and the prepared sets by kind.
+
+    Raises:
+        UserError: a caption is wrong or missing, a model cannot be loaded, or `prepare.resolution` does not fit.
+    """
+    settings, concept = params.prepare, params.concepts[name]
+    device = base.device(params.base.device)
+    vae = base.load_part(params.base, "vae", AutoencoderKL, device=device).to(memory_format=torch.channels_last)
+    tokenizer, all_masks = base.load_tokenizer(params.base), params.train.mask_weight != 1
+    examples = instance_examples(instances, concept, settings, device, tokenizer=tokenizer, all_masks=all_masks)
+    latents = LatentCache(cache, vae) if cache else None
+    seeds = {kind: seed_of(params.base.seed, name, kind) for kind in ("instance", "class")}
+    with atomic_directory(out) as folder:
+        sets = {"instance": prepare_instances(examples, settings, vae, seeds["instance"], latents)}
+        if params.train.preserves_prior:
+            found = class_examples(classes, concept, settings)
+            sets["class"] = prepare_classes(found, settings, vae, seeds["class"], latents)
+        sheet.contact_sheet(examples).save(folder / "sheet.jpg", quality=90)
+        for kind, prepared in sets.items():
+            prepared_set.save(prepared, folder / kind)
+    if latents:
+        latents.prune()
+    return examples, sets
 
 
 def prepare_instances(

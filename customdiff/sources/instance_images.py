@@ -86,6 +86,19 @@ def collect(
     return result
 
 
+def local_images(key: str, source: Source, limits: Download, work: Path) -> Iterable[SourceImage]:
+    """The images of a source that is a folder or an archive on this machine, undecoded; none of any other source.
+
+    Args:
+        key: of params.yaml, for error messages.
+        work: empty folder, where an archive is unpacked.
+
+    Raises:
+        UserError: the source cannot be read, or is unsafe.
+    """
+    return _open_source(key, source, limits, work, Collected(), None) if source.path else []
+
+
 def instance_paths(folder: Path | str) -> list[Path]:
     """Paths of the instance images that `collect` wrote, in order.
 

@@ -144,14 +144,20 @@ class Selection:
 
     @property
     def best(self) -> Grade | None:
-        """The grade with the highest score, the earliest of equal ones; None before the first."""
-        return max(self.grades(), key=lambda grade: grade.score, default=None)
+        """The latest grade whose score is within the tolerance of the highest; None before the first.
+
+        A score of few images is noisy. A single high one would else select a checkpoint at which the subject is half
+        learned.
+        """
+        grades, tolerance = self.grades(), self.params.train.grading.tolerance
+        highest = max((grade.score for grade in grades), default=0.0)
+        return next((grade for grade in reversed(grades) if grade.score >= highest - tolerance), None)
 
     @property
     def is_over(self) -> bool:
-        """Whether `train.patience` checkpoints in a row have scored no higher than the best before them."""
-        grades, patience = self.grades(), self.params.train.patience
-        return bool(patience and grades and len(grades) - 1 - grades.index(self.best) >= patience)  # type: ignore[arg-type]
+        """Whether `train.patience` checkpoints in a row have scored no higher than the highest before them."""
+        scores, patience = [grade.score for grade in self.grades()], self.params.train.patience
+        return bool(patience and scores and len(scores) - 1 - scores.index(max(scores)) >= patience)
 
     @property
     def selected_step(self) -> int | None:

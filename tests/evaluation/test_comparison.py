@@ -1,6 +1,7 @@
 """Methods and adapters beside one another: only the method differs, nothing is trained twice, each row has its own."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from customdiff.errors import UserError
 from customdiff.evaluation import comparison, scores
 from customdiff.evaluation.generation import ImagePair, generate_pairs
 from customdiff.evaluation.judges import Judges
+from customdiff.evaluation.metrics import bootstrap_interval
 from customdiff.evaluation.prompts import Prompt
 from customdiff.models import clip
 from customdiff.tracking import Tracker
@@ -117,12 +119,52 @@ def test_two_adapters_differ_where_the_interval_of_their_paired_difference_exclu
         {prompt: (base, (0.1 * i + 0.25, images[i])) for i, prompt in enumerate(prompts)} | {DOG: (base, base)}
     )
     text, image = comparison.differences({"one": first, "two": second}, resamples=200, seed=0)
-    assert text == "two has a higher text alignment than one (+0.250, 95 % interval over prompts +0.250 to +0.250)."
-    assert image.startswith("one and two do not differ measurably in image alignment (+0.000, ")
+    assert text == "text alignment: one is lower than two by 0.250 (0.250 to 0.250)."
+    assert image.startswith("image alignment: no difference can be told between one and two (-0.")
     back = comparison.differences({"two": second, "one": first}, resamples=200, seed=0)
-    assert back[0].startswith("one has a lower text alignment than two (-0.250")
+    assert back[0] == "text alignment: two is higher than one by 0.250 (0.250 to 0.250)."
     alone = graded({DOG: (base, base)})
     assert comparison.differences({"one": first, "alone": alone}, resamples=200, seed=0) == []
+
+
+def test_differences_of_drift_are_of_the_same_prompts_without_the_token():
+    other, own = (Prompt(text, ()) for text in ("a car", "a bus")), (Prompt(f"{n} {{}}", ("cat",)) for n in range(2))
+    controls = [*other, *own]
+    base = (0.0, 0.0)
+    one, two = (graded({CAT: (base, base)}) for _ in range(2))
+    one.distances.update(zip(controls, np.array([[0.1, 0.2], [0.3, 0.5], [0.4, 0.4], [0.1, 0.1]]), strict=True))
+    two.distances.update(zip(controls, np.array([[0.3, 0.4], [0.5, 0.7], [0.5, 0.5], [0.0, 0.0]]), strict=True))
+    *_, drift, class_drift = comparison.differences({"one": one, "two": two}, resamples=200, seed=0)
+    assert drift == "drift: one is lower than two by 0.200 (0.200 to 0.200)."
+    assert class_drift == "class drift: no difference can be told between one and two (-0.100 to +0.100)."
+
+
+def test_two_adapters_are_compared_by_prompt_and_noise_seed():
+    prompts = [Prompt(f"{number} {{}}", ("cat",)) for number in range(3)]
+    rng = np.random.default_rng(0)
+    values = rng.normal(0.5, 0.1, (2, 3, 4))
+
+    def of(own):
+        given = [
+            scores.PromptScore(
+                prompt,
+                {"identity": 0.0},
+                {"identity": row.mean()},
+                seeds=({"identity": [0.0] * 4}, {"identity": list(row)}),
+            )
+            for prompt, row in zip(prompts, own, strict=True)
+        ]
+        return comparison.GradedAdapter([], scores.summarize(given, 3, resamples=100, seed=0), {}, given)
+
+    (found,) = comparison.differences({"a": of(values[0]), "b": of(values[1])}, resamples=500, seed=3)
+    low, high = bootstrap_interval([values[0] - values[1]], resamples=500, seed=3)
+    delta = (values[0] - values[1]).mean()
+    words = re.findall(r"-?\d\.\d+", found)
+    if low <= 0 <= high:
+        assert [float(word) for word in words] == pytest.approx([low, high], abs=6e-4)
+    else:
+        expected = [abs(delta), *sorted((abs(low), abs(high)))]
+        assert [float(word) for word in words] == pytest.approx(expected, abs=6e-4)
 
 
 def test_the_table_has_the_base_model_then_each_adapter_with_its_change(two, tmp_path):
@@ -210,7 +252,17 @@ def test_the_command_grades_adapters_that_exist_and_trains_none(project, tiny_ba
     rows = rows_of(project / "out")
     assert list(rows) == ["base model", "mine"]
     assert rows["mine"]["seconds"] == ""
+    assert 0 < float(rows["mine"]["class_drift_low"]) <= float(rows["mine"]["class_drift"])
+    assert rows["base model"]["class_drift"] == rows["mine"]["drift"] == "", "there is no drift.txt"
     assert not (project / ".comparison").exists()
+
+
+def test_more_noise_seeds_extend_the_same_images(project, tiny_base):
+    random_adapter(tiny_base, project / "mine")
+    for seeds in ("1", "3"):
+        assert compare("mine=mine", "--seeds", seeds, "--out", f"out{seeds}").exit_code == 0
+    kept = sorted(sum(1 for _ in each.iterdir()) for each in (project / ".base-images").iterdir())
+    assert kept == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Every model generates the same prompts from the same seeds, as diffusers itself would with one adapter loaded."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,19 @@ def test_an_image_has_a_seed_that_other_prompts_do_not_change(tiny_base):
     assert requests[1].seed == image_seed(42, "cat", "a {} on red", 1)
     assert len({each.seed for each in requests}) == 6
     assert generation(tiny_base).requests(PROMPTS[1:]) == requests[2:]
+
+
+def test_a_further_noise_seed_has_the_images_of_the_next_base_seed(tiny_base):
+    how = generation(tiny_base, seeds=2)
+    requests = how.requests(PROMPTS)
+    assert [(each.prompt, each.repeat, each.number) for each in requests] == [
+        (prompt, repeat, number) for prompt in PROMPTS for repeat in (0, 1) for number in (0, 1)
+    ]
+    following = generation(tiny_base)
+    following = dataclasses.replace(following, base=following.base.model_copy(update={"seed": 43}))
+    for repeat, alone in enumerate((generation(tiny_base), following)):
+        own = [each.seed for each in requests if each.repeat == repeat]
+        assert own == [each.seed for each in alone.requests(PROMPTS)]
 
 
 def test_the_base_model_is_given_the_class_and_an_adapter_the_token_and_class(tiny_base):
@@ -174,6 +189,19 @@ def test_an_adapter_of_another_kind_is_not_replaceable(tiny_base, tiny_v_base, t
         other = adapter.Adapter(other.weights, other.embeddings, other.config.with_changes(fingerprint=moved))
     assert not adapter.is_replaceable(one, other)
     assert not adapter.is_replaceable(other, one)
+
+
+def test_every_noise_seed_has_its_images_and_its_controls(tiny_base, adapters, tmp_path):
+    how = generation(tiny_base, seeds=2, num_images=1)
+    ((_, pairs),) = generate_pairs(how, {"first": adapters["first"]}, PROMPTS[:1], [Prompt("a pot", ()), PROMPTS[0]])
+    assert [(pair.is_control, pair.repeat, pair.is_first) for pair in pairs] == [
+        *((False, repeat, repeat == 0) for repeat in (0, 1)),
+        *((True, repeat, repeat == 0) for _ in range(2) for repeat in (0, 1)),
+    ]
+    assert [pair.base.tobytes() for pair in pairs[4:]] == [pair.base.tobytes() for pair in pairs[:2]]
+    assert len({pair.customized.tobytes() for pair in pairs}) == 6
+    write_images(pairs, tmp_path)
+    assert len(list((tmp_path / "customized").rglob("*.png"))) == 6
 
 
 def test_every_image_is_written_under_the_same_name_for_both_models(tmp_path):

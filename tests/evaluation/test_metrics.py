@@ -76,6 +76,43 @@ def test_the_seed_determines_the_interval():
     assert bootstrap_interval(values, resamples=300, seed=4) != bootstrap_interval(values, resamples=300, seed=5)
 
 
+def test_a_hierarchical_resample_draws_prompts_and_then_seeds_of_each():
+    values = np.array([[0.0, 4.0], [10.0, 11.0]])
+    # all resamples are equally likely: two prompts, and for each of them two of its two seeds
+    every = [
+        np.mean([values[first, a], values[first, b], values[second, c], values[second, d]])
+        for first, second, a, b, c, d in itertools.product(range(2), repeat=6)
+    ]
+    for level in (0.2, 0.6, 0.9):
+        found = bootstrap_interval([values], resamples=40000, seed=0, level=level)
+        ends = np.quantile(every, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+        assert found == pytest.approx(tuple(ends), abs=1e-9)
+
+
+def test_a_single_noise_seed_gives_the_interval_of_prompts():
+    values = np.random.default_rng(0).normal(size=12)
+    alone = bootstrap_interval([values], resamples=300, seed=4)
+    assert bootstrap_interval([values[:, None]], resamples=300, seed=4) == alone
+
+
+@pytest.mark.parametrize(
+    ("between", "within", "expected"),
+    # share of intervals that contain the true difference; widest where the noise decides, see docs/comparison.md
+    [(1.0, 0.5, (0.88, 0.955)), (1.0, 1.0, (0.9, 0.975)), (1.0, 2.0, (0.93, 0.995)), (0.2, 1.0, (0.94, 1.0))],
+)
+def test_the_interval_contains_the_true_difference_about_as_often_as_it_says(between, within, expected):
+    rng, covered, pooled = np.random.default_rng(7), [], []
+    for seed in range(400):
+        true = 0.3
+        values = true + rng.normal(0, between, (12, 1)) + rng.normal(0, within, (12, 3))
+        for found, groups in ((covered, [values]), (pooled, [values.ravel()])):
+            low, high = bootstrap_interval(groups, resamples=200, seed=seed)
+            found.append(low <= true <= high)
+    assert expected[0] <= np.mean(covered) <= expected[1]
+    if between > within:  # images of one prompt are no further prompts
+        assert np.mean(pooled) < 0.8
+
+
 @pytest.mark.parametrize("groups", [[], [np.ones(3), np.array([])]])
 def test_without_values_there_is_no_interval(groups):
     with pytest.raises(ValueError):  # noqa: PT011

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 from conftest import concept_values
 from stand_ins import Judge, plain, score
@@ -14,6 +15,7 @@ from customdiff.errors import UserError
 from customdiff.evaluation import scores
 from customdiff.evaluation.generation import ImagePair
 from customdiff.evaluation.judges import Judges
+from customdiff.evaluation.metrics import bootstrap_interval
 from customdiff.evaluation.prompts import Prompt
 
 TOM, SCENE, POT = Prompt("a {}", ("tom",)), Prompt("b {}", ("tom",), "scene"), Prompt("a {}", ("pot",))
@@ -52,6 +54,26 @@ def test_metrics_of_a_prompt_are_means_over_its_images(scored):
     assert first.delta("text_alignment") == pytest.approx(2.5 * 0.5, abs=1e-6)
     assert scene.delta("text_alignment") == pytest.approx(2.5 * (cos(0) - cos(60)), abs=1e-6)
     assert pot.adapter["image_alignment"] == pytest.approx(1, abs=1e-6), "each concept has instance images of its own"
+
+
+def test_noise_seeds_have_values_of_their_own_and_intervals_are_over_both_levels():
+    pairs = [
+        ImagePair(prompt, "0", number, plain(90), plain(red), repeat=repeat)
+        for prompt, reds in ((TOM, (0, 60, 30, 90)), (SCENE, (0, 0, 60, 60)))
+        for (repeat, number), red in zip(((0, 0), (0, 1), (1, 0), (1, 1)), reds, strict=True)
+    ]
+    first, scene = scores.score_prompts(pairs, {"tom": [plain(0)]}, Judges(Judge()))
+    by_hand = [[(1 + cos(60)) / 2, (cos(30) + cos(90)) / 2], [1, cos(60)]]
+    for score_, expected in zip((first, scene), by_hand, strict=True):
+        assert score_.by_seed("image_alignment")[1] == pytest.approx(expected, abs=1e-6)
+        assert score_.by_seed("image_alignment")[0] == pytest.approx([0, 0], abs=1e-6)
+        assert score_.adapter["image_alignment"] == pytest.approx(np.mean(expected), abs=1e-6)
+    # images of one prompt and noise seed are compared with one another, not those of different seeds
+    assert scene.adapter["diversity"] == pytest.approx(0, abs=1e-6)
+    assert first.adapter["diversity"] == pytest.approx(1 - cos(60), abs=1e-6)
+    found = scores.summarize([first, scene], 8, resamples=300, seed=5).overall["image_alignment"]
+    low, high = bootstrap_interval([np.array(by_hand)], resamples=300, seed=5)
+    assert (found.delta_low, found.delta_high) == pytest.approx((low, high), abs=1e-5)
 
 
 def test_holdout_photos_add_a_metric_of_both_models_and_change_no_other(scored):

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from customdiff import cli, tracking
 from customdiff.config import Params
 from customdiff.errors import UserError
-from customdiff.evaluation import scores, sweep
+from customdiff.evaluation import drift, scores, sweep
 from customdiff.evaluation.generation import generate_pairs
 from customdiff.evaluation.judges import Judges
+from customdiff.evaluation.metrics import bootstrap_interval
 from customdiff.evaluation.prompts import Prompt
 from customdiff.evaluation.report import PLANE as METRICS
 from customdiff.evaluation.scores import HOLDOUT, metrics_of
@@ -73,6 +74,26 @@ def test_figures_are_means_over_concepts_with_intervals_over_prompts():
     }
 
 
+def test_a_sweep_over_noise_seeds_has_intervals_over_prompts_and_seeds(tiny_base, tmp_path):
+    how = generation(tiny_base, seeds=2, num_images=1)
+    folder = random_adapter(tiny_base, tmp_path / "adapter", concepts=BOTH)
+    prompts = [Prompt(text, ("cat",)) for text in ("a {} on red", "the {}", "my {}")]
+    controls = [Prompt("a car", ()), prompts[0]]
+    _, point = sweep.sweep(how, {50: folder}, prompts, INSTANCES, Judges(Judge()), controls=controls)
+    ((_, pairs),) = generate_pairs(how, {"alone": folder}, prompts, controls)
+    own, without = ([pair for pair in pairs if pair.is_control is kind] for kind in (False, True))
+    scored = scores.score_prompts(own, INSTANCES, Judges(Judge()))
+    values = np.array([np.subtract(*each.by_seed("image_alignment")[::-1]) for each in scored])
+    assert values.shape == (3, 2)
+    found = sweep.summarize(point, resamples=300, seed=1).figures
+    low, high = bootstrap_interval([values], resamples=300, seed=1)
+    delta = found["image_alignment_delta"]
+    assert (delta.value, delta.low, delta.high) == pytest.approx((values.mean(), low, high), abs=1e-5)
+    expected = drift.figures(without, {}, Judges(Judge()), resamples=300, seed=1)[None]
+    assert {name: found[name] for name in expected} == expected
+    assert set(expected) == {"drift", "class_drift"}
+
+
 def test_the_alignment_of_photos_is_the_mean_over_concepts():
     # cat: 30 degrees are 10 from both instance images; dog: 100 are 30 from its one
     by_hand = (np.cos(np.radians(10)) + np.cos(np.radians(30))) / 2
@@ -121,9 +142,11 @@ def project(tiny_base, tmp_path, monkeypatch):
     settings = params.model_dump() | {"evaluate": {"steps": 2, "num_images": 1, "bootstrap": 100, "masked": False}}
     (tmp_path / "data/prompts").mkdir(parents=True)
     (tmp_path / "data/prompts/cat.txt").write_text("scene: a {} on red\nstyle: the {}\n")
-    for folder, red in (("instances", 20), ("holdout", 30)):
+    for folder, reds in (("instances", (20,)), ("holdout", (30, 40))):
         (tmp_path / "data" / folder / "cat").mkdir(parents=True)
-        plain(red).save(tmp_path / "data" / folder / "cat/1.png")
+        for red in reds:
+            plain(red).save(tmp_path / "data" / folder / f"cat/{red}.png")
+    settings["concepts"]["cat"]["holdout"] = "data/holdout/cat"
     write_prepared(tmp_path / "prepared", params)
     monkeypatch.setattr(clip.Clip, "load", lambda *arguments: Judge())
 
@@ -151,7 +174,9 @@ def test_the_sweep_of_a_complete_training_is_a_run_with_a_child_per_checkpoint(p
     assert {path.name for path in out.iterdir()} == files
     metrics = json.loads((out / "metrics.json").read_text())
     assert (list(metrics["steps"]), metrics["num_prompts"], metrics["num_images"]) == (["2", "4", "6"], 2, 4)
-    assert metrics["holdout_photos"] == pytest.approx(np.cos(np.radians(10)), abs=1e-6)
+    assert metrics["holdout_photos"] == pytest.approx(np.cos(np.radians([10, 20])).mean(), abs=1e-6)
+    assert all(0 < figures["class_drift_low"] <= figures["class_drift"] for figures in metrics["steps"].values())
+    assert "class_drift" not in metrics["base"]
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     training = client.get_run(training_run.run_id())
@@ -202,7 +227,10 @@ def test_a_second_sweep_gives_the_same_table_and_takes_base_images_from_the_cach
 
 def test_without_holdout_photos_a_sweep_leaves_them_out(project, tmp_path):
     project()
-    run("--steps", "2", "--holdout", "nowhere")
+    params = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    params["concepts"]["cat"]["holdout"] = None
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    run("--steps", "2")
     metrics = json.loads((tmp_path / "results/sweep/metrics.json").read_text())
     assert metrics["holdout_photos"] is None
     assert HOLDOUT not in metrics["base"]

@@ -23,7 +23,7 @@ from customdiff.training import launch, selection, trainer
 from customdiff.training.checkpoints import score_of
 from customdiff.training.identity import run_identity
 
-GRADING = {"prompts": ["a {} on red", "the {}"], "steps": 1, "guidance_scale": 1.0}
+GRADING = {"prompts": ["a {} on red", "the {}"], "steps": 1, "guidance_scale": 1.0, "tolerance": 0.0}
 
 
 class ByPixels:
@@ -101,6 +101,15 @@ def test_weights_of_the_score_decide(tiny_base, tmp_path):
     grading = GRADING | {"identity_weight": 1.0, "text_weight": 0.0}
     params = tiny_params(tiny_base, select="best", grading=grading)
     assert run(params, tmp_path, ByPixels(FIGURES)).metrics()["selected_step"] == 6
+
+
+@pytest.mark.parametrize(("tolerance", "selected"), [(0.0, 4), (0.1, 8), (0.05, 6), (1.0, 8)])
+def test_the_latest_of_nearly_equal_scores_is_selected(tiny_base, tmp_path, tolerance, selected):
+    figures = [(0.0, 1.0), (0.5, 0.5), (0.9, 0.9), (0.86, 0.86), (0.82, 0.82)]
+    params = tiny_params(tiny_base, select="best", max_steps=8, grading=GRADING | {"tolerance": tolerance})
+    found = run(params, tmp_path, ByPixels(figures))
+    assert found.metrics()["selected_step"] == selected
+    assert weights(found.path / "adapter") == weights(found.path / f"step-{selected:06d}")
 
 
 @pytest.mark.parametrize(("select", "selected"), [("best", 2), ("last", 6)])
