@@ -165,7 +165,7 @@ class ConceptPhotos:
             ui.spinner()
             ui.label("Reading photos, captions and masks ...")
         folder, found = None, list[ShownPhoto]()
-        with guarded():
+        with self.rows, guarded():  # the button that was pressed may be gone
             folder = _inside(photo_files.source_folder(name, params.concepts[name]))
             found = await asyncio.to_thread(photo_files.shown_photos, params, name)
         if name == self.concept.value:  # no other one was chosen meanwhile
