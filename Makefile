@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # one thread each
 TEST_PROCESSES ?= 2
 
-.PHONY: help install repro ui experiments test test-all coverage lint format lock clean
+.PHONY: help install repro app ui experiments test test-all coverage lint format lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,6 +23,10 @@ repro: install ## run the stages of the pipeline that have changed
 ui: install ## browse the runs in MLflow
 	@echo "open http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --port 5000
+
+app: install ## open a local page over the pipeline
+	$(UV) $(VENV) --requirement requirements/app.txt
+	customdiff app
 
 # files, and figures that leave no room for two parameters in 120 columns
 HIDDEN := Created|data|customdiff|stages|models|results|.*alignment|identity_delta|holdout_share|class_drift|prior_kid
@@ -50,6 +54,7 @@ format: install ## fix style
 
 lock: $(VENV)/installed ## update the lock files
 	uv pip compile $(LOCK) --extra pipeline --extra dev pyproject.toml -o requirements/lock.txt
+	uv pip compile $(LOCK) --extra app --constraint requirements/lock.txt pyproject.toml -o requirements/app.txt
 	uv pip compile $(LOCK) requirements/clip-retrieval.in -o requirements/clip-retrieval.txt
 LOCK := --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 

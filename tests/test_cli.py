@@ -46,7 +46,7 @@ def presets(tmp_path, monkeypatch):
     work.mkdir()
     for name in ("fast", "slow"):
         (folder / f"{name}.yaml").write_text(PARAMS.format(how=name))
-    monkeypatch.setattr(cli.preset, "PRESETS", folder)
+    monkeypatch.setattr("customdiff.new_concept.presets.PRESETS", folder)
     monkeypatch.chdir(work)
     return folder
 
@@ -303,3 +303,13 @@ def test_the_grid_keeps_every_image_in_its_row():
     sheet = np.asarray(cli.sample.grid(images, 3))
     assert sheet.shape == (2 * 2 + 4, 3 * 4 + 2 * 4, 3)
     assert [sheet[y, x, 0] for y in (0, 6) for x in (0, 8, 16)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_page_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"params\.yaml: cannot be read"):
+        cli.page.page()
+    (tmp_path / "params.yaml").write_text(PARAMS.format(how="fast"))
+    monkeypatch.setitem(sys.modules, "nicegui", None)
+    with pytest.raises(UserError, match=r"customdiff\[app\]"):
+        cli.page.page()

@@ -18,6 +18,7 @@ FLOORS = [
     {"training"},
     {"evaluation"},
     {"publishing"},
+    {"app"},
     {"cli"},
 ]
 MODULES = sorted((ROOT / "customdiff").rglob("*.py"))

@@ -13,6 +13,7 @@ from customdiff.cli import (
     formats,
     hub,
     new,
+    page,
     plots,
     preset,
     sample,
@@ -53,6 +54,7 @@ commands.command(epilog=adapters.COMPRESS_EXAMPLES, short_help="Compress an adap
 commands.command("serve-index", epilog=serve_index.EXAMPLES, short_help="Serve the index of the pool.")(
     serve_index.serve_index
 )
+commands.command("app", epilog=page.EXAMPLES, short_help="Open a local page over the pipeline.")(page.page)
 commands.command("offline-plots", short_help="Let `dvc plots` draw without a network.")(plots.offline_plots)
 
 

@@ -1,15 +1,11 @@
 """`customdiff captions`: show the captions of photos, or write them beside the photos to edit."""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from customdiff import config
-from customdiff.config import Concept, Params
-from customdiff.errors import UserError
-from customdiff.files import atomic_file
 
 EXAMPLES = """Examples:
 
@@ -32,47 +28,13 @@ def captions(
     instance_prompt; prepare.captions decides. {} in a .txt file stands for the modifier token.
     """
     params = config.load(file)
+    from customdiff.new_concept import photo_files
+
     for name in names or params.concepts:
         concept = config.concept(params, name)
-        folder = _writable_source(name, concept) if write else None
+        folder = photo_files.source_folder(name, concept) if write else None
         typer.echo(f"{name}:")
-        for photo, caption in captions_of(params, name, ignore_sidecars=write and force).items():
+        for photo, caption in photo_files.captions_of(params, name, ignore_sidecars=write and force).items():
             typer.echo(f"  {photo}: {caption.text}  ({'; '.join((caption.origin, *caption.warnings))})")
             if folder and caption.origin != "sidecar":
-                sidecar = (folder / photo).with_suffix(".txt")
-                with atomic_file(sidecar) as incoming:
-                    incoming.write_text(caption.text.replace(concept.modifier_token, "{}") + "\n", encoding="utf-8")
-                typer.echo(f"    wrote {sidecar}")
-
-
-def captions_of(params: Params, name: str, *, ignore_sidecars: bool = False):
-    """The caption of each of a concept's photos, by the photo's name in its source.
-
-    Args:
-        ignore_sidecars: caption the photos that have a .txt file as well.
-
-    Raises:
-        UserError: the source cannot be read, a caption file is wrong, or the captioner cannot be loaded.
-    """
-    from customdiff.models import base
-    from customdiff.preparation.captions import instance_captions
-    from customdiff.sources import instance_images
-
-    concept = params.concepts[name]
-    with tempfile.TemporaryDirectory(prefix="customdiff-") as work:
-        folder = Path(work, name)
-        collected = instance_images.collect(name, concept.source, params.download, folder)
-        paths = [folder / entry["file"] for entry in collected.kept]
-        if ignore_sidecars:
-            for path in paths:
-                path.with_suffix(".txt").unlink(missing_ok=True)
-        device, tokenizer = base.device(params.base.device), base.load_tokenizer(params.base)
-        found = instance_captions(paths, concept, params.prepare, device, tokenizer)
-        return {entry["source"]: caption for entry, caption in zip(collected.kept, found, strict=True)}
-
-
-def _writable_source(name: str, concept: Concept) -> Path:
-    source = concept.source
-    if not source.path or not Path(source.path).is_dir():
-        raise UserError(f"concepts.{name}.source: must be a folder of photos to write captions beside them")
-    return Path(source.path, source.subfolder or "")
+                typer.echo(f"    wrote {photo_files.write_caption(folder / photo, caption.text, concept)}")

@@ -1,26 +1,25 @@
 """`customdiff new`: a new concept from photos."""
 
 import difflib
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from customdiff import config
 from customdiff.cli.preset import keep_backup
 from customdiff.errors import UserError
-from customdiff.files import atomic_directory, atomic_file
+from customdiff.files import atomic_file
 
 if TYPE_CHECKING:
+    from customdiff.new_concept.adding import Photos
     from customdiff.preparation.examples import Example
     from customdiff.sources.instance_images import Collected
 
-CONCEPTS = Path("data/concepts")
-EXAMPLES_OF_THE_REPOSITORY = (CONCEPTS / "cat", CONCEPTS / "teapot")
+EXAMPLES_OF_THE_REPOSITORY = (Path("data/concepts/cat"), Path("data/concepts/teapot"))
 
 EXAMPLES = """Examples:
 
@@ -33,15 +32,6 @@ EXAMPLES = """Examples:
 
 A caption beside a photo (01.txt for 01.jpg, with {} for the subject) and its mask (01.mask.png) are copied with it.
 """
-
-
-class _Photos(NamedTuple):
-    """Photos that were read and checked, in temporary folders until everything else is known to be right."""
-
-    path: str  # for params.yaml
-    copy: Path | None  # to become data/concepts/<name>; None with --no-copy
-    instances: Path  # as download-data stores them
-    checked: "Collected"
 
 
 def new(
@@ -71,26 +61,23 @@ def new(
     Checks the photos, copies them, writes the entry, and shows the mask and caption of each photo. Nothing is written
     if anything is wrong.
     """
-    from customdiff.new_concept import entry
+    from customdiff.new_concept import adding, entry
 
     entry.check_name(name)
     params = config.load(path)
-    _check_is_new(name, params, copy=copy, replace=replace)
+    adding.check_is_new(name, params, copy=copy, replace=replace)
     with tempfile.TemporaryDirectory(prefix="customdiff-") as work:
-        gathered = _gather(name, photos, params, Path(work), copy=copy)
+        gathered = adding.gather(name, photos, params, Path(work), copy=copy)
         words = _class_of(gathered, params, class_words, yes=yes)
-        token = token or _token(name, params, only=only)
+        token = token or adding.token_for(name, params, only=only)
         text = path.read_bytes().decode()
         edited = entry.with_concept(text, name, entry.new_entry(gathered.path, token, words), only=only)
         changed = config.parse(edited, path)
-        examples = _examples(gathered, changed.concepts[name], changed) if sheet else []
-        if gathered.copy:
-            with atomic_directory(CONCEPTS / name) as incoming:
-                shutil.copytree(gathered.copy, incoming, dirs_exist_ok=True)
+        examples = adding.examples(gathered, changed.concepts[name], changed) if sheet else []
+        written = adding.keep(name, gathered, examples)
         _report_photos(name, gathered)
-        (CONCEPTS / f"{name}-sheet.jpg").unlink(missing_ok=True)  # of photos that were replaced
-        if examples:
-            _write_sheet(name, examples, gathered.checked)
+        if written:
+            _report_sheet(written, examples, gathered.checked)
     backup = keep_backup(path)
     with atomic_file(path) as incoming:
         incoming.write_bytes(edited.encode())
@@ -100,46 +87,12 @@ def new(
     typer.echo("next: dvc repro")
 
 
-def _check_is_new(name: str, params: config.Params, *, copy: bool, replace: bool) -> None:
-    if replace:
-        return
-    if name in params.concepts:
-        raise UserError(f"NAME: params.yaml has a concept {name} already; choose another name, or give --replace")
-    if copy and (CONCEPTS / name).exists():
-        raise UserError(
-            f"NAME: {CONCEPTS / name} exists already; choose another name, give --replace to replace its photos, or "
-            f"use them with `customdiff new {name} {CONCEPTS / name} --no-copy`"
-        )
-
-
-def _gather(name: str, sources: Sequence[Path], params: config.Params, work: Path, *, copy: bool) -> _Photos:
-    """Copy the photos into `work`, and read them as download-data does."""
-    from customdiff.new_concept import photos
-
-    sources = [source.expanduser() for source in sources]
-    inside = [source for source in sources if source.resolve().is_relative_to((CONCEPTS / name).resolve())]
-    if copy and inside:
-        raise UserError(f"PHOTOS: {inside[0]} is in {CONCEPTS / name} already; give the folder and --no-copy")
-    if copy:
-        copied, target = work / "copy", (CONCEPTS / name).as_posix()
-        photos.gather(sources, copied, work / "unpacked", params.download)
-    else:
-        if len(sources) != 1 or (sources[0].is_file() and photos.is_photo(sources[0])):
-            raise UserError("PHOTOS: --no-copy needs one folder or one archive, which params.yaml will name")
-        copied, target = None, sources[0].as_posix()
-    instances = work / name
-    checked = photos.check(name, config.Source(path=str(copied or target)), params.download, instances)
-    if copied:
-        photos.remove_set_aside(copied, checked)
-    return _Photos(target, copied, instances, checked)
-
-
-def _class_of(gathered: _Photos, params: config.Params, given: str | None, *, yes: bool) -> str:
+def _class_of(gathered: "Photos", params: config.Params, given: str | None, *, yes: bool) -> str:
     """The class that the user gave, or confirms among the proposals of CLIP."""
     from customdiff.new_concept.class_words import pool_words
 
     known = pool_words(params)
-    words = _confirmed_class(gathered, params, known, yes=yes) if given is None else given
+    words = _confirmed_class(gathered, params, yes=yes) if given is None else given
     words = " ".join(words.split())
     if not words:
         raise UserError("--class: is empty; give a word such as dog")
@@ -152,16 +105,11 @@ def _class_of(gathered: _Photos, params: config.Params, given: str | None, *, ye
     return words
 
 
-def _confirmed_class(gathered: _Photos, params: config.Params, known: list[str], *, yes: bool) -> str:
+def _confirmed_class(gathered: "Photos", params: config.Params, *, yes: bool) -> str:
     """The proposal of CLIP that the user confirms; a proposal alone can be wrong, however probable (docs)."""
-    from customdiff.models import base
-    from customdiff.models.clip import Clip
-    from customdiff.new_concept.class_words import COMMON_WORDS, clip_of, propose
-    from customdiff.sources.instance_images import read_instance_images
+    from customdiff.new_concept import adding
 
-    name, key = clip_of(params)
-    clip = Clip.load(name, base.device(params.base.device), key=f"--class is not given, and {key}")
-    guesses = propose(clip, read_instance_images(gathered.instances), known or COMMON_WORDS)
+    name, guesses = adding.guesses(gathered, params)
     shown = ", ".join(f"{guess.word} ({guess.probability:.0%})" for guess in guesses[:3])
     if not (yes or _is_terminal()):
         raise UserError(f"--class: is needed; {name} proposes {shown}; give one of them, another word, or --yes")
@@ -174,51 +122,13 @@ def _is_terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def _token(name: str, params: config.Params, *, only: bool) -> str:
-    """The token of the entry that is replaced, or the first free one."""
-    from customdiff.new_concept import entry
-
-    if name in params.concepts:
-        return params.concepts[name].modifier_token
-    return entry.free_token({} if only else params.concepts)
-
-
-def _examples(gathered: _Photos, concept: config.Concept, params: config.Params) -> "list[Example]":
-    """The photos with masks and captions, as the stage prepare will make them."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from customdiff.models import base
-    from customdiff.preparation.examples import instance_examples
-
-    disable_progress_bar()
-    try:
-        return instance_examples(
-            gathered.instances,
-            concept,
-            params.prepare,
-            base.device(params.base.device),
-            tokenizer=base.load_tokenizer(params.base),
-        )
-    except UserError as error:
-        message = str(error)
-        for photo in gathered.checked.kept:  # name the user's file instead of the temporary copy
-            caption = Path(photo["source"]).with_suffix(".txt").as_posix()
-            message = message.replace(str(gathered.instances / photo.get("caption", photo["file"])), caption)
-        raise UserError(f"{message}; --no-sheet adds the concept without this check") from error
-
-
-def _write_sheet(name: str, examples: "Sequence[Example]", checked: "Collected") -> None:
-    from customdiff.preparation.sheet import contact_sheet
-
-    target = CONCEPTS / f"{name}-sheet.jpg"
-    with atomic_file(target) as incoming:
-        contact_sheet(examples).save(incoming, "JPEG", quality=90)
-    typer.echo(f"masks and captions: {target}")
+def _report_sheet(sheet: Path, examples: "Sequence[Example]", checked: "Collected") -> None:
+    typer.echo(f"masks and captions: {sheet}")
     for example, photo in zip(examples, checked.kept, strict=True):
         typer.echo(f"  {photo['source']}: {example.caption!r} ({'; '.join(example.notes)})")
 
 
-def _report_photos(name: str, gathered: _Photos) -> None:
+def _report_photos(name: str, gathered: "Photos") -> None:
     place = f"copied to {gathered.path}" if gathered.copy else f"used in {gathered.path}, not copied"
     typer.echo(f"{name}: {len(gathered.checked.kept)} photos, {place}")
     for refused in gathered.checked.set_aside:

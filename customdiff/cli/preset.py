@@ -1,10 +1,8 @@
 """`customdiff preset` and `customdiff check`: install and validate params.yaml files."""
 
-import re
 import shutil
 import textwrap
 from collections.abc import Iterable
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +11,7 @@ import typer
 from customdiff import config
 from customdiff.errors import UserError
 from customdiff.files import atomic_file
-
-PRESETS = Path(__file__).resolve().parent.parent / "presets"
+from customdiff.new_concept import presets
 
 EXAMPLES = """Examples:
 
@@ -33,15 +30,14 @@ def preset(
     ] = False,
 ) -> None:
     """List, print or install presets of params.yaml."""
-    known = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+    known = presets.presets()
     if not known:
-        raise UserError(f"{PRESETS}: contains no presets; install customdiff again")
+        raise UserError(f"{presets.PRESETS}: contains no presets; install customdiff again")
     if name is None:
         width = max(map(len, known)) + 2
         for preset_name, path in known.items():
-            typer.echo(
-                textwrap.fill(f"{preset_name:<{width}}{_first_sentence(path)}", 100, subsequent_indent=" " * width)
-            )
+            line = f"{preset_name:<{width}}{presets.first_sentence(path)}"
+            typer.echo(textwrap.fill(line, 100, subsequent_indent=" " * width))
         return
     if name not in known:
         raise UserError(f"NAME: unknown preset {name}; use one of {', '.join(known)}")
@@ -68,7 +64,7 @@ def check(
     typer.echo(f"{path}: valid; trains {concepts} on {params.base.model} for {params.train.max_steps} steps")
 
 
-def install_preset(source: Path, target: Path, presets: Iterable[Path], *, force: bool = False) -> str:
+def install_preset(source: Path, target: Path, known: Iterable[Path], *, force: bool = False) -> str:
     """Write a preset to `target`, keep a different old file as a backup, and return a message.
 
     Raises:
@@ -80,7 +76,7 @@ def install_preset(source: Path, target: Path, presets: Iterable[Path], *, force
         kept = ""
     elif target.read_bytes() == new:
         return f"{target} is already preset {source.stem}"
-    elif not force and target.read_bytes() not in [path.read_bytes() for path in presets]:
+    elif not force and target.read_bytes() not in [path.read_bytes() for path in known]:
         raise UserError(f"{target}: edited by you; --force replaces it and keeps a copy in {_free_backup(target)}")
     else:
         kept = f"; the old file is kept as {keep_backup(target)}"
@@ -101,10 +97,3 @@ def _free_backup(target: Path) -> Path:
     first = target.with_name(f"{target.name}.bak")
     numbered = (first.with_name(f"{first.name}{number}") for number in range(2, 1000))
     return first if not first.exists() else next(path for path in numbered if not path.exists())
-
-
-def _first_sentence(path: Path) -> str:
-    """First sentence of the comment at the top of a preset."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
-    return re.split(r"(?<=\.)\s", comment)[0]

@@ -79,7 +79,7 @@ def validation_prompts_of(params: Params) -> str:
 
 
 def _with_entry(text: str, name: str, entry: Entry, *, only: bool) -> str:
-    concepts = _find(yaml.compose(text, yaml.SafeLoader), "concepts")
+    concepts = find(yaml.compose(text, yaml.SafeLoader), "concepts")
     assert isinstance(concepts, yaml.MappingNode)  # checked by the schema
     nodes = [(key.value, key, value) for key, value in concepts.value]
     if concepts.flow_style:
@@ -115,7 +115,7 @@ def _with_general_prompts(text: str, concepts: Mapping[str, Concept]) -> str:
     """The text with {} instead of the modifier token of one concept in each validation prompt."""
     prompts: Any = yaml.compose(text, yaml.SafeLoader)
     for key in ("train", "validation", "prompts"):
-        prompts = _find(prompts, key)
+        prompts = find(prompts, key)
     for node in reversed(prompts.value if isinstance(prompts, yaml.SequenceNode) else []):
         general = _general(node.value, concepts)
         if general != node.value:
@@ -134,7 +134,8 @@ def _general(prompt: str, concepts: Mapping[str, Concept]) -> str:
     return re.sub(tokens[named[0]], "{}", prompt.replace(named[0].subject, "{}"))
 
 
-def _find(node: yaml.Node | None, key: str) -> yaml.Node | None:
+def find(node: yaml.Node | None, key: str) -> yaml.Node | None:
+    """The value of a key in a mapping; None if there is no such key, or no mapping."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     return next((value for each, value in pairs if each.value == key), None)
 
