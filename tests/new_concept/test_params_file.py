@@ -26,7 +26,7 @@ def changed_lines(before: str, after: str) -> list[tuple[str, str]]:
 def test_only_the_named_values_change():
     edited = with_values(TEXT, {"train.max_steps": 30, "train.learning_rate": 1e-5, "base.seed": 42})
     assert changed_lines(TEXT, edited) == [
-        ("max_steps: 250", "max_steps: 30"),
+        ("max_steps: 400", "max_steps: 30"),
         ("learning_rate: 1.5e-4", "learning_rate: 1.0e-05"),
     ]
     params = config.parse(edited)
