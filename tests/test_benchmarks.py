@@ -160,6 +160,7 @@ def test_the_tokenizer_is_as_large_as_clips_and_reads_as_before(tmp_path):
     assert whole(caption).input_ids == small(caption).input_ids
 
 
+@pytest.mark.slow
 def test_a_whole_measurement(tiny_base, tmp_path):
     """Both sides in processes of their own: the real stages, and a stand-in that checks what it is given."""
     script = tmp_path / "reference.py"

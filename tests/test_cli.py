@@ -272,7 +272,7 @@ def test_check_names_each_wrong_key(presets):
     assert "train.max_steps" in message
     Path("params.yaml").write_text(PARAMS.format(how="x"))
     output = run("check").output
-    assert all(value in output for value in ("params.yaml: valid", "cat (<new1>)", "data/base", "400 steps"))
+    assert all(value in output for value in ("params.yaml: valid", "cat (<new1>)", "data/base", "250 steps"))
 
 
 def test_the_program_ends_with_one_line_and_status_1():

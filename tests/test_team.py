@@ -42,6 +42,7 @@ def team(clone, tmp_path_factory):
     return folder / "colleague"
 
 
+@pytest.mark.slow
 def test_a_pull_brings_everything_and_nothing_reruns(clone, team):
     run(team, *DVC, "pull")
     for name in ("models/adapter/adapter.json", "results/evaluate/report.html", "data/prepared/cat/sheet.jpg"):
@@ -52,17 +53,20 @@ def test_a_pull_brings_everything_and_nothing_reruns(clone, team):
     assert run(team, "git", "status", "--porcelain", "--untracked-files=no") == ""
 
 
+@pytest.mark.slow
 def test_a_shared_experiment_can_be_pulled(team):
     run(team, *DVC, "exp", "pull", "origin", "shared-idea")
     assert "shared-idea" in run(team, *DVC, "exp", "list")
 
 
+@pytest.mark.slow
 def test_the_registered_artifact_can_be_fetched(team, tmp_path):
     run(team, *DVC, "artifacts", "get", str(team), "adapter", "--out", str(tmp_path / "fetched"))
     own = {path.name: path.read_bytes() for path in (team / "models/adapter").iterdir()}
     assert {path.name: path.read_bytes() for path in Path(tmp_path, "fetched").iterdir()} == own
 
 
+@pytest.mark.slow
 def test_plots_open_without_a_network(clone):
     sweep = clone / "results/sweep"
     sweep.mkdir(parents=True)
@@ -84,6 +88,7 @@ def test_plots_open_without_a_network(clone):
     assert "vegaEmbed" in page
 
 
+@pytest.mark.slow
 def test_a_table_of_six_experiments_fits_a_terminal(clone):
     """With the command of `make experiments`, and two parameters with long names that vary."""
     commands = run(ROOT, "make", "--dry-run", "--old-file=install", "experiments").splitlines()

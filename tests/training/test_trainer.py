@@ -470,6 +470,7 @@ def test_a_missing_optional_package_is_a_one_line_error(tiny_base, tmp_path):
         train(tiny_params(tiny_base, optimizer="adamw_8bit"), tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_weights_as_one(tiny_base, tmp_path, monkeypatch):
     """The same global batch in one process and in two that `accelerate launch` starts: the same losses."""
     params = tiny_params(tiny_base, max_steps=2, batch_size=2, scale_lr=False)
