@@ -78,7 +78,15 @@ def say(message: str) -> None:
     """Show an error until the user closes it."""
     text = printable(redact(message))
     with suppress(RuntimeError):  # the page was closed meanwhile
-        ui.notify(text, type="negative", multi_line=True, timeout=0, close_button="Close", classes="break-words")
+        ui.notify(
+            text,
+            type="negative",
+            position="top",
+            multi_line=True,
+            timeout=0,
+            close_button="Close",
+            classes="break-words",
+        )
 
 
 async def confirm(title: str, difference: str, *, yes: str = "Write", more: Callable[[], object] | None = None) -> bool:
