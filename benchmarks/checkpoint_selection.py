@@ -17,6 +17,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from customdiff.evaluation.prompts import read_prompts
 from customdiff.evaluation.scores import PromptScore, score_prompts
 from customdiff.retrieval import class_images
 from customdiff.sources import instance_images
-from customdiff.training.selection import harmonic_mean, shares
+from customdiff.training.selection import shares
 
 RESAMPLES = 2000
 
@@ -55,7 +56,7 @@ def score(text: np.ndarray, identity: np.ndarray, base: tuple[float, float], cei
         base: identity and text alignment of the base model.
         ceiling: identity of the holdout photos.
     """
-    return harmonic_mean(shares(float(identity.mean()), float(text.mean()), base, ceiling), (1.0, 1.0))
+    return harmonic_mean(shares(float(identity.mean()), float(text.mean()), base, ceiling))
 
 
 def difference(first: list[PromptScore], second: list[PromptScore], ceiling: float, seed: int) -> list[float]:

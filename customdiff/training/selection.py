@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import harmonic_mean
 from typing import Any, Protocol
 
 from accelerate import Accelerator
@@ -54,14 +55,6 @@ class Grade:
     def to_dict(self) -> dict[str, float]:
         """The grade as it is in metrics.json."""
         return {name: value if name == "step" else round(value, 6) for name, value in asdict(self).items()}
-
-
-def harmonic_mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    """Weighted harmonic mean of values in 0..1: near the smallest of them, and 0 if one with a weight is 0."""
-    used = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight]
-    if any(value <= 0 for value, _ in used):
-        return 0.0
-    return sum(weight for _, weight in used) / sum(weight / value for value, weight in used)
 
 
 def shares(identity: float, text: float, base: tuple[float, float], ceiling: float) -> tuple[float, float]:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -54,14 +53,6 @@ def run(params, tmp_path, grader, name="runs", tracker=None):
 
 def weights(folder):
     return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def test_harmonic_mean_against_the_standard_library():
-    for values, mean_weights in (([0.5, 0.9], [1.0, 1.0]), ([0.2, 0.7], [3.0, 0.5])):
-        expected = statistics.harmonic_mean(values, mean_weights)
-        assert selection.harmonic_mean(values, mean_weights) == pytest.approx(expected)
-    assert selection.harmonic_mean([0.4, 0.0], [1.0, 0.0]) == pytest.approx(0.4)
-    assert selection.harmonic_mean([0.4, 0.0], [1.0, 1.0]) == 0
 
 
 def test_shares_by_hand():
