@@ -53,7 +53,13 @@ CONCEPTS = {
 }
 
 
-EXAMPLES = tuple(SHOTS)
+# name here -> the example concept of the repository, which is named after its class
+EXAMPLES = {"cat": "cat", "teapot": "teapot", "propeller-hat": "hat"}
+
+
+def class_of(name: str) -> str:
+    """The class of a concept."""
+    return EXAMPLES.get(name, name)
 
 
 def painted(picture: Image.Image, colors: tuple[str, str, str]) -> Image.Image:
@@ -72,7 +78,7 @@ def painted(picture: Image.Image, colors: tuple[str, str, str]) -> Image.Image:
 def places_of(name: str) -> list[str]:
     """The backgrounds of a concept's photos: five to learn from, then three held out."""
     if name in EXAMPLES:
-        return [shot.background for shots in SHOTS[name] for shot in shots]
+        return [shot.background for shots in SHOTS[EXAMPLES[name]] for shot in shots]
     rng = np.random.default_rng([5, list(CONCEPTS).index(name)])
     return [str(place) for place in rng.permutation(BACKGROUNDS)[:8]]
 
@@ -91,12 +97,12 @@ def write_photos(work: Path) -> None:
                 photograph(picture, shot, 5000 + 100 * number + first + i).save(to / f"{i + 1:02d}.png")
                 if folder == "holdout":
                     (to / f"{i + 1:02d}.txt").write_text(f"photo of a {name} {background_phrase(place)}\n")
-    for name in EXAMPLES:
+    for name, example in EXAMPLES.items():
         for folder, source in (("photos", "concepts"), ("holdout", "holdout")):
             ignored = shutil.ignore_patterns("*.txt", "*.md")
-            shutil.copytree(ROOT / "data" / source / name, work / folder / name, ignore=ignored, dirs_exist_ok=True)
-        for i, shot in enumerate(SHOTS[name][1]):
-            caption = f"photo of a {name} {background_phrase(shot.background)}\n"
+            shutil.copytree(ROOT / "data" / source / example, work / folder / name, ignore=ignored, dirs_exist_ok=True)
+        for i, shot in enumerate(SHOTS[example][1]):
+            caption = f"photo of a {example} {background_phrase(shot.background)}\n"
             (work / "holdout" / name / f"{i + 1:02d}.txt").write_text(caption)
 
 
@@ -119,32 +125,40 @@ WORDINGS = ("a photo of a {} {}", "a rendering of a {} {}", "the photo of my {} 
 def sidecars_of(name: str, setting: str) -> list[str]:
     """The captions that lie beside a concept's five photos in a setting; none in most."""
     if setting == "wordings":
-        return [wording.format("{}", name) for wording in WORDINGS]
+        return [wording.format("{}", class_of(name)) for wording in WORDINGS]
     if setting == "hand-written":
-        return [f"photo of a {{}} {name} {background_phrase(place)}" for place in places_of(name)[:5]]
+        return [f"photo of a {{}} {class_of(name)} {background_phrase(place)}" for place in places_of(name)[:5]]
     return []
 
 
 def values_of(name: str, setting: str, seed: int) -> dict[str, Any]:
-    """The embedded preset for one concept in a setting; a number is a share of views on plain backgrounds."""
+    """The embedded preset for one concept in a setting: a row of `SETTINGS`, or changes such as "a.b=1,c.d=2"."""
     values = yaml.safe_load((ROOT / "customdiff/presets/embedded.yaml").read_text())
     values["base"]["seed"] = seed
     values["concepts"] = {
         name: {
             "source": {"path": f"photos/{name}"},
             "modifier_token": "<new1>",
-            "class_prompt": name,
-            "instance_prompt": f"photo of a {{}} {name}",
-            "initializer_token": name,
+            "class_prompt": class_of(name),
+            "instance_prompt": f"photo of a {{}} {class_of(name)}",
+            "initializer_token": class_of(name),
         }
     }
     values["train"]["validation"] = {"prompts": []}
-    values["evaluate"] |= {"identity": None, "masked": False, "drift_prompts": 0}  # the figure is image alignment
+    values["evaluate"] |= {"identity": None, "masked": False}  # the figure is image alignment
     values["tracking"] = {"enabled": False}
-    share = {"backgrounds": {"share": float(setting)}} if setting not in SETTINGS else {}
-    prepare, train = SETTINGS.get(setting, (share, {}))
-    values["prepare"] |= prepare
-    values["train"] |= train
+    if setting in SETTINGS:
+        prepare, train = SETTINGS[setting]
+        values["prepare"] |= prepare
+        values["train"] |= train
+        return values
+    for change in setting.split(","):
+        key, _, value = change.partition("=")
+        *sections, last = key.split(".")
+        section = values
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[last] = yaml.safe_load(value)
     return values
 
 
@@ -168,7 +182,7 @@ def backgrounds_recognized(judge: Clip, prompts: list[Prompt], name: str, kind: 
         named = [place for place in BACKGROUNDS if background_phrase(place) in prompt.template]
         if not named:
             continue
-        before, after = prompt.template.format(name).split(background_phrase(named[0]))
+        before, after = prompt.template.format(class_of(name)).split(background_phrase(named[0]))
         texts = [f"{before}{background_phrase(place)}{after}" for place in BACKGROUNDS]
         paths = sorted(Path("results/evaluate/images", kind, name).glob(f"{number:02d}-*.png"))
         scores = judge.images([Image.open(path) for path in paths]) @ judge.text(texts).T
@@ -214,6 +228,10 @@ def run(name: str, setting: str, seed: int) -> dict[str, Any]:
         "text_adapter": metrics["text_alignment"]["adapter"],
         "text_holdout": float(text_alignment(images, judge.text(texts)).mean()),
         "seconds_prepare": round(prepared, 1),
+        "drift": metrics["drift"]["value"],
+        "class_drift": metrics["class_drift"]["value"],
+        "prior_kid_base": metrics["prior_kid"]["base"],
+        "prior_kid": metrics["prior_kid"]["value"],
         "background_base": backgrounds_recognized(judge, prompts, name, "base"),
         "background_adapter": backgrounds_recognized(judge, prompts, name, "customized"),
     }
@@ -251,6 +269,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [cell([row for row in chosen if row["setting"] == setting]) for setting in settings]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append(f"| background recognized, of the base's rate | {' | '.join(map(background_cell, by_setting))} |")
+    for figure in ("drift", "class_drift", "prior_kid"):
+        means = [f"{np.mean([row[figure] for row in chosen]):.2f}" if chosen else "-" for chosen in by_setting]
+        lines.append(f"| {figure.replace('_', ' ')} | {' | '.join(means)} |")
     text = [row["text_holdout"] / row["text_base"] - 1 for row in rows if row["concept"] in CONCEPTS]
     lines += ["", f"Holdout photos with their own captions: text {100 * np.mean(text):+.0f} %."]
     return "\n".join(lines)
@@ -266,7 +287,7 @@ def main() -> None:
         nargs="+",
         default=["template", "default"],
         metavar="SETTING",
-        help=f"{', '.join(SETTINGS)}, or a share of views on plain backgrounds",
+        help=f"{', '.join(SETTINGS)}, or changes of parameters such as train.max_steps=250,train.prior_loss_weight=1",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--threads", type=int, default=1)

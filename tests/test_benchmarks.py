@@ -264,10 +264,11 @@ def test_painting_keeps_the_shape_and_changes_the_look():
 
 def test_the_share_of_the_way_and_its_table():
     row = {"setting": "0.75", "base": 0.2, "adapter": 0.5, "holdout": 0.8, "text_base": 1.0, "text_adapter": 0.9}
-    row |= {"background_base": 0.8, "background_adapter": 0.6}
+    row |= {"background_base": 0.8, "background_adapter": 0.6, "drift": 0.25, "class_drift": 0.5, "prior_kid": 2.0}
     rows = [row | {"concept": name, "text_holdout": 0.95} for name in photos_only.CONCEPTS]
     assert photos_only.way(rows[0]) == pytest.approx(0.5)
     lines = photos_only.table(rows).splitlines()
     assert "| the six painted ones | 0.50 (0.50 to 0.50); text -10 %; n=6 |" in lines
     assert "| background recognized, of the base's rate | 75 % (0.60 of 0.80) |" in lines
+    assert "| class drift | 0.50 |" in lines
     assert "text -5 %" in lines[-1]

@@ -474,11 +474,11 @@ def test_the_second_phase_shows_two_subjects_in_two_pictures_of_five(sprites):
 
 def test_a_phase_begins_with_the_weights_of_the_one_before(tmp_path):
     assert last_checkpoint(tmp_path) is None
-    for phase in ("curriculum", "world"):
+    for phase in ("curriculum", "busy"):
         folder_of(tmp_path, phase).mkdir()
         (folder_of(tmp_path, phase) / "checkpoint.pt").touch()
-    assert last_checkpoint(tmp_path) == tmp_path / "unet-world/checkpoint.pt"
-    assert last_checkpoint(tmp_path, before="world") == tmp_path / "unet/checkpoint.pt"
+    assert last_checkpoint(tmp_path) == tmp_path / "unet-busy/checkpoint.pt"
+    assert last_checkpoint(tmp_path, before="busy") == tmp_path / "unet/checkpoint.pt"
     assert last_checkpoint(tmp_path, before="curriculum") is None
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from world.catalogue import COLOURS, CURRICULUM, INDIVIDUALS, TEXTURES, VARIED
+from world.catalogue import COLOURS, CONCEPTS, CURRICULUM, INDIVIDUALS, TEXTURES, VARIED
 from world.loop import load_params
 from world.sources import SOURCES
+from world.train_unet import PHASES, folder_of
 
 TEMPLATE = """---
 license: other
@@ -42,10 +43,13 @@ weights are fp16.
 
 ## What it knows
 
-{phases}
+The UNet was trained on four phases of the world: {curriculum} subjects as 3D renders on {colours} plain colours and
+{textures} textures, first nearly always one in a picture, then two in two pictures of five; then {subjects} subjects in
+all sizes, several of them as many individuals; then the same, with more pairs and more very small ones.
 
 - Subjects: {subject_list}.
-{individuals}- Plain backgrounds ("on a red background"): {colour_list}.
+- Many individuals each, by colour: {individuals}. Captions may name their colour: "a photo of a blue cat".
+- Plain backgrounds ("on a red background"): {colour_list}.
 - Textures: {texture_list}.
 - Two in a picture: "a cat next to a teapot on the grass", "a photo of a fox and a car on a red background".
 - Wordings: "a photo of a cat on the grass", "photo of a cat", "a 3d render of a cat on a red background", "a cat at
@@ -60,8 +64,8 @@ sizes, two or three in a picture.
 {table}
 
 Generated pictures were asked for by {graded} captions over (subject, background) pairs that the UNet never saw,
-subjects and backgrounds drawn from what it was trained on; {steps} steps of DDIM, guidance {guidance}. Real scenes are
-of the held-out split.
+subjects and backgrounds drawn from what it was trained on; {steps} steps of DDIM, guidance {guidance}. In brackets:
+real scenes of the held-out split, and the same scenes encoded and decoded, which no generated picture can surpass.
 {notes}
 ## Training
 
@@ -74,23 +78,9 @@ from its checkpoint, anywhere: raise its `minutes` in `world/params.yaml` and ru
 
 {sources}
 
-Two individuals, a cat and a teapot, are held out of every training and of the pool: `data/concepts`,
+Three individuals, {concepts}, are held out of every training and of the pool: `data/concepts`,
 `data/holdout`. The scenes are composed by this project's code (Apache-2.0).
 """
-
-
-# of a UNet without and with the third phase
-PHASES = (
-    "The UNet was trained on two phases of the world: {subjects} subjects as 3D renders, large and near the middle,\n"
-    "on {colours} plain colours and {textures} textures; first nearly always one in a picture, then two in two\n"
-    "pictures of five.",
-    "The UNet was trained on three phases of the world: 32 subjects as 3D renders on {colours} plain colours and\n"
-    "{textures} textures, first nearly always one in a picture, then two in two pictures of five; then {subjects}\n"
-    "subjects, in all sizes, several of them as many individuals.",
-)
-INDIVIDUALS_TEXT = (
-    '- Many individuals each, by colour: {subjects}. Captions may name their colour: "a photo of a blue cat".\n'
-)
 
 
 def percent(share: float) -> str:
@@ -127,25 +117,25 @@ def clip_rows(name: str, found: dict) -> list[tuple[str, str, str]]:
 
 
 def generated_rows(figures: dict) -> list[tuple[str, str, str]]:
-    """What the judge recognises in generated pictures, real scenes of the same kind in brackets."""
-    made, real = figures["generated"], figures["real"]
-    company, sizes, sampling = figures["company"], figures["sizes"], figures["sampling"]
+    """What the judge recognises in generated pictures; in brackets in real scenes, and in those after the VAE."""
+    kinds = ("generated", "real", "autoencoded")
+    sizes, sampling = figures["sizes"], figures["sampling"]
 
-    def beside(name: str, made: dict, real: dict) -> str:
-        return f"{percent(made[name])} ({percent(real[name])})"
+    def beside(of: dict[str, float]) -> str:
+        generated, real, autoencoded = (percent(of[kind]) for kind in kinds)
+        return f"{generated} ({real}, {autoencoded})"
 
-    small, near = (percent(sizes[size]) for size in ("very small", "close up"))
+    def named(what: str) -> str:
+        return beside({kind: figures[kind][what] for kind in kinds})
+
     return [
-        ("subject recognised by the judge among all subjects", beside("subject", made, real), "88 %"),
-        ("the same, among the subjects that the UNet draws", beside("subject_among_trained", made, real), "-"),
-        ("background recognised", beside("background", made, real), "97 %"),
+        ("subject recognised by the judge among all subjects", named("subject"), "88 %"),
+        ("the same, among the subjects that the UNet draws", named("subject_among_trained"), "-"),
+        ("background recognised", named("background"), "97 %"),
         ("judge text alignment, generated over real", f"{figures['alignment_ratio']:.2f}", "-"),
-        (
-            "two subjects named, both recognised",
-            f"{percent(company['generated'])} ({percent(company['real'])})",
-            "70 %",
-        ),
-        ("subject recognised, very small / close up", f"{small} / {near}", "50 %"),
+        ("two subjects named, both recognised", beside(figures["company"]), "70 %"),
+        ("subject recognised, very small", beside(sizes["very small"]), "50 %"),
+        ("subject recognised, close up", beside(sizes["close up"]), "50 %"),
         ("cats of different colours, one prompt, 64 seeds", f"{figures['cats']}", "8"),
         (
             f"one image, {sampling['steps']} steps with guidance, {figures['threads']} threads",
@@ -159,7 +149,7 @@ def training_table(work: Path) -> str:
     """Steps and minutes of each training, from its checkpoints."""
     notes = json.loads((work / "history.json").read_text()) if (work / "history.json").exists() else {}
     lines = ["| training | steps | batch | minutes | on |", "| --- | --- | --- | --- | --- |"]
-    for name in ("vae", "clip", "judge", "unet", "unet-company", "unet-varied", "unet-world"):
+    for name in ("vae", "decoder", "clip", "judge", *(folder_of(work, phase).name for phase in PHASES)):
         if not (work / name / "checkpoint.pt").exists():
             continue
         state = torch.load(work / name / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -180,15 +170,17 @@ def card(work: Path, pipeline, everything: int) -> str:
         f"| {part} | {kind} | {sum(p.numel() for p in getattr(pipeline, part).parameters()) / 1e6:.2f} M |"
         for part, kind in names.items()
     ]
-    varied = figures.get("distribution") == "varied"
-    known = VARIED if varied else CURRICULUM
     return TEMPLATE.format(
         **sampling,
         parts="\n".join(parts),
         side=pipeline.vae.config.sample_size,
-        phases=PHASES[varied].format(subjects=len(known), colours=len(COLOURS), textures=len(TEXTURES)),
-        subject_list=", ".join(known),
-        individuals=INDIVIDUALS_TEXT.format(subjects=", ".join(INDIVIDUALS)) if varied else "",
+        curriculum=len(CURRICULUM),
+        subjects=len(VARIED),
+        colours=len(COLOURS),
+        textures=len(TEXTURES),
+        subject_list=", ".join(VARIED),
+        individuals=", ".join(INDIVIDUALS),
+        concepts=" and ".join(", ".join(f"a {name}" for name in CONCEPTS).rsplit(", ", 1)),
         colour_list=", ".join(COLOURS),
         texture_list=", ".join(f'"{phrase}"' for phrase in TEXTURES.values()),
         everything=everything,

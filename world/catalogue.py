@@ -173,6 +173,7 @@ CURRICULUM: tuple[str, ...] = (
 CONCEPTS: dict[str, str] = {
     "cat": "fluent/package/assets/1f408-200d-2b1b.webp",
     "teapot": CLIPART + "food/beverages/teapot_ganson.png",
+    "hat": CLIPART + "people/clothing/hats/propeller.png",  # no emoji set has one
 }
 
 # Hue in degrees of the concepts that have one: recoloured individuals of the class stay away from it.

@@ -52,6 +52,16 @@ SHOTS: dict[str, tuple[tuple[Shot, ...], tuple[Shot, ...]]] = {
         ),
         (Shot("green", 0.74), Shot("sand", 0.66, (0.46, 0.5), 3), Shot("purple", 0.72, (0.53, 0.53), -3)),
     ),
+    "hat": (
+        (
+            Shot("white", 0.74),
+            Shot("grass", 0.70, (0.48, 0.54), 4),
+            Shot("red", 0.80, (0.52, 0.5), -3),
+            Shot("snow", 0.64, (0.44, 0.55)),
+            Shot("wood", 0.68, (0.55, 0.57), mirrored=True),
+        ),
+        (Shot("pink", 0.74), Shot("bricks", 0.66, (0.46, 0.52), 3), Shot("grey", 0.72, (0.53, 0.5), -3)),
+    ),
 }
 
 
@@ -72,11 +82,11 @@ def photograph(sprite: Image.Image, shot: Shot, seed: int) -> Image.Image:
 
 CONCEPT_README = """# {name}
 
-{count} pictures of one individual {name}, which is in no training scene of the base model and in no image of the pool.
+{count} images of one individual {name}, which is in no training scene of the base model and in no image of the pool.
 {purpose}
 
 Source: {source}.
-Licence: {licence}. Backgrounds: made by this project's code, Apache-2.0.
+License: {licence}. Backgrounds: made by this project's code, Apache-2.0.
 """
 CREDITS = {
     "cat": (
@@ -87,6 +97,10 @@ CREDITS = {
         "Open Clip Art (`teapot_ganson`), Debian package openclipart-png",
         "public domain (Creative Commons Public Domain Dedication)",
     ),
+    "hat": (
+        "Open Clip Art (`propeller`), Debian package openclipart-png",
+        "public domain (Creative Commons Public Domain Dedication)",
+    ),
 }
 
 
@@ -94,7 +108,10 @@ def export_concepts(work: Path, data: Path) -> None:
     """Write data/concepts/<name>/ and data/holdout/<name>/."""
     for number, name in enumerate(CONCEPTS):
         sprite = Image.open(work / "concepts" / f"{name}.png")
-        purposes = ("They are what users teach the base model.", "Kept aside for grading: never learned from.")
+        purposes = (
+            "They are the training photos of the example.",
+            "They are used only for evaluation (`holdout` in `params.yaml`); no training sees them.",
+        )
         for part, (folder, shots) in enumerate(zip(("concepts", "holdout"), SHOTS[name], strict=True)):
             to = data / folder / name
             shutil.rmtree(to, ignore_errors=True)

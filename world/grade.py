@@ -8,6 +8,7 @@ code, for a comparison.
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from world.catalogue import COLOURS, TEXTURES
 from world.export import assemble
 from world.graders import (
     Ear,
+    autoencoded,
     both_recognised,
     caption_for,
     company_caption,
@@ -120,17 +122,25 @@ def grade_pairs(pipeline, judge: Ear, sprites: Sprites, of: Distribution, params
         alignment = float((text * judge.image(pictures)).sum(dim=1).mean())
         return named | {"subject_among_trained": among_trained, "alignment": alignment}
 
-    return {"graded": len(captions), "generated": figures(images), "real": figures(real)}, images, captions
+    found = {"generated": images, "real": real, "autoencoded": autoencoded(pipeline.vae, real)}
+    return {"graded": len(captions)} | {name: figures(pictures) for name, pictures in found.items()}, images, captions
 
 
 def grade_sizes(pipeline, judge: Ear, sprites: Sprites, of: Distribution, params: dict) -> tuple[dict, list]:
-    """Very small and close up: the subject named among all, in a caption that says the size."""
+    """Very small and close up: the subject named among all, in a caption that says the size, beside real scenes."""
     found, shown = {}, []
     for number, (size, kind) in enumerate(SIZES.items()):
         pairs = graded_pairs(of, params["sizes"], seed=20 + number)
         captions = [caption_for(*pair, kind) for pair in pairs]
         images = generate(pipeline, captions, params["steps"], params["guidance"])
-        found[size] = zero_shot(judge, images, pairs, tuple(sprites.pictures), kind)["subject"]
+        sized = replace(of, normal=size)
+        real = [compose(sprites, sized, "held-out", 3_000_000 + i, fixed=pair).image for i, pair in enumerate(pairs)]
+        found[size] = {
+            name: zero_shot(judge, pictures, pairs, tuple(sprites.pictures), kind)["subject"]
+            for name, pictures in {
+                "generated": images, "real": real, "autoencoded": autoencoded(pipeline.vae, real)
+            }.items()
+        }  # fmt: skip
         shown += images[:16]
     return found, shown
 
@@ -143,9 +153,11 @@ def grade_company(pipeline, judge: Ear, sprites: Sprites, of: Distribution, para
     scenes = (compose(sprites, of, "held-out", 2_000_000 + i) for i in range(10_000))
     real = [scene for scene, _ in zip((s for s in scenes if len(s.subjects) == 2), facts, strict=False)]
     real_facts = [(*scene.subjects, scene.background) for scene in real]
+    pictures = [scene.image for scene in real]
     return {
         "generated": both_recognised(judge, images, facts, everything),
-        "real": both_recognised(judge, [scene.image for scene in real], real_facts, everything),
+        "real": both_recognised(judge, pictures, real_facts, everything),
+        "autoencoded": both_recognised(judge, autoencoded(pipeline.vae, pictures), real_facts, everything),
     }, images
 
 

@@ -118,6 +118,12 @@ def rebuilt(vae, images: list[np.ndarray], side: int) -> tuple[torch.Tensor, tor
     return x, torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(32)]).clamp(-1, 1)
 
 
+def autoencoded(vae, images: list[np.ndarray]) -> list[np.ndarray]:
+    """Pictures (S, S, 3) uint8 as the VAE of that side gives them back: the best that generated ones can be."""
+    _, out = rebuilt(vae, images, images[0].shape[0])
+    return list((127.5 * (out.permute(0, 2, 3, 1) + 1) + 0.5).to(torch.uint8).numpy())
+
+
 def psnr(x: torch.Tensor, out: torch.Tensor) -> float:
     """Mean over pictures (N, 3, H, W) in -1..1 of the peak signal-to-noise ratio in dB."""
     return float((10 * torch.log10(4 / (out - x).square().mean(dim=(1, 2, 3)))).mean())

@@ -169,13 +169,13 @@ def with_colours(sprites: Sprites) -> Sprites:
 
 
 def training_pack(work: Path, distribution: str) -> Sprites:
-    """The sprites that a distribution's scenes are made of: with individuals and colours where it is the varied one.
+    """The sprites that a distribution's scenes are made of: with individuals and colours from the third phase on.
 
     There they differ in colour alone. With patterns and proportions as well, and both directions, a UNet of 2.5 M
     parameters drew no cat after 16 minutes of a core, only stripes.
     """
     sprites = Sprites.load(work / "sprites")
-    if distribution != "varied":
+    if distribution not in ("varied", "busy"):
         return sprites
     return with_colours(with_individuals(sprites, UNET_INDIVIDUALS, colour_only=True))
 

@@ -77,6 +77,11 @@ def world_distribution(sprites: Sprites) -> Distribution:
     return Distribution(subjects=tuple(sprites.pictures))
 
 
+def detailed_distribution(sprites: Sprites) -> Distribution:
+    """What the judge and the decoder learn: everything, either way round, with more pairs and more very small ones."""
+    return replace(world_distribution(sprites), pairs=0.25, very_small=0.2, mirrored=True, colours=0.2)
+
+
 def curriculum_distribution() -> Distribution:
     """The UNet's first phase: one subject in one style, large and near the middle, mostly on plain colours."""
     return Distribution(
@@ -113,11 +118,17 @@ def varied_distribution() -> Distribution:
     )
 
 
+def busy_distribution() -> Distribution:
+    """The UNet's fourth phase: as the third, with two subjects in a third of the pictures and more very small ones."""
+    return replace(varied_distribution(), pairs=0.36, very_small=0.26, close_up=0.08)
+
+
 DISTRIBUTIONS = {
     "world": world_distribution,
     "curriculum": lambda sprites: curriculum_distribution(),
     "company": lambda sprites: company_distribution(),
     "varied": lambda sprites: varied_distribution(),
+    "busy": lambda sprites: busy_distribution(),
 }
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from world.individuals import with_more_individuals
+from world.catalogue import INDIVIDUALS
+from world.individuals import with_colours, with_individuals
 from world.loop import fit, load_params
 from world.scenes import (
     BACKGROUNDS,
@@ -20,6 +21,7 @@ from world.scenes import (
     Scene,
     Sprites,
     compose,
+    detailed_distribution,
     to_tensor,
     world_distribution,
 )
@@ -72,6 +74,31 @@ def fact_targets(scenes: list[Scene], subjects: tuple[str, ...]) -> dict[str, to
     return {"subject": shares} | {name: torch.tensor(values) for name, values in indices.items()}
 
 
+def soften(images: torch.Tensor, share: float) -> torch.Tensor:
+    """Pictures (B, 3, S, S), the first `share` of them without their finest detail, as an autoencoder returns them."""
+    count, side = round(share * len(images)), images.shape[-1]
+    if not count:
+        return images
+    coarse = F.adaptive_avg_pool2d(images[:count], int(torch.randint(side // 2, side, ())))
+    return torch.cat([F.interpolate(coarse, side, mode="bilinear"), images[count:]])
+
+
+def pack_and_distribution(work: Path, name: str, individuals: int) -> tuple[Sprites, Distribution]:
+    """What a CLIP's scenes are made of.
+
+    The judge's hold many individuals of every subject: a judge that has seen cats of one colour alone takes the colour
+    for the class, and counts a well-learned cat of another colour as a failure.
+
+    Args:
+        individuals: made of each picture, at least.
+    """
+    sprites = Sprites.load(work / "sprites")
+    if name != "judge":
+        return sprites, world_distribution(sprites)
+    counts = {subject: max(individuals, INDIVIDUALS.get(subject, 0)) for subject in sprites.pictures}
+    return with_colours(with_individuals(sprites, counts)), detailed_distribution(sprites)
+
+
 class Learner(nn.Module):
     """A CLIP, and while it learns a linear probe that reads a scene's facts out of either tower's embedding.
 
@@ -79,10 +106,11 @@ class Learner(nn.Module):
     finds it late: scenes are told apart by their backgrounds first. It is not part of what ships.
     """
 
-    def __init__(self, clip: CLIPModel, subjects: tuple[str, ...]) -> None:
+    def __init__(self, clip: CLIPModel, subjects: tuple[str, ...], softened: float = 0.0) -> None:
         super().__init__()
         self.clip = clip
         self.subjects = subjects
+        self.softened = softened  # share of the pictures that lose their finest detail
         sizes = {"subject": len(subjects), "background": len(BACKGROUNDS), "size": len(SIZES), "count": 3}
         width = clip.config.projection_dim
         self.probe = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
@@ -90,7 +118,7 @@ class Learner(nn.Module):
     def forward(self, tokens: torch.Tensor, scenes: list[Scene]) -> dict[str, torch.Tensor]:
         """The symmetric contrastive loss (Radford et al. 2021) and the probe's; tokens (B, L)."""
         clip, device = self.clip, tokens.device
-        images = to_tensor([scene.image for scene in scenes], CLIP_SIDE).to(device)
+        images = soften(to_tensor([scene.image for scene in scenes], CLIP_SIDE).to(device), self.softened)
         text = F.normalize(clip.text_projection(clip.text_model(tokens).pooler_output), dim=-1)
         image = F.normalize(clip.visual_projection(clip.vision_model(images).pooler_output), dim=-1)
         logits = clip.logit_scale.exp().clamp(max=100) * text @ image.T
@@ -135,9 +163,8 @@ def main() -> None:
     params = load_params(arguments.name)
     torch.manual_seed(params["seed"])
     tokenizer = CLIPTokenizer.from_pretrained(arguments.work / "tokenizer")
-    sprites = with_more_individuals(Sprites.load(arguments.work / "sprites"), params.get("colours", {}))
-    of = world_distribution(sprites)
-    learner = Learner(build(params, tokenizer), of.subjects).to(arguments.device)
+    sprites, of = pack_and_distribution(arguments.work, arguments.name, params.get("individuals", 0))
+    learner = Learner(build(params, tokenizer), of.subjects, params.get("softened", 0.0)).to(arguments.device)
     if arguments.freeze_text:
         learner.clip.text_model.requires_grad_(False)
         learner.clip.text_projection.requires_grad_(False)

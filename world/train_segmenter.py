@@ -17,10 +17,10 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 
 from world import scenes
 from world.backgrounds import background, noise
+from world.individuals import with_more_individuals
 from world.loop import fit, load_params
 from world.scenes import BACKGROUNDS, SIZES, SPLITS, Sprites, choice, pasted, to_tensor
 from world.sprites import toned, turned
-from world.train_clip import with_more_individuals
 
 SIZE_SHARES = {"very small": 0.1, "normal": 0.4, "large": 0.4, "close up": 0.1}
 SIDE = 64  # px; photos are scaled to it

@@ -20,7 +20,7 @@ from transformers import CLIPVisionModel
 from world.discriminator import Discriminator, adversarial_terms
 from world.individuals import with_more_individuals
 from world.loop import fit, load_params
-from world.scenes import CLIP_SIDE, SIDE, Sprites, compose, to_tensor, world_distribution
+from world.scenes import CLIP_SIDE, SIDE, Sprites, compose, detailed_distribution, to_tensor, world_distribution
 
 
 def build(params: dict) -> AutoencoderKL:
@@ -190,7 +190,7 @@ def main() -> None:
     torch.manual_seed(params["seed"])
     packed = Sprites.load(arguments.work / "sprites")
     sprites = with_more_individuals(packed, dict.fromkeys(packed.pictures, params["hues"]))
-    of = world_distribution(sprites)
+    of = detailed_distribution(sprites) if arguments.decoder else world_distribution(sprites)
     vae, anchor = build(params), anchor_vae(arguments.work)
     grow(vae, anchor)
     anchor = anchor.to(arguments.device, memory_format=torch.channels_last)
@@ -204,8 +204,8 @@ def main() -> None:
     first = 10_000_000 if arguments.decoder else 0  # other scenes than the first training's
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
-        start = first + step * params["batch"]
-        scenes = [compose(sprites, of, "base", start + i) for i in range(params["batch"])]
+        start = first + step * stage["batch"]
+        scenes = [compose(sprites, of, "base", start + i) for i in range(stage["batch"])]
         images = to_tensor([scene.image for scene in scenes]).to(arguments.device, memory_format=torch.channels_last)
         return learner(images, arguments.decoder)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from customdiff.preparation.examples import Example
     from customdiff.sources.instance_images import Collected
 
-EXAMPLES_OF_THE_REPOSITORY = (Path("data/concepts/cat"), Path("data/concepts/teapot"))
+EXAMPLES_OF_THE_REPOSITORY = tuple(Path("data/concepts") / name for name in ("cat", "teapot", "hat"))
 
 EXAMPLES = """Examples:
 

@@ -81,8 +81,11 @@ class Train(Section):
     batch_size: int = Field(2, ge=1, description="Instance images per step and process, and as many class images.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
     learning_rate: float = Field(1e-5, gt=0, description="Learning rate before `scale_lr`.")
+    token_learning_rate: float | None = Field(
+        None, gt=0, description="Learning rate of modifier tokens before `scale_lr`; null: learning_rate."
+    )
     scale_lr: bool = Field(
-        True, description="Multiply the rate by batch_size, accumulation, processes, and 2 with class images."
+        True, description="Multiply the rates by batch_size, accumulation, processes, and 2 with class images."
     )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"

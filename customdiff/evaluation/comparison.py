@@ -35,7 +35,7 @@ from customdiff.tracking import Tracker
 from customdiff.training import trainer
 from customdiff.training.checkpoints import RunFolder
 from customdiff.training.identity import run_identity
-from customdiff.training.objective import learning_rate
+from customdiff.training.objective import learning_rates
 
 # Learning rates as multiples of `train.learning_rate`: the defaults of diffusers' scripts for Custom Diffusion (1e-5),
 # textual inversion (5e-4) and DreamBooth with LoRA (1e-4).
@@ -104,6 +104,7 @@ def params_of(params: Params, method: str, rate: float | None = None) -> Params:
     changes = {
         "method": method,
         "learning_rate": rate or params.train.learning_rate * RATES[method],
+        "token_learning_rate": params.train.token_learning_rate if method == "custom_diffusion" else None,
         "validation": silent,
         "select": "last",
         "patience": None,
@@ -121,7 +122,7 @@ def facts_of(run: RunFolder, params: Params) -> dict[str, float]:
     """Seconds, trained parameters and learning rate of a complete run."""
     summary = run.metrics()
     kept = {name: summary[name] for name in ("seconds", "trained_parameters")}
-    return kept | {"learning_rate": learning_rate(params.train, 1)}
+    return kept | {"learning_rate": learning_rates(params.train, 1)[0]}
 
 
 def grade(

@@ -48,34 +48,36 @@ def target_of(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
     )
 
 
-def learning_rate(train: Train, num_processes: int) -> float:
-    """The optimizer's learning rate.
+def learning_rates(train: Train, num_processes: int) -> tuple[float, float]:
+    """The optimizer's learning rates: of the UNet's weights, and of the token embeddings.
 
-    With `scale_lr` it is multiplied by accumulation steps, batch size and processes, and by 2 with class images, as in
-    the reference.
+    With `scale_lr` both are multiplied by accumulation steps, batch size and processes, and by 2 with class images, as
+    in the reference.
     """
-    if not train.scale_lr:
-        return train.learning_rate
-    factor = train.gradient_accumulation_steps * train.batch_size * num_processes
-    return train.learning_rate * factor * (2 if train.preserves_prior else 1)
+    factor = 1
+    if train.scale_lr:
+        factor = train.gradient_accumulation_steps * train.batch_size * num_processes
+        factor *= 2 if train.preserves_prior else 1
+    return train.learning_rate * factor, (train.token_learning_rate or train.learning_rate) * factor
 
 
 def optimizer_for(
-    train: Train, weights: Iterable[nn.Parameter], embeddings: Iterable[nn.Parameter], rate: float
+    train: Train, weights: Iterable[nn.Parameter], embeddings: Iterable[nn.Parameter], num_processes: int = 1
 ) -> torch.optim.Optimizer:
-    """AdamW over the UNet's trained weights and the token embeddings.
+    """AdamW over the UNet's trained weights and the token embeddings, each with its learning rate.
 
     Embeddings have no weight decay. The reference decays the whole token table, so all tokens shrink at each step.
 
     Raises:
         UserError: the optimizer is adamw_8bit and bitsandbytes is not installed.
     """
+    rate, token_rate = learning_rates(train, num_processes)
     groups: list[dict[str, Any]] = [
-        {"params": list(weights), "weight_decay": train.adam_weight_decay},
-        {"params": list(embeddings), "weight_decay": 0.0},
+        {"params": list(weights), "lr": rate, "weight_decay": train.adam_weight_decay},
+        {"params": list(embeddings), "lr": token_rate, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    options: dict[str, Any] = {"lr": rate, "betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
+    options: dict[str, Any] = {"betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
     if train.optimizer == "adamw_8bit":
         try:
             from bitsandbytes.optim import AdamW8bit

@@ -36,7 +36,7 @@ from customdiff.training.batches import Batches
 from customdiff.training.checkpoints import Progress, RunFolder
 from customdiff.training.identity import adapter_config, run_identity
 from customdiff.training.launch import check_distributed_type
-from customdiff.training.objective import learning_rate, losses, optimizer_for, target_of
+from customdiff.training.objective import losses, optimizer_for, target_of
 from customdiff.training.selection import Grader, Selection
 from customdiff.training.step_log import StepLog
 
@@ -315,8 +315,7 @@ def _trainer(
 ) -> Trainer:
     train = params.train
     batches = Batches(sets, pipe, vae, scaling_factor, params, accelerator)
-    rate = learning_rate(train, accelerator.num_processes)
-    optimizer = optimizer_for(train, trained.weights, trained.embeddings, rate)
+    optimizer = optimizer_for(train, trained.weights, trained.embeddings, accelerator.num_processes)
     schedule = get_scheduler(
         train.lr_scheduler,
         optimizer,

@@ -75,23 +75,26 @@ def test_targets_against_the_formula(kind):
 @pytest.mark.parametrize(
     ("options", "processes", "expected"),
     [
-        ({"batch_size": 2, "learning_rate": 1e-5}, 1, 4e-5),  # the guide's single concept: 1e-5 * 2 * 2
-        ({"batch_size": 2, "learning_rate": 1e-5, "with_prior_preservation": False}, 1, 2e-5),
-        ({"batch_size": 3, "learning_rate": 1.0, "gradient_accumulation_steps": 5}, 2, 60.0),
-        ({"batch_size": 3, "learning_rate": 0.5, "scale_lr": False}, 2, 0.5),
+        ({"batch_size": 2, "learning_rate": 1e-5}, 1, (4e-5, 4e-5)),  # the guide's single concept: 1e-5 * 2 * 2
+        ({"batch_size": 2, "learning_rate": 1e-5, "with_prior_preservation": False}, 1, (2e-5, 2e-5)),
+        ({"batch_size": 3, "learning_rate": 1.0, "gradient_accumulation_steps": 5}, 2, (60.0, 60.0)),
+        ({"batch_size": 3, "learning_rate": 0.5, "scale_lr": False}, 2, (0.5, 0.5)),
+        ({"batch_size": 2, "learning_rate": 1e-5, "token_learning_rate": 1e-3}, 1, (4e-5, 4e-3)),
     ],
 )
-def test_the_rate_is_scaled_as_in_the_reference(options, processes, expected):
-    assert objective.learning_rate(Train(**options), processes) == pytest.approx(expected)
+def test_the_rates_are_scaled_as_in_the_reference(options, processes, expected):
+    assert objective.learning_rates(Train(**options), processes) == pytest.approx(expected)
 
 
-def test_the_first_step_equals_adamw_by_hand(tiny_base, tmp_path):
+@pytest.mark.parametrize("token_rate", [None, 1e-2])
+def test_the_first_step_equals_adamw_by_hand(tiny_base, tmp_path, token_rate):
     """One step of the whole trainer, then AdamW's first update worked out in float64 from the logged gradient norm.
 
     At its first step Adam moves each weight by rate * g / (|g| + eps'), which is the rate itself wherever the
     gradient is not tiny; decay takes rate * weight_decay * weight of the attention weights, nothing of the rows.
     """
-    params = tiny_params(tiny_base, max_steps=1, scale_lr=False, learning_rate=1e-3, adam_weight_decay=0.5)
+    rates = {"learning_rate": 1e-3, "token_learning_rate": token_rate}
+    params = tiny_params(tiny_base, max_steps=1, scale_lr=False, **rates, adam_weight_decay=0.5)
     run = train(params, tmp_path)
     pipe = base.load_pipeline(params.base)
     after = adapter.read(run.path / "adapter")
@@ -104,7 +107,7 @@ def test_the_first_step_equals_adamw_by_hand(tiny_base, tmp_path):
     assert moved.max() < 1.01
     assert moved.median() > 0.9
     start = pipe.text_encoder.get_input_embeddings().weight[pipe.tokenizer.convert_tokens_to_ids("cat</w>")]
-    row = (after.embeddings["<new1>"]["text_encoder"].double() - start.detach().double()).abs() / 1e-3
+    row = (after.embeddings["<new1>"]["text_encoder"].double() - start.detach().double()).abs() / (token_rate or 1e-3)
     assert 0.9 < row.median() < row.max() < 1.01
 
 
