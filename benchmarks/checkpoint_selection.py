@@ -13,7 +13,6 @@ Results are kept in `<work>/selection.jsonl`, one line per run; a run that is th
 """
 
 import argparse
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -175,19 +174,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table of what was run")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results = arguments.work.resolve() / "selection.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    if not arguments.table:
-        photos_only.set_up(arguments.work.resolve())
-        known = {(row["concept"], row["seed"], row["last"]) for row in rows}
-        for seed, name in ((seed, name) for seed in arguments.seeds for name in arguments.concepts):
-            if (name, seed, arguments.steps) in known:
-                continue
-            with contextlib.redirect_stdout(open(arguments.work.resolve() / "log.txt", "a")):
-                rows.append(run(name, seed, arguments.steps))
-            with results.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print(name, seed, rows[-1]["selected"], rows[-1]["best_minus_last"], flush=True)
+    wanted = [
+        {"concept": name, "seed": seed, "last": arguments.steps}
+        for seed in arguments.seeds for name in arguments.concepts
+    ]  # fmt: skip
+    rows = photos_only.rows_of(
+        arguments.work.resolve(), "selection.jsonl", [] if arguments.table else wanted, run
+    )  # fmt: skip
     print(table([row for row in rows if row["last"] == arguments.steps]))
 
 

@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,30 @@ def backgrounds_recognized(judge: Clip, prompts: list[Prompt], name: str, kind: 
     return float(np.mean(right))
 
 
+def rows_of(
+    work: Path, file: str, wanted: list[dict[str, Any]], run: Callable[..., dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of a file of results, after the wanted runs that it does not hold yet.
+
+    Args:
+        work: absolute path of the work folder.
+        wanted: for each run the arguments of `run` in order, by the keys that they have in its row.
+    """
+    results = work / file
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    if wanted:
+        set_up(work)
+    for arguments in wanted:
+        if any(arguments.items() <= row.items() for row in rows):
+            continue
+        with contextlib.redirect_stdout(open(work / "log.txt", "a")):
+            rows.append(run(*arguments.values()))
+        with results.open("a") as lines:
+            lines.write(json.dumps(rows[-1]) + "\n")
+        print(*arguments.values(), "done", flush=True)
+    return rows
+
+
 def run(name: str, setting: str, seed: int) -> dict[str, Any]:
     """Learn one concept and evaluate it, in the work folder; returns the figures."""
     from stages import evaluate, prepare, train
@@ -294,20 +319,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table of what was run")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results = arguments.work.resolve() / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    if not arguments.table:
-        set_up(arguments.work.resolve())
-        known = {(row["concept"], row["setting"], row["seed"]) for row in rows}
-        wanted = [(n, s, seed) for seed in arguments.seeds for n in arguments.concepts for s in arguments.settings]
-        for each in wanted:
-            if each in known:
-                continue
-            with contextlib.redirect_stdout(open(arguments.work.resolve() / "log.txt", "a")):
-                rows.append(run(*each))
-            with results.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print(*each, f"{way(rows[-1]):.2f}", flush=True)
+    wanted = [
+        {"concept": name, "setting": setting, "seed": seed}
+        for seed in arguments.seeds for name in arguments.concepts for setting in arguments.settings
+    ]  # fmt: skip
+    rows = rows_of(arguments.work.resolve(), "results.jsonl", [] if arguments.table else wanted, run)
     print(table(rows))
 
 

@@ -11,7 +11,7 @@ from conftest import tiny_params, write_prepared
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import against_reference, models, photos_only, profile_step, project, scale, side
+from benchmarks import against_reference, checkpoint_selection, models, photos_only, profile_step, project, scale, side
 from benchmarks.configs import Config, config
 from customdiff.errors import UserError
 from customdiff.models import base
@@ -272,3 +272,37 @@ def test_the_share_of_the_way_and_its_table():
     assert "| background recognized, of the base's rate | 75 % (0.60 of 0.80) |" in lines
     assert "| class drift | 0.50 |" in lines
     assert "text -5 %" in lines[-1]
+
+
+def test_results_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos_only, "set_up", lambda work: None)
+    measured = []
+
+    def run(name, seed):
+        measured.append((name, seed))
+        return {"concept": name, "seed": seed, "score": 0.5}
+
+    wanted = [{"concept": "cat", "seed": seed} for seed in (42, 43)]
+    photos_only.rows_of(tmp_path, "rows.jsonl", wanted[:1], run)
+    rows = photos_only.rows_of(tmp_path, "rows.jsonl", wanted, run)
+    assert [row["seed"] for row in rows] == [42, 43]
+    assert measured == [("cat", 42), ("cat", 43)]
+    assert photos_only.rows_of(tmp_path, "rows.jsonl", [], run) == rows
+
+
+def test_the_table_of_selected_checkpoints():
+    """The grades 0.2, 0.6, 0.4 rank the evaluated scores 0.1, 0.5, 0.3 rightly; patience 1 stops after the third."""
+    row = {
+        "concept": "cat",
+        "seed": 42,
+        "selected": 100,
+        "last": 150,
+        "grades": [{"step": 50 * number, "score": score} for number, score in enumerate((0.2, 0.6, 0.4), 1)],
+        "evaluated": {str(50 * number): {"score": score} for number, score in enumerate((0.1, 0.5, 0.3), 1)},
+        "best_minus_last": [0.2, 0.1, 0.3],
+    }
+    assert checkpoint_selection.rank_correlation(row) == pytest.approx(1)
+    assert checkpoint_selection.stopped_at(row, 1) == 150
+    lines = checkpoint_selection.table([row]).splitlines()
+    assert "| cat, 42 | 100 | 0.500 | 0.300 | +0.200 (+0.100 to +0.300) | 0.500 at 100 | 1.00 | 150 |" in lines
+    assert lines[-1] == "Mean score: best 0.500, last 0.300; 1 runs."

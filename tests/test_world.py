@@ -61,6 +61,7 @@ from world.scenes import (
     varied_distribution,
 )
 from world.sprites import toned
+from world.train_clip import pack_and_distribution, soften
 from world.train_unet import (
     PHASES,
     build,
@@ -286,6 +287,41 @@ def test_individuals_kept_aside_are_in_no_training(sprites):
     assert not any("striped" in name or "spotted" in name for name, _ in plain)
 
 
+def test_a_softened_image_loses_only_its_finest_detail():
+    image = torch.zeros(3, 64, 64)
+    image[:, :, 32:] = 1
+    checkered = (torch.arange(64) % 2).float().expand(3, 64, 64)
+    torch.manual_seed(0)
+    first, second, third, fourth = soften(torch.stack([image, checkered, image, checkered]), 0.5)
+    assert torch.equal(third, image)
+    assert torch.equal(fourth, checkered)
+    assert (first - image).abs().mean() < 0.02
+    assert second.std() < 0.8 * checkered.std()
+    assert torch.equal(soften(image[None], 0.0), image[None])
+
+
+def test_the_judge_knows_many_individuals_of_every_subject(sprites, tmp_path):
+    for subject, styles in sprites.pictures.items():
+        (tmp_path / "sprites" / subject).mkdir(parents=True)
+        for found in styles.values():
+            for name, picture in found:
+                picture.convert("RGBA").save(tmp_path / "sprites" / subject / f"{name}.png")
+    many, of = pack_and_distribution(tmp_path, "judge", individuals=6)
+    few, _ = pack_and_distribution(tmp_path, "clip", individuals=6)
+    for subject, styles in few.pictures.items():
+        for style, found in styles.items():
+            assert len(many.pictures[subject][style]) >= 4 * len(found)
+    assert of.mirrored
+    assert set(of.subjects) == set(few.pictures)
+
+
+def test_the_fourth_phase_shows_more_pairs_and_more_very_small_subjects(sprites):
+    of = DISTRIBUTIONS["busy"](sprites)
+    scenes = [compose(sprites, of, "base", i) for i in range(300)]
+    assert np.mean([len(scene.subjects) == 2 for scene in scenes]) == pytest.approx(0.36, abs=0.09)
+    assert np.mean([scene.size == "very small" for scene in scenes]) == pytest.approx(0.61 * 0.26, abs=0.07)
+
+
 def test_the_third_phase_knows_twice_the_subjects(sprites):
     assert len(set(VARIED)) == len(VARIED) >= 60
     assert set(CURRICULUM) <= set(VARIED) <= set(SUBJECTS)
@@ -461,7 +497,7 @@ def test_subjects_are_enough_and_the_curriculum_is_of_them():
     assert len(SUBJECTS) >= 80
     assert set(CURRICULUM) <= set(SUBJECTS)
     assert set(DRAWINGS) <= set(SUBJECTS)
-    assert set(DISTRIBUTIONS) == set(PHASES)
+    assert set(PHASES) <= set(DISTRIBUTIONS)
 
 
 def test_the_second_phase_shows_two_subjects_in_two_pictures_of_five(sprites):
