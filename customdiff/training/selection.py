@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from customdiff.config import Params
-from customdiff.config.train import Grading
 from customdiff.models import sampling
 from customdiff.tracking import Tracker
+from customdiff.training import validation
 
 MIN_ROOM = 0.05  # between base model and photos; below it the grader hardly tells them apart
 
@@ -114,7 +114,7 @@ class Selection:
             texts = [prompt.replace("{}", concept.class_prompt) for prompt in settings.all_prompts]
             titles = [prompt.replace("{}", subject) for prompt in settings.all_prompts]
             seeds = [sampling.image_seed(self.params.base.seed, "grading", name, i) for i in range(len(titles))]
-            images = _generate(pipe, titles, seeds, settings, self.params.prepare.resolution)
+            images = validation.sample(pipe, titles, seeds, settings, self.params.prepare.resolution)
             row[name] = [float(figure) for figure in self.grader.measure(images, texts, name)]
             for number, (title, image) in enumerate(zip(titles, images, strict=True)):
                 tracker.image(image, f"grade/{title} ({number + 1})", step=step)
@@ -164,22 +164,3 @@ class Selection:
         grades = [grade.to_dict() for grade in self.grades()]
         selected = self.best if self.selected_step else self.grades()[-1]
         return {"selected_step": selected.step, "selected_score": round(selected.score, 6), "grades": grades}
-
-
-def _generate(
-    pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], settings: Grading, side: int
-) -> list[Image.Image]:
-    training = pipe.unet.training
-    pipe.unet.eval()
-    images = sampling.generate(
-        pipe,
-        prompts,
-        seeds,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        height=side,
-        width=side,
-        progress=None,
-    )
-    pipe.unet.train(training)
-    return images
