@@ -3,12 +3,9 @@
 import json
 from pathlib import Path
 
-import torch
-
 from world.catalogue import COLOURS, CONCEPTS, CURRICULUM, INDIVIDUALS, TEXTURES, VARIED
 from world.loop import load_params
 from world.sources import SOURCES
-from world.train_unet import PHASES, folder_of
 
 TEMPLATE = """---
 license: other
@@ -145,20 +142,11 @@ def generated_rows(figures: dict) -> list[tuple[str, str, str]]:
     ]
 
 
-def training_table(work: Path) -> str:
-    """Steps and minutes of each training, from its checkpoints."""
-    notes = json.loads((work / "history.json").read_text()) if (work / "history.json").exists() else {}
+def training_table() -> str:
+    """Steps, batch, minutes and machine of each training, from history.json."""
+    rows = json.loads((Path(__file__).parent / "history.json").read_text())
     lines = ["| training | steps | batch | minutes | on |", "| --- | --- | --- | --- | --- |"]
-    for name in ("vae", "decoder", "clip", "judge", *(folder_of(work, phase).name for phase in PHASES)):
-        if not (work / name / "checkpoint.pt").exists():
-            continue
-        state = torch.load(work / name / "checkpoint.pt", map_location="cpu", weights_only=True)
-        minutes = notes.get(name, {}).get("minutes", 0) + state["seconds"] / 60
-        where = notes.get(name, {}).get("on", "one core of a CPU")
-        lines.append(
-            f"| {name} | {state['step']} | {load_params(name.partition('-')[0])['batch']} | {minutes:.0f} | {where} |"
-        )
-    return "\n".join(lines)
+    return "\n".join(lines + [f"| {name} | {' | '.join(map(str, row.values()))} |" for name, row in rows.items()])
 
 
 def card(work: Path, pipeline, everything: int) -> str:
@@ -187,7 +175,7 @@ def card(work: Path, pipeline, everything: int) -> str:
         table=table(figures),
         graded=figures.get("graded", 0),
         notes=figures.get("notes", ""),
-        training=training_table(work),
+        training=training_table(),
         ema=load_params("unet")["ema"],
         sources="\n".join(f"- {s.credit}: {s.name}, {s.licence}." for s in SOURCES),
     )
