@@ -174,9 +174,9 @@ def export_pool(sprites: Sprites, params: dict, data: Path) -> None:
     lines = ",\n".join(f'"{key}": {json.dumps(value)}' for key, value in facts.items())
     (folder / "facts.json").write_text(f"{{\n{lines}\n}}\n")
     (folder / "README.md").write_text(
-        f"# The pool of class images\n\n`pool.tar` is a webdataset of {len(facts)} captioned scenes, {SIDE} x {SIDE}: "
-        "`NNNNNN.jpg` and `NNNNNN.txt` (caption). `facts.json` lists subjects, background and count. Each subject that "
-        f"the base model knows is in at least {params['of_each']} of them. None of them was seen in any training; the "
-        "example concepts' individuals are in none of them.\n\n"
+        f"# Pool of class images\n\n`pool.tar` is a webdataset of {len(facts)} captioned scenes of {SIDE} x {SIDE} px: "
+        "`NNNNNN.jpg` and `NNNNNN.txt` (caption). `facts.json` lists the subjects, background and count of each. Each "
+        f"subject that the base model knows is in at least {params['of_each']} of them. No scene was used in any training, "
+        "and no scene shows the individuals of the example concepts.\n\n"
         "Sources: Fluent Emoji (copyright Microsoft Corporation, MIT); composed by `world/`.\n"
     )
