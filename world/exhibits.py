@@ -176,7 +176,7 @@ def export_pool(sprites: Sprites, params: dict, data: Path) -> None:
     (folder / "README.md").write_text(
         f"# Pool of class images\n\n`pool.tar` is a webdataset of {len(facts)} captioned scenes of {SIDE} x {SIDE} px: "
         "`NNNNNN.jpg` and `NNNNNN.txt` (caption). `facts.json` lists the subjects, background and count of each. Each "
-        f"subject that the base model knows is in at least {params['of_each']} of them. No scene was used in any training, "
-        "and no scene shows the individuals of the example concepts.\n\n"
+        f"subject that the base model knows is in at least {params['of_each']} of them. No scene was used in any "
+        "training, and no scene shows the individuals of the example concepts.\n\n"
         "Sources: Fluent Emoji (copyright Microsoft Corporation, MIT); composed by `world/`.\n"
     )
