@@ -62,7 +62,8 @@ sizes, two or three in a picture.
 
 Generated pictures were asked for by {graded} captions over (subject, background) pairs that the UNet never saw,
 subjects and backgrounds drawn from what it was trained on; {steps} steps of DDIM, guidance {guidance}. In brackets:
-real scenes of the held-out split, and the same scenes encoded and decoded, which no generated picture can surpass.
+real scenes of the held-out split, and the same scenes encoded and decoded, about the most that
+generated pictures can reach.
 {notes}
 ## Training
 

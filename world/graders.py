@@ -119,7 +119,7 @@ def rebuilt(vae, images: list[np.ndarray], side: int) -> tuple[torch.Tensor, tor
 
 
 def autoencoded(vae, images: list[np.ndarray]) -> list[np.ndarray]:
-    """Pictures (S, S, 3) uint8 as the VAE of that side gives them back: the best that generated ones can be."""
+    """Pictures (S, S, 3) uint8 as the VAE of that side gives them back."""
     _, out = rebuilt(vae, images, images[0].shape[0])
     return list((127.5 * (out.permute(0, 2, 3, 1) + 1) + 0.5).to(torch.uint8).numpy())
 
