@@ -166,6 +166,16 @@ def test_metrics_of_several_concepts_have_their_names():
     assert (both["evaluation/image_alignment.cat"], both["evaluation/image_alignment_delta.pot"]) == (2, 2)
 
 
+def test_mlflow_takes_the_metrics_of_prompts_with_two_concepts(store, read):
+    concepts = {name: {"image_alignment": paired(0, 2)} for name in ("cat", "pot", "cat+pot")}
+    metrics = tracking.evaluation_metrics({"image_alignment": paired(1, 3), "concepts": concepts})
+    with tracking.start(params().tracking, "a run", store=store) as tracker:
+        tracker.metrics(metrics)
+    logged = read.get_run(tracker.run_id).data.metrics
+    assert metrics.items() <= logged.items()
+    assert logged["evaluation/image_alignment.cat and pot"] == 2
+
+
 def test_failed_and_interrupted_runs_have_their_status(store, read):
     for error, status in ((RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")):
         with pytest.raises(error), tracking.start(params().tracking, "a run", store=store) as tracker:

@@ -48,11 +48,13 @@ def evaluation_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 
     Returns:
         For each metric `text_alignment` and `text_alignment_delta`, with `EVALUATION` before them; with several
-        concepts also those of each, with `.<concept>` at the end.
+        concepts also those of each, with `.<concept>` at the end. Prompts with several of them, `cat+teapot`, end in
+        `.cat and teapot`: MLflow allows no plus sign.
     """
     concepts = metrics["concepts"] if len(metrics["concepts"]) > 1 else {}
+    groups = {"": metrics} | {f".{name.replace('+', ' and ')}": own for name, own in concepts.items()}
     flat: dict[str, float] = {}
-    for suffix, group in {"": metrics, **{f".{name}": own for name, own in concepts.items()}}.items():
+    for suffix, group in groups.items():
         for name, values in group.items():
             if isinstance(values, Mapping) and "delta" in values:
                 flat |= {f"{name}{suffix}": values["adapter"], f"{name}_delta{suffix}": values["delta"]}
