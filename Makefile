@@ -5,8 +5,8 @@ UV := $(VENV)/bin/uv pip install --quiet --compile-bytecode --python
 unexport PYTHONDONTWRITEBYTECODE  # compiled files halve the start of every stage
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-# one thread each
 TEST_PROCESSES ?= 2
+test test-all coverage: export OMP_NUM_THREADS := 1  # of each process; more would fight for the cores
 
 .PHONY: help install repro app ui experiments test test-all coverage lint format lock clean
 
