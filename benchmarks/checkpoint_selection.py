@@ -178,9 +178,8 @@ def main() -> None:
         {"concept": name, "seed": seed, "last": arguments.steps}
         for seed in arguments.seeds for name in arguments.concepts
     ]  # fmt: skip
-    rows = photos_only.rows_of(
-        arguments.work.resolve(), "selection.jsonl", [] if arguments.table else wanted, run
-    )  # fmt: skip
+    work = arguments.work.resolve()
+    rows = photos_only.rows_of(work, "selection.jsonl", [] if arguments.table else wanted, run)
     print(table([row for row in rows if row["last"] == arguments.steps]))
 
 

@@ -183,9 +183,6 @@ def training_pack(work: Path, distribution: str) -> Sprites:
 def with_more_individuals(sprites: Sprites, colours: dict[str, list[int | str]]) -> Sprites:
     """The pack with further individuals: pictures of the subjects in `colours`, their hue turned or their tone changed.
 
-    A judge that has seen cats of one colour alone takes the colour for the class, and would count a well-learned cat
-    of another colour as a failure.
-
     Args:
         colours: for each subject degrees of hue, for individuals that were not turned yet, or names in `sprites.TONES`.
     """
