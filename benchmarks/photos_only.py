@@ -2,7 +2,7 @@
 
 Six concepts are painted variants of subjects that the embedded base model knows by class, photographed at 256 px on
 backgrounds of the world: five photos to learn from and three held out. Each is learned with the embedded defaults.
-The three example concepts of the repository, without their captions, can be named by --concepts. `SETTINGS` are the rows:
+The three example concepts of the repository, without captions, can be named by --concepts. `SETTINGS` are the rows:
 one caption for all photos (the recipe of the paper and of diffusers' script), several wordings of it, masks in the loss
 alone, captions by hand, by the captioner, masked subjects on plain backgrounds, and all together (the default).
 The figure is the share of the way: (adapter - base) / (holdout photos - base) of image alignment.
