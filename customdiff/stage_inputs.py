@@ -29,7 +29,7 @@ def write_inputs(params: Params, folder: Path = FOLDER) -> list[Path]:
     for name, concept in params.concepts.items():
         inputs[f"download-data/{name}"] = download_data(params, concept, hashes)
         inputs[f"retrieve-class-images/{name}"] = retrieve_class_images(params, name, hashes)
-        inputs[f"prepare/{name}"] = prepare(params, concept, hashes)
+        inputs[f"prepare/{name}"] = prepare(params, name, hashes)
     with atomic_directory(folder) as out:
         for name, values in inputs.items():
             path = out / f"{name}.json"
@@ -88,11 +88,16 @@ def retrieve_class_images(params: Params, name: str, hashes: "FileHashes") -> In
     return inputs
 
 
-def prepare(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:
-    """Inputs of `prepare`: prompts of the concept, section `prepare`, the captioner and the base model."""
-    words = concept.model_dump(include={"modifier_token", "class_prompt", "instance_prompt"})
+def prepare(params: Params, name: str, hashes: "FileHashes") -> Inputs:
+    """Inputs of `prepare`: prompts of the concept, section `prepare`, the captioner and the base model.
+
+    Also the prompts of the other concepts that its subject is shown beside.
+    """
+    include = {"modifier_token", "class_prompt", "instance_prompt"}
+    words = {each: concept.model_dump(include=include) for each, concept in params.concepts.items()}
     return {
-        "concept": words,
+        "concept": words.pop(name),
+        "together with": words if params.prepare.together else {},
         "prepare": params.prepare.model_dump(),
         "class images": params.train.preserves_prior,
         "captioner": hashes.of(params.prepare.captioning_model),

@@ -23,11 +23,13 @@ def main(*arguments: str) -> None:
         classes=Path("data/classes", name),
         out=Path("data/prepared", name),
         cache=project_home() / ".latents" / name,
+        others={other: Path("data/instances", other) for other in params.concepts if other != name},
     )
     for example in examples:
         print(f"  {example.path.name}: {example.caption!r} ({'; '.join(example.notes)})")
     for kind, prepared in sets.items():
-        print(f"{name}: {len(prepared)} views of {kind} images, such as {prepared.captions[0]!r}")
+        samples = " and ".join(repr(prepared.captions[place]) for place in (0, -1))
+        print(f"{name}: {len(prepared)} views of {kind} images, such as {samples}")
 
 
 if __name__ == "__main__":

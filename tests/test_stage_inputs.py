@@ -29,7 +29,7 @@ def inputs(tmp_path):
         }
         params = Params.model_validate(values)
         hashes = stage_inputs.FileHashes(tmp_path / "hashes.json")
-        return stage_inputs.prepare(params, params.concepts["cat"], hashes), stage_inputs.train(params, hashes)
+        return stage_inputs.prepare(params, "cat", hashes), stage_inputs.train(params, hashes)
 
     of.segmenter = segmenter
     return of
@@ -51,6 +51,16 @@ def test_the_masked_loss_is_an_input_of_train_and_its_use_one_of_prepare(inputs)
     plain, half, quarter = (inputs(train={"mask_weight": weight}) for weight in (1.0, 0.5, 0.25))
     assert plain[0] != half[0] == quarter[0]
     assert plain[1] != half[1] != quarter[1]
+
+
+def test_the_words_of_other_concepts_are_an_input_of_prepare_if_it_shows_them(tmp_path):
+    def of(word, together):
+        concepts = {"cat": concept_values(), "pot": concept_values("<new2>", word)}
+        params = Params.model_validate({"concepts": concepts, "prepare": {"together": together}})
+        return stage_inputs.prepare(params, "cat", stage_inputs.FileHashes(tmp_path / "hashes.json"))
+
+    assert of("pot", 1) != of("jug", 1)
+    assert of("pot", 0) == of("jug", 0)
 
 
 def test_a_token_that_no_concept_has_stops_the_first_stage(tmp_path, monkeypatch):

@@ -57,6 +57,12 @@ class Prepare(Section):
         "data/segmenter", description="Segmentation model of masks: auto; folder or Hub repository, such as CLIPSeg."
     )
     backgrounds: Backgrounds = Backgrounds()
+    together: int = Field(
+        20,
+        ge=0,
+        description="With several concepts: further views of each photo that show its subject cut out beside another "
+        "concept's, with both in the caption; 0: none.",
+    )
     class_captions: Literal["real", "prompt"] = Field(
         "real", description="real: the retrieved captions (the reference's real_prior); prompt: class_prompt."
     )

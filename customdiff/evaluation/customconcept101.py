@@ -197,8 +197,8 @@ def learn(params: Params, entry: Entry, work: Path, class_images: Path, out: Pat
             classes = class_images / _hash(values | {"class_prompt": concept.class_prompt})
             if not (classes / "manifest.json").exists():
                 retrieve(own, name, instances=work / "instances" / name, index="", out=classes)
-        folders = {"instances": work / "instances" / name, "classes": classes, "out": work / "prepared" / name}
-        prepare_concept(params, name, **folders)
+        instances, out_folder = work / "instances" / name, work / "prepared" / name
+        prepare_concept(params, name, instances=instances, classes=classes, out=out_folder)
     trainer.run(params, work / "prepared", work / "runs", lambda _: Tracker()).copy_results(out, work / "training")
 
 

@@ -22,7 +22,6 @@ from customdiff.evaluation.metrics import (
     PhotoShare,
     diversity,
     follows_prompt,
-    image_alignment,
     leave_one_out_alignment,
     mean_over_groups,
     paired_metric,
@@ -44,6 +43,7 @@ class PromptScore:
         base, adapter: by metric: some of `METRICS`, and `HOLDOUT` where there are holdout photos.
         followed: share of the images of base and adapter that no other prompt fits better; see `follows_prompt`.
         seeds: of base and adapter, by metric the means over the images of each noise seed; empty with a single seed.
+        each: of base and adapter, by concept its own alignments, where the prompt is about several.
     """
 
     prompt: Prompt
@@ -51,6 +51,7 @@ class PromptScore:
     adapter: dict[str, float]
     followed: tuple[float, float] = (1.0, 1.0)
     seeds: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
+    each: tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]] = ({}, {})
 
     def delta(self, metric: str) -> float:
         """Adapter minus base."""
@@ -83,6 +84,7 @@ class Summary:
         holdout: metrics of the holdout photos by concept; see `holdout.figures`.
         figures: `drift`, `class_drift` and `prior_kid`, by concept, None being all; see `drift.figures`.
         unmasked: share of the images that were not cut out for the masked image alignment.
+        each: by label of several concepts, concept and metric: the alignments to that concept alone.
     """
 
     overall: dict[str, PairedMetric]
@@ -94,6 +96,7 @@ class Summary:
     holdout: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     figures: Mapping[str | None, Mapping[str, IntervalMetric]] = field(default_factory=dict)
     unmasked: float | None = None
+    each: Mapping[str, Mapping[str, Mapping[str, PairedMetric]]] = field(default_factory=dict)
 
     def photo_share(self, concept: str | None = None) -> PhotoShare | None:
         """The share of the way to the photos, of one concept or of the means over concepts; None if it is unknown.
@@ -136,13 +139,18 @@ class Summary:
         values |= {name: round(figure.value, 3) for name, figure in self.figures.get(None, {}).items()}
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
-    def _extras(self, concept: str | None) -> dict[str, dict[str, float]]:
+    def _extras(self, concept: str | None) -> dict[str, dict[str, Any]]:
         """What is not a paired metric, of a concept or overall, where it is known."""
         share = self.photo_share(concept)
-        extras = {share.name: share.to_dict()} if share else {}
+        extras: dict[str, dict[str, Any]] = {share.name: share.to_dict()} if share else {}
         extras |= {name: asdict(figure) for name, figure in self.figures.get(concept, {}).items()}
         if concept in self.prompt_accuracy:
             extras["prompt_accuracy"] = asdict(self.prompt_accuracy[concept])
+        if concept is not None and concept in self.each:
+            extras["each"] = {
+                name: {metric: found.to_dict() for metric, found in own.items()}
+                for name, own in self.each[concept].items()
+            }
         if concept is not None and concept in self.holdout:
             extras["holdout"] = {name: round(value, DIGITS) for name, value in self.holdout[concept].items()}
         return extras
@@ -196,7 +204,7 @@ def score_prompts(
 
     Returns:
         One score per prompt. An alignment of an image of several concepts is the mean of those to each concept
-        (section 4.2 of the paper).
+        (section 4.2 of the paper); see `Judges.align`.
     """
     texts = judges.clip.text([pair.text for pair in pairs])
     kept_out = _embed(holdout or {}, "image_alignment", judges)
@@ -207,17 +215,18 @@ def score_prompts(
         places.setdefault(pair.prompt, []).append(place)
         seeds.setdefault(pair.prompt, {}).setdefault(pair.repeat, []).append(place)
     sets = [chosen for each in seeds.values() for chosen in each.values()]
-    found, followed = [], []
+    found, followed, to_each = [], [], []
     for images in ([pair.base for pair in pairs], [pair.customized for pair in pairs]):
         embedded = judges.clip.images(images)
         values = {"text_alignment": text_alignment(embedded, texts)}
-        for metric, photos in references.items():
-            values[metric] = _alignments(metric, images, pairs, photos, judges)
+        aligned = {metric: _alignments(metric, images, pairs, photos, judges) for metric, photos in references.items()}
         if kept_out:
-            values[HOLDOUT] = _alignments("image_alignment", images, pairs, kept_out, judges)
+            aligned[HOLDOUT] = _alignments("image_alignment", images, pairs, kept_out, judges)
+        values |= {metric: np.nanmean(list(each.values()), axis=0) for metric, each in aligned.items()}
         if all(len(chosen) > 1 for chosen in sets):
             values["diversity"] = _diversity(judges.features(images), sets)
         found.append(values)
+        to_each.append(aligned)
         followed.append(_followed(embedded, texts, places))
 
     base, adapter = found
@@ -228,6 +237,7 @@ def score_prompts(
             _means(adapter, chosen),
             (float(followed[0][chosen].mean()), float(followed[1][chosen].mean())),
             (_seed_means(base, seeds[prompt]), _seed_means(adapter, seeds[prompt])),
+            (_means_to_each(to_each[0], prompt, chosen), _means_to_each(to_each[1], prompt, chosen)),
         )
         for prompt, chosen in places.items()
     ]
@@ -235,6 +245,15 @@ def score_prompts(
 
 def _means(values: Mapping[str, np.ndarray], chosen: Sequence[int]) -> dict[str, float]:
     return {name: float(each[chosen].mean()) for name, each in values.items()}
+
+
+def _means_to_each(
+    aligned: Mapping[str, Mapping[str, np.ndarray]], prompt: Prompt, chosen: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """By concept its own alignments, of a prompt about several; empty for one about a single concept."""
+    if len(prompt.concepts) == 1:
+        return {}
+    return {name: _means({metric: each[name] for metric, each in aligned.items()}, chosen) for name in prompt.concepts}
 
 
 def _seed_means(values: Mapping[str, np.ndarray], seeds: Mapping[int, Sequence[int]]) -> dict[str, list[float]]:
@@ -265,15 +284,16 @@ def _alignments(
     pairs: Sequence[ImagePair],
     photos: Mapping[str, np.ndarray],
     judges: Judges,
-) -> np.ndarray:
-    """An alignment of each image, (N,): the mean over the concepts of its prompt; `photos`: their features."""
-    values = np.zeros(len(pairs))
+) -> dict[str, np.ndarray]:
+    """An alignment of each image to each concept, (N,), nan where its prompt is about others; `photos`: features."""
+    found = {}
     for name, features in photos.items():
-        rows = [row for row, pair in enumerate(pairs) if name in pair.prompt.concepts]
-        embedded = judges.embed(metric, [images[row] for row in rows], name) if rows else np.zeros((0, 1))
-        for row, embedding in zip(rows, embedded, strict=True):
-            values[row] += image_alignment(embedding[None], features)[0] / len(pairs[row].prompt.concepts)
-    return values
+        found[name] = np.full(len(pairs), np.nan)
+        shown = [row for row, pair in enumerate(pairs) if name in pair.prompt.concepts]
+        for apart in (False, True):
+            rows = [row for row in shown if (len(pairs[row].prompt.concepts) > 1) == apart]
+            found[name][rows] = judges.align(metric, [images[row] for row in rows], name, features, apart=apart)
+    return found
 
 
 def _diversity(features: np.ndarray, sets: Sequence[Sequence[int]]) -> np.ndarray:
@@ -327,8 +347,24 @@ def summarize(scores: Sequence[PromptScore], num_images: int, *, resamples: int,
         for label in groups
         if JOIN not in label
     }
+    each = {label: _each_concept(group, resamples, seed) for label, group in groups.items() if JOIN in label}
     overall = summarized(single_concepts(scores))
-    return Summary(overall, concepts, len(scores), num_images, accuracy, **further)
+    return Summary(overall, concepts, len(scores), num_images, accuracy, each=each, **further)
+
+
+def _each_concept(group: Sequence[PromptScore], resamples: int, seed: int) -> dict[str, dict[str, PairedMetric]]:
+    """By concept its own alignments in prompts about several, over all of these prompts."""
+    return {
+        name: {
+            metric: paired_metric(
+                *([np.array([[score.each[i][name][metric]] for score in group])] for i in (0, 1)),
+                resamples=resamples,
+                seed=seed,
+            )
+            for metric in metrics
+        }
+        for name, metrics in group[0].each[0].items()
+    }
 
 
 def write_table(scores: Sequence[PromptScore], path: Path) -> None:

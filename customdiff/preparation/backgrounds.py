@@ -66,19 +66,22 @@ def name_of_view(settings: Backgrounds, names: list[str], photo: int, view: int,
     return names[(photo + view) % len(names)]
 
 
-def caption_on(name: str, concept: Concept) -> str:
+def caption_on(name: str, concept: Concept, companion: str = "") -> str:
     """The concept's template caption with a background.
 
     `photo of a {} cat` becomes `photo of a <new1> cat on a red background`, and `a {} cat, studio light` becomes
     `a <new1> cat on a red background, studio light`. A template that names a background is replaced. An image's
     caption follows the class if it begins with a preposition, else it follows a comma.
+
+    Args:
+        companion: words that follow the class, such as ` and a <new2> teapot`.
     """
     caption = concept.caption.rstrip(" .,;")
     if "background" in caption.lower():
         caption = f"photo of a {concept.modifier_token} {concept.class_prompt}"
     before, token, after = caption.partition(concept.modifier_token)
     subject, comma, rest = after.partition(",")
-    return f"{before}{token}{subject}{_place(name)}{comma}{rest}"
+    return f"{before}{token}{subject}{companion}{_place(name)}{comma}{rest}"
 
 
 def _place(name: str) -> str:

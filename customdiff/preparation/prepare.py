@@ -1,7 +1,7 @@
 """Preparation of instance and class images: views and their VAE moments."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -19,11 +19,19 @@ from customdiff.preparation import augmentation, prepared_set, sheet
 from customdiff.preparation.examples import Example, class_examples, instance_examples
 from customdiff.preparation.latent_cache import LatentCache
 from customdiff.preparation.prepared_set import PreparedSet
+from customdiff.preparation.together import Company
 from customdiff.preparation.views import Views
 
 
 def prepare_concept(
-    params: Params, name: str, *, instances: Path, classes: Path, out: Path, cache: Path | None = None
+    params: Params,
+    name: str,
+    *,
+    instances: Path,
+    classes: Path,
+    out: Path,
+    cache: Path | None = None,
+    others: Mapping[str, Path] | None = None,
 ) -> tuple[list[Example], dict[str, PreparedSet]]:
     """Prepare a concept's instance images, and its class images if they are used.
 
@@ -32,6 +40,7 @@ def prepare_concept(
     Args:
         instances, classes: folders of its instance and class images.
         cache: folder of VAE moments of earlier runs; None: encode everything.
+        others: folders of the instance images of other concepts, for `prepare.together`.
 
     Returns:
         The instance images, and the prepared sets by kind.
@@ -42,16 +51,17 @@ def prepare_concept(
     settings, concept = params.prepare, params.concepts[name]
     device = base.device(params.base.device)
     vae = base.load_part(params.base, "vae", AutoencoderKL, device=device).to(memory_format=torch.channels_last)
-    tokenizer, all_masks = base.load_tokenizer(params.base), params.train.mask_weight != 1
+    company = Company.of(params, name, others or {}, device)
+    tokenizer, all_masks = base.load_tokenizer(params.base), params.train.mask_weight != 1 or company is not None
     examples = instance_examples(instances, concept, settings, device, tokenizer=tokenizer, all_masks=all_masks)
     latents = LatentCache(cache, vae) if cache else None
     seeds = {kind: seed_of(params.base.seed, name, kind) for kind in ("instance", "class")}
     with atomic_directory(out) as folder:
-        sets = {"instance": prepare_instances(examples, settings, vae, seeds["instance"], latents)}
+        sets = {"instance": prepare_instances(examples, settings, vae, seeds["instance"], latents, company)}
         if params.train.preserves_prior:
             found = class_examples(classes, concept, settings)
             sets["class"] = prepare_classes(found, settings, vae, seeds["class"], latents)
-        sheet.contact_sheet(examples).save(folder / "sheet.jpg", quality=90)
+        sheet.contact_sheet(examples, company).save(folder / "sheet.jpg", quality=90)
         for kind, prepared in sets.items():
             prepared_set.save(prepared, folder / kind)
     if latents:
@@ -60,19 +70,25 @@ def prepare_concept(
 
 
 def prepare_instances(
-    examples: list[Example], settings: Prepare, vae: AutoencoderKL, seed: list[int], cache: LatentCache | None = None
+    examples: list[Example],
+    settings: Prepare,
+    vae: AutoencoderKL,
+    seed: list[int],
+    cache: LatentCache | None = None,
+    company: Company | None = None,
 ) -> PreparedSet:
     """`prepare.views` views of each instance image, randomly resized as in the paper if `augmentation` is on.
 
     Args:
         seed: of the views; see `seed_of`.
         cache: VAE moments of earlier runs; None: encode everything.
+        company: other concepts that `prepare.together` further views of each image show its subject beside.
 
     Raises:
         UserError: `prepare.resolution` does not fit the VAE.
     """
     draw = augmentation.resized_view if settings.augmentation else augmentation.plain_view
-    views = Views(examples, settings, settings.views, draw, _downsampling(settings, vae), seed)
+    views = Views(examples, settings, settings.views, draw, _downsampling(settings, vae), seed, company)
     return _prepare(views, vae, cache, "instance views")
 
 

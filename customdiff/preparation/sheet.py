@@ -1,4 +1,7 @@
-"""Contact sheet of a concept's photos: each with the outline of its mask, a view on another background, its caption."""
+"""Contact sheet of a concept's photos: each with the outline of its mask, a view on another background, its caption.
+
+With several concepts also a view beside another one.
+"""
 
 import textwrap
 from collections.abc import Sequence
@@ -8,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from customdiff.preparation import backgrounds
+from customdiff.preparation.together import Company, cut_out
 
 if TYPE_CHECKING:
     from customdiff.preparation.examples import Example
@@ -16,9 +20,10 @@ SIDE, GAP, TEXT_WIDTH, LINE = 160, 8, 380, 16
 OUTLINE = (255, 0, 90)
 
 
-def contact_sheet(examples: Sequence["Example"]) -> Image.Image:
-    """One row per photo, RGB."""
-    sheet = Image.new("RGB", (2 * (SIDE + GAP) + TEXT_WIDTH, len(examples) * (SIDE + GAP) + GAP), "white")
+def contact_sheet(examples: Sequence["Example"], company: Company | None = None) -> Image.Image:
+    """One row per photo, RGB; `company`: other concepts that the photo's subject is shown beside."""
+    columns = 3 if company else 2
+    sheet = Image.new("RGB", (columns * (SIDE + GAP) + TEXT_WIDTH, len(examples) * (SIDE + GAP) + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for row, example in enumerate(examples):
         top = GAP + row * (SIDE + GAP)
@@ -31,12 +36,15 @@ def contact_sheet(examples: Sequence["Example"]) -> Image.Image:
                 name = list(example.captions_on)[row % len(example.captions_on)]
                 rng = np.random.default_rng(row)
                 shown.append(backgrounds.composite(photo, example.mask.coverage, name, rng))
+            if company and (cutout := cut_out(example.path, example.mask)):
+                color = list(backgrounds.COLORS)[row % len(backgrounds.COLORS)]
+                shown.append(company.beside(cutout, color, min(photo.size), np.random.default_rng(row))[0])
         for column, image in enumerate(shown):
             image.thumbnail((SIDE, SIDE))
             sheet.paste(image, (GAP + column * (SIDE + GAP), top))
         lines = [part for text in (example.caption, *example.notes) for part in textwrap.wrap(text, 52)]
         for number, line in enumerate(lines[: SIDE // LINE]):
-            draw.text((2 * (SIDE + GAP) + GAP, top + number * LINE), line, "black", font)
+            draw.text((columns * (SIDE + GAP) + GAP, top + number * LINE), line, "black", font)
     return sheet
 
 

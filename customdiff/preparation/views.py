@@ -1,7 +1,9 @@
-"""Views of photos: augmented, some of them on other backgrounds."""
+"""Views of photos: augmented, some of them on other backgrounds or beside another concept."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -11,6 +13,7 @@ from customdiff.preparation import augmentation, backgrounds
 from customdiff.preparation.augmentation import View
 from customdiff.preparation.examples import Example
 from customdiff.preparation.masks import SubjectMask
+from customdiff.preparation.together import Company, Cutout, cut_out
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Views:
         count: views of each photo.
         draw: makes a view of an image.
         factor: pixels per latent pixel.
+        company: other concepts that `prepare.together` further views of each photo show its subject beside.
     """
 
     examples: list[Example]
@@ -30,18 +34,25 @@ class Views:
     draw: Callable[..., View]
     factor: int
     seed: list[int]
+    company: Company | None = None
 
     def __len__(self) -> int:
-        return len(self.examples) * self.count
+        beside = sum(cutout is not None for cutout in self._cutouts)
+        return len(self.examples) * self.count + beside * self.settings.together
+
+    @cached_property
+    def _cutouts(self) -> list[Cutout | None]:
+        """The subject of each photo that is shown beside others."""
+        return [cut_out(example.path, example.mask) if self.company else None for example in self.examples]
 
     def __iter__(self) -> Iterator[tuple[View, str, np.ndarray]]:
         for index, example in enumerate(self.examples):
             with Image.open(example.path) as file:
                 image = file.convert("RGB")
-            for number in range(self.count):
+            alone = (self._on_a_background(example, image, index, number) for number in range(self.count))
+            for number, (picture, caption, mask) in enumerate(chain(alone, self._beside(index, min(image.size)))):
                 seed = [*self.seed, index, number]
-                shown, caption, mask = self._on_a_background(example, image, index, number)
-                view = self._view(shown, seed)
+                view = self._view(picture, seed)
                 yield view, caption, self._subject(mask, view, seed)
 
     def _on_a_background(
@@ -57,6 +68,16 @@ class Views:
             image, coverage = backgrounds.moved(image, mask.coverage, rng)
             mask = replace(mask, coverage=coverage)
         return backgrounds.composite(image, mask.coverage, name, rng), example.captions_on[name], mask
+
+    def _beside(self, index: int, side: int) -> Iterator[tuple[Image.Image, str, SubjectMask]]:
+        """The views of a photo that show its subject beside another concept, with caption and mask of both."""
+        cutout, names = self._cutouts[index], backgrounds.names(self.settings.backgrounds)
+        if self.company is None or cutout is None:
+            return
+        for number in range(self.settings.together):
+            rng = np.random.default_rng([*self.seed, index, number, 2])  # apart from the other views' draws
+            image, coverage, caption = self.company.beside(cutout, names[(index + number) % len(names)], side, rng)
+            yield image, caption, SubjectMask(coverage, "together")
 
     def _view(self, image: Image.Image, seed: list[int]) -> View:
         rng = np.random.default_rng(seed)

@@ -1,5 +1,7 @@
 """Judges give their figures; a copied background earns nothing once subjects are cut out, and useless masks count."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import concept_values
@@ -12,7 +14,7 @@ from customdiff.config import Params
 from customdiff.errors import UserError
 from customdiff.evaluation import scores
 from customdiff.evaluation.generation import ImagePair
-from customdiff.evaluation.judges import Cutouts, Judges, on_grey
+from customdiff.evaluation.judges import GREY, Cutouts, Judges, on_grey, parts_on_grey
 from customdiff.evaluation.prompts import Prompt
 from customdiff.models.clip import Clip
 
@@ -99,8 +101,56 @@ def test_two_concepts_in_one_image_are_each_cut_out_by_their_class():
     pair = ImagePair(JOINT, "0", 0, halves(90, 60), halves(90, 60))
     (found,) = scores.score_prompts([pair], {"cat": [halves(0, 60)], "pot": [halves(0, 30)]}, judges)
     assert set(marker.told) == set(CLASSES.values())
-    by_hand = (1 + np.cos(np.radians(15))) / 2
-    assert found.base["masked_image_alignment"] == pytest.approx(by_hand, abs=1e-6)
+    # the marked half, 4 x 8 px, stands on a square of 10 px: mean red 106.24; the photos' are (128 + 60) / 2 and 79
+    cat, pot = np.cos(np.radians((106.24 - 94, 106.24 - 79)))
+    assert found.base["masked_image_alignment"] == pytest.approx((cat + pot) / 2, abs=1e-5)
+    assert found.each[0]["cat"]["masked_image_alignment"] == pytest.approx(cat, abs=1e-5)
+    assert found.each[1]["pot"]["masked_image_alignment"] == pytest.approx(pot, abs=1e-5)
+
+
+class Bright:
+    """Marks all that is not black, whatever it is told."""
+
+    def masks(self, images, class_prompt):
+        return ((np.asarray(image)[..., 0] > 0).astype(np.float32) for image in images)
+
+
+def two_subjects(left, right):
+    """A black image with two squares, 4 px wide, of these reds."""
+    image = plain(0, (16, 16))
+    image.paste(plain(left, (4, 4)), (1, 2))
+    image.paste(plain(right, (4, 4)), (10, 8))
+    return image
+
+
+def test_each_part_of_a_mask_stands_alone_on_grey():
+    image = two_subjects(60, 200)
+    coverage = (np.asarray(image)[..., 0] > 0).astype(np.float32)
+    coverage[15, 0] = 1  # a speck: one pixel of 256 is less than half a per cent
+    first, second = (np.asarray(part) for part in parts_on_grey(image, coverage))
+    for part, red in ((first, 60), (second, 200)):
+        expected = np.full((5, 5, 3), GREY[0])
+        expected[:4, :4] = np.asarray(plain(red, (1, 1)))[0, 0]
+        np.testing.assert_array_equal(part, expected)
+
+
+def test_in_an_image_of_two_concepts_each_is_compared_with_the_part_most_like_it():
+    judges = Judges(Judge(), Judge(), Cutouts(Bright(), CLASSES))
+    pair = ImagePair(JOINT, "0", 0, two_subjects(60, 200), two_subjects(60, 60))
+
+    def part(red):  # 16 of 25 pixels
+        return (16 * red + 9 * 128) / 25
+
+    photos = {"cat": [plain(round(part(60)))], "pot": [plain(round(part(200)))]}
+    alone = [ImagePair(prompt, "0", 0, plain(60), plain(60)) for prompt in (A, B)]
+    found, *others = scores.score_prompts([pair, *alone], photos, judges)
+    base, adapter = found.each
+    assert (base["cat"]["identity"], base["pot"]["identity"]) == pytest.approx((1, 1), abs=1e-3)
+    apart = np.cos(np.radians(part(200) - part(60)))
+    assert (adapter["cat"]["identity"], adapter["pot"]["identity"]) == pytest.approx((1, apart), abs=1e-2)
+    summary = scores.summarize([found, *others], 6, resamples=10, seed=0)
+    assert summary.each["cat+pot"]["pot"]["identity"].delta == pytest.approx(apart - 1, abs=1e-2)
+    assert set(json.loads(summary.to_json())["concepts"]["cat+pot"]["each"]) == {"cat", "pot"}
 
 
 def test_a_segmenter_that_does_not_know_the_class_is_refused_when_judges_are_loaded(tmp_path, monkeypatch):
