@@ -316,7 +316,7 @@ def test_disabled_tracking_does_nothing(tmp_path, capsys):
     use(tracker, tmp_path)
     tracker.write_run_id(tmp_path / "run.json")
     assert tracker.run_id is None
-    assert json.loads((tmp_path / "run.json").read_text()) == {"run_id": None}
+    assert json.loads((tmp_path / "run.json").read_text()) == {"run_id": None, "experiment_id": None}
     assert list((tmp_path / "project").iterdir()) == []
     assert capsys.readouterr().err == ""
 
@@ -374,6 +374,26 @@ def test_a_server_that_stops_prints_one_warning_and_blocks_no_step(tmp_path, mon
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.endswith("; the rest of this run is not tracked\n")
+
+
+def test_what_the_store_refuses_is_left_out_and_the_rest_is_tracked(store, read, tmp_path, capsys):
+    with tracking.start(params().tracking, "a run", store=store) as tracker:
+        tracker.values({"cat+dog": "refused"})
+        tracker.tags({"kept": "yes"})
+        tracker.write_run_id(tmp_path / "run.json")
+    error = capsys.readouterr().err
+    assert "left out of the run" in error
+    assert "the rest of this run" not in error
+    run = read.get_run(tracker.run_id)
+    assert (run.info.status, run.data.tags["kept"]) == ("FINISHED", "yes")
+    assert json.loads((tmp_path / "run.json").read_text())["experiment_id"] == run.info.experiment_id
+
+
+def test_a_run_ends_even_if_a_metric_was_lost(store, read, capsys):
+    with tracking.start(params().tracking, "a run", store=store) as tracker:
+        tracker.metrics({"cat+dog": 1.0})  # MLflow refuses the plus sign, in the background
+    assert capsys.readouterr().err.endswith("; the rest of this run is not tracked\n")
+    assert read.get_run(tracker.run_id).info.status == "FINISHED"
 
 
 def test_metrics_return_before_an_unresponsive_server_answers(tmp_path, monkeypatch, capsys):

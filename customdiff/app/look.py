@@ -57,9 +57,10 @@ def _mlflow() -> None:
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     address = redact(server) if server.startswith("http") else "http://127.0.0.1:5000"
     try:
-        run = json.loads(RUN_FILE.read_text(encoding="utf-8"))["run_id"]
+        ids = json.loads(RUN_FILE.read_text(encoding="utf-8"))
+        place = f"experiments/{ids['experiment_id']}/runs/{ids['run_id']}"
     except (OSError, ValueError, KeyError):
         return
-    ui.link("Run in MLflow", f"{address.rstrip('/')}/#/experiments/1/runs/{run}", new_tab=True)
+    ui.link("Run in MLflow", f"{address.rstrip('/')}/#/{place}", new_tab=True)
     if not server:
         ui.label("after `make ui` in a terminal").classes("opacity-70")

@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from customdiff.tracking.store import Store, connect, experiment_id, upload_time
 EVALUATED = "evaluation/text_alignment"  # a run that has this metric has been evaluated
 TRAINING_RUN = "customdiff.training_run"
 NOTE, PARENT = "mlflow.note.content", "mlflow.parentRunId"
+REFUSED = "INVALID_PARAMETER_VALUE"  # MLflow's code for a request that no later attempt could mend
 MAX_VALUE, MAX_TAG, PARAMS_PER_BATCH = 6000, 8000, 100  # MLflow's limits
 
 
@@ -102,8 +103,8 @@ class Tracker:
     """An open run. Without a client all methods do nothing.
 
     Metrics and images are sent by MLflow's own background threads; everything else is sent before a method returns.
-    The first failure prints a warning, and nothing is sent afterwards. As a context manager it ends the run as
-    finished, failed or killed.
+    What the store refuses, such as a value that is too long, is left out with a warning. The first other failure prints
+    a warning, and nothing is sent afterwards. As a context manager it ends the run as finished, failed or killed.
 
     Attributes:
         run_id: id of the open run; None if nothing is tracked.
@@ -123,7 +124,10 @@ class Tracker:
         try:
             return task(self._client)
         except Exception as error:
-            self._give_up(error)
+            if getattr(error, "error_code", "") == REFUSED:
+                warn(self._store, error, "left out of the run")
+            else:
+                self._give_up(error)
             return None
 
     def monitor_system(self) -> None:
@@ -241,17 +245,24 @@ class Tracker:
         return f"![{title}](get-artifact?path=pictures/{path.name}&run_uuid={self.run_id})"
 
     def write_run_id(self, path: Path | str) -> None:
-        """Write the run's id to a JSON file, for `for_evaluation`."""
+        """Write the ids of the run and its experiment to a JSON file, for `for_evaluation` and links to the run."""
+        run = self.do(lambda client: client.get_run(self.run_id))
+        ids = {"run_id": self.run_id, "experiment_id": run.info.experiment_id if run else None}
         with atomic_file(path) as incoming:
-            incoming.write_text(json.dumps({"run_id": self.run_id}) + "\n", encoding="utf-8")
+            incoming.write_text(json.dumps(ids) + "\n", encoding="utf-8")
 
     def finish(self, status: str = "FINISHED") -> None:
         """Wait for metrics that are still being sent, and end the run as FINISHED, FAILED or KILLED; once."""
         if self._monitor is not None:
             self._monitor.finish()
+        client = self._client
         for operation in self._pending:
             self.do(lambda _, sent=operation: sent.wait())  # type: ignore[misc]
-        self.do(lambda client: client.set_terminated(self.run_id, status))
+        if self._client is client:
+            self.do(lambda client: client.set_terminated(self.run_id, status))
+        else:  # a run must not stay open because one of its values was lost
+            with suppress(Exception):
+                client.set_terminated(self.run_id, status)
         self._client, self._monitor = None, None
         self._pending.clear()
 
