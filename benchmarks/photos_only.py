@@ -132,19 +132,22 @@ def sidecars_of(name: str, setting: str) -> list[str]:
     return []
 
 
+def entry_of(name: str, number: int = 1) -> dict[str, Any]:
+    """A concept in params.yaml; its token is <new`number`>."""
+    return {
+        "source": {"path": f"photos/{name}"},
+        "modifier_token": f"<new{number}>",
+        "class_prompt": class_of(name),
+        "instance_prompt": f"photo of a {{}} {class_of(name)}",
+        "initializer_token": class_of(name),
+    }
+
+
 def values_of(name: str, setting: str, seed: int) -> dict[str, Any]:
     """The embedded preset for one concept in a setting: a row of `SETTINGS`, or changes such as "a.b=1,c.d=2"."""
     values = yaml.safe_load((ROOT / "customdiff/presets/embedded.yaml").read_text())
     values["base"]["seed"] = seed
-    values["concepts"] = {
-        name: {
-            "source": {"path": f"photos/{name}"},
-            "modifier_token": "<new1>",
-            "class_prompt": class_of(name),
-            "instance_prompt": f"photo of a {{}} {class_of(name)}",
-            "initializer_token": class_of(name),
-        }
-    }
+    values["concepts"] = {name: entry_of(name)}
     values["train"]["validation"] = {"prompts": []}
     values["evaluate"] |= {"identity": None, "masked": False}  # the figure is image alignment
     values["tracking"] = {"enabled": False}
@@ -153,14 +156,19 @@ def values_of(name: str, setting: str, seed: int) -> dict[str, Any]:
         values["prepare"] |= prepare
         values["train"] |= train
         return values
-    for change in setting.split(","):
-        key, _, value = change.partition("=")
+    change(values, setting)
+    return values
+
+
+def change(values: dict[str, Any], changes: str) -> None:
+    """Set parameters in place, given as "a.b=1,c.d=2"."""
+    for each in changes.split(","):
+        key, _, value = each.partition("=")
         *sections, last = key.split(".")
         section = values
         for part in sections:
             section = section.setdefault(part, {})
         section[last] = yaml.safe_load(value)
-    return values
 
 
 def set_up(work: Path) -> None:
@@ -215,9 +223,26 @@ def rows_of(
     return rows
 
 
+def gather(params: config.Params, name: str) -> None:
+    """The instance images of a concept, and its class images unless they are there."""
+    instances, classes = Path("data/instances", name), Path("data/classes", name)
+    instance_images.collect(name, params.concepts[name].source, params.download, instances)
+    if not classes.exists():
+        class_images.retrieve(params, name, instances=instances, index="data/index", out=classes)
+
+
+def train_anew() -> None:
+    """The stage `train`, without the checkpoints of earlier runs."""
+    from stages import train
+
+    shutil.rmtree(".checkpoints", ignore_errors=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.main()
+
+
 def run(name: str, setting: str, seed: int) -> dict[str, Any]:
     """Learn one concept and evaluate it, in the work folder; returns the figures."""
-    from stages import evaluate, prepare, train
+    from stages import evaluate, prepare
 
     Path("params.yaml").write_text(yaml.safe_dump(values_of(name, setting, seed), sort_keys=False))
     params = config.load()
@@ -225,16 +250,11 @@ def run(name: str, setting: str, seed: int) -> dict[str, Any]:
         path.unlink()
     for number, caption in enumerate(sidecars_of(name, setting), 1):
         Path("photos", name, f"{number:02d}.txt").write_text(caption + "\n")
-    instance_images.collect(name, params.concepts[name].source, params.download, Path("data/instances", name))
-    if not Path("data/classes", name).exists():
-        folder = Path("data/classes", name)
-        class_images.retrieve(params, name, instances=f"data/instances/{name}", index="data/index", out=folder)
+    gather(params, name)
     started = time.perf_counter()
     prepare.main(name)
     prepared = time.perf_counter() - started
-    shutil.rmtree(".checkpoints", ignore_errors=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train.main()
+    train_anew()
     evaluate.main()
     metrics = json.loads(Path("results/evaluate/metrics.json").read_text())
     judge = Clip.load(params.evaluate.clip)

@@ -11,8 +11,19 @@ from conftest import tiny_params, write_prepared
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import against_reference, checkpoint_selection, models, photos_only, profile_step, project, scale, side
+from benchmarks import (
+    against_reference,
+    checkpoint_selection,
+    models,
+    photos_only,
+    profile_step,
+    project,
+    scale,
+    side,
+    two_concepts,
+)
 from benchmarks.configs import Config, config
+from customdiff.config import Params
 from customdiff.errors import UserError
 from customdiff.models import base
 from customdiff.retrieval import clip_index
@@ -272,6 +283,23 @@ def test_the_share_of_the_way_and_its_table():
     assert "| background recognized, of the base's rate | 75 % (0.60 of 0.80) |" in lines
     assert "| class drift | 0.50 |" in lines
     assert "text -5 %" in lines[-1]
+
+
+def test_the_table_of_two_concepts():
+    def row(seed, cat, pot):
+        found = {"cat": {"base": 0.1, "adapter": cat}, "teapot": {"base": 0.3, "adapter": pot}}
+        return {"pair": "cat+teapot", "setting": "a.b=1", "seed": seed, "alone": found, "together": found}
+
+    lines = two_concepts.table([row(42, 0.6, 0.8), row(43, 0.8, 0.8)]).splitlines()
+    assert "| cat (cat+teapot) | alone 0.10, 0.70; together 0.10, 0.70 |" in lines
+    assert lines[-1] == "| all | alone 0.20, 0.75; together 0.20, 0.75 |"
+
+
+def test_the_concepts_of_a_pair_have_tokens_of_their_own_and_the_changes_of_a_setting():
+    values = two_concepts.values_of("cat+teapot", "prepare.together=0,train.max_steps=9", 43)
+    assert [concept["modifier_token"] for concept in values["concepts"].values()] == ["<new1>", "<new2>"]
+    assert (values["prepare"]["together"], values["train"]["max_steps"], values["base"]["seed"]) == (0, 9, 43)
+    Params.model_validate(values)
 
 
 def test_results_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
