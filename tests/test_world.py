@@ -1,5 +1,6 @@
 """The embedded world: its scenes, and the data that it exported."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -73,7 +74,7 @@ from world.train_unet import (
     scheduler,
 )
 from world.train_vae import build as build_vae
-from world.train_vae import grow
+from world.train_vae import grow, sharpness_gap
 
 DATA = Path(__file__).parent.parent / "data"
 shipped = pytest.mark.skipif(not (DATA / "base/model_index.json").exists(), reason="data/base is not exported yet")
@@ -320,6 +321,34 @@ def test_the_fourth_phase_shows_more_pairs_and_more_very_small_subjects(sprites)
     scenes = [compose(sprites, of, "base", i) for i in range(300)]
     assert np.mean([len(scene.subjects) == 2 for scene in scenes]) == pytest.approx(0.36, abs=0.09)
     assert np.mean([scene.size == "very small" for scene in scenes]) == pytest.approx(0.61 * 0.26, abs=0.07)
+
+
+def test_the_fifth_phase_names_the_colours_of_most_pairs(sprites):
+    pictures = {subject: styles["3d render"] for subject, styles in sprites.pictures.items() if subject in VARIED}
+    colours = {(subject, name): "blue" for subject, found in pictures.items() for name, _ in found}
+    coloured = dataclasses.replace(sprites, colours=colours)
+    scenes = [compose(coloured, DISTRIBUTIONS["coloured"](coloured), "base", i) for i in range(300)]
+    pairs = [scene for scene in scenes if len(scene.subjects) == 2]
+    assert len(pairs) / 300 == pytest.approx(0.45, abs=0.09)
+    named = [sum(f"blue {subject}" in scene.caption for subject in scene.subjects) for scene in pairs]
+    assert np.mean(named) == pytest.approx(2 * 0.85, abs=0.2)
+
+
+def test_the_gap_of_sharpness_is_that_of_the_deviations_of_gradients_in_each_patch():
+    out, image = np.random.default_rng(2).normal(size=(2, 1, 1, 17, 17))
+
+    def deviations(differences):  # of 8 x 8 values, the rest at the edges left out
+        rows, columns = (size // 8 for size in differences.shape)
+        return np.array([
+            differences[8 * i : 8 * i + 8, 8 * j : 8 * j + 8].std() for i in range(rows) for j in range(columns)
+        ])  # fmt: skip
+
+    expected = sum(
+        np.abs(deviations(np.diff(out[0, 0], axis=axis)) - deviations(np.diff(image[0, 0], axis=axis))).mean()
+        for axis in (0, 1)
+    )
+    assert sharpness_gap(torch.tensor(out), torch.tensor(image)).item() == pytest.approx(expected, rel=1e-9)
+    assert sharpness_gap(torch.tensor(image), torch.tensor(image)) == 0
 
 
 def test_the_third_phase_knows_twice_the_subjects(sprites):

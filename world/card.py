@@ -40,15 +40,16 @@ weights are fp16.
 
 ## What it knows
 
-The UNet was trained on four phases of the world: {curriculum} subjects as 3D renders on {colours} plain colours and
+The UNet was trained on five phases of the world: {curriculum} subjects as 3D renders on {colours} plain colours and
 {textures} textures, first nearly always one in a picture, then two in two pictures of five; then {subjects} subjects in
-all sizes, several of them as many individuals; then the same, with more pairs and more very small ones.
+all sizes, several of them as many individuals; then the same, with more pairs and more very small ones; then still more
+pairs, most of them with the colours of both subjects in the caption.
 
 - Subjects: {subject_list}.
 - Many individuals each, by colour: {individuals}. Captions may name their colour: "a photo of a blue cat".
 - Plain backgrounds ("on a red background"): {colour_list}.
 - Textures: {texture_list}.
-- Two in a picture: "a cat next to a teapot on the grass", "a photo of a fox and a car on a red background".
+- Two in a picture: "a cat next to a teapot on the grass", "a photo of a blue cat and a red car on a white background".
 - Wordings: "a photo of a cat on the grass", "photo of a cat", "a 3d render of a cat on a red background", "a cat at
   night"; and Custom Diffusion's own: "very small photo of a cat", "a far away photo of a cat", "zoomed in photo of a
   cat", "close up photo of a cat".

@@ -175,7 +175,7 @@ def training_pack(work: Path, distribution: str) -> Sprites:
     parameters drew no cat after 16 minutes of a core, only stripes.
     """
     sprites = Sprites.load(work / "sprites")
-    if distribution not in ("varied", "busy"):
+    if distribution in ("world", "curriculum", "company"):
         return sprites
     return with_colours(with_individuals(sprites, UNET_INDIVIDUALS, colour_only=True))
 

@@ -26,9 +26,9 @@ FIRST_SCENE = 20_000_000  # of the base's split; the VAE and the CLIP learn from
 
 
 def load_vae(work: Path):
-    """The VAE as trained so far: its decoder's later training where there is one."""
+    """The VAE as trained so far."""
     vae = build_vae(load_params("vae"))
-    later = work / "decoder/checkpoint.pt"
+    later = work / "vae-refined/checkpoint.pt"
     path = later if later.exists() else work / "vae/checkpoint.pt"
     state = torch.load(path, map_location="cpu", weights_only=True)["model"]
     vae.load_state_dict({key[4:]: value for key, value in state.items() if key.startswith("vae.")})

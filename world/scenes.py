@@ -123,12 +123,21 @@ def busy_distribution() -> Distribution:
     return replace(varied_distribution(), pairs=0.36, very_small=0.26, close_up=0.08)
 
 
+def coloured_distribution() -> Distribution:
+    """The UNet's fifth phase: as the fourth, with more pairs, and captions that name most colours.
+
+    From pairs whose colours are told a UNet learns which subject of a caption a word belongs to.
+    """
+    return replace(busy_distribution(), pairs=0.45, colours=0.85)
+
+
 DISTRIBUTIONS = {
     "world": world_distribution,
     "curriculum": lambda sprites: curriculum_distribution(),
     "company": lambda sprites: company_distribution(),
     "varied": lambda sprites: varied_distribution(),
     "busy": lambda sprites: busy_distribution(),
+    "coloured": lambda sprites: coloured_distribution(),
 }
 
 

@@ -121,7 +121,7 @@ def unet_loss(
 
 
 # What the UNet learns from, in order; each phase begins with the weights of the one before.
-PHASES = ("curriculum", "company", "varied", "busy")
+PHASES = ("curriculum", "company", "varied", "busy", "coloured")
 
 
 def folder_of(work: Path, phase: str) -> Path:

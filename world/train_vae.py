@@ -4,18 +4,21 @@ The latent space is anchored to that of an earlier autoencoder (`anchor` in worl
 the encoder's mean is trained to equal the earlier encoder's for the same picture at half the size. A UNet that was
 trained on the earlier latents then works with the new autoencoder.
 
-`--decoder` continues with the encoder frozen: latents that a UNet has been trained on stay valid.
+`--refine` continues on harder scenes with a stronger feature loss, anchored to the latents it had: a UNet that was
+trained on them needs little further training.
 """
 
 import argparse
+import copy
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModelWithProjection
 
 from world.discriminator import Discriminator, adversarial_terms
 from world.individuals import with_more_individuals
@@ -93,63 +96,86 @@ def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
+def sharpness_gap(out: torch.Tensor, images: torch.Tensor, patch: int = 8) -> torch.Tensor:
+    """How differently sharp two batches of pictures (B, 3, H, W) are, patch by patch.
+
+    The mean absolute difference of the standard deviations of their gradients within each patch: the gradient variance
+    loss (Abrahamyan et al. 2022), of deviations instead of variances. A blurred edge costs here even where the squared
+    error would rather have it so.
+    """
+
+    def deviation(differences: torch.Tensor) -> torch.Tensor:
+        mean = F.avg_pool2d(differences, patch)
+        return (F.avg_pool2d(differences.square(), patch) - mean.square()).clamp(min=1e-6).sqrt()
+
+    return sum(F.l1_loss(deviation(a), deviation(b)) for a, b in zip(edges(out), edges(images), strict=True))
+
+
 def halved(images: torch.Tensor) -> torch.Tensor:
     """Pictures (B, 3, 128, 128) at half the size, as the CLIPs and the anchor see them: the mean of 2 x 2 pixels."""
     return F.avg_pool2d(images, 2)
 
 
 class Features:
-    """Hidden states of a CLIP's vision tower, for a loss that sees shapes (as LPIPS, Zhang et al. 2018)."""
+    """What a CLIP's vision tower sees, for a loss that sees shapes (as LPIPS, Zhang et al. 2018).
+
+    Its first layers tell where edges and textures are, its embedding what the picture shows.
+    """
 
     def __init__(self, folder: Path, device: str, layers: int = 2) -> None:
-        model = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
-        self.tower = getattr(model, "vision_model", model)
-        self.tower.encoder.layers = self.tower.encoder.layers[:layers]
+        model = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.layers = layers
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised features (B, 65, width) of pictures (B, 3, 64, 64) in -1..1."""
-        hidden = self.tower.encoder(inputs_embeds=self.tower.pre_layrnorm(self.tower.embeddings(images)))
-        return F.normalize(hidden.last_hidden_state, dim=-1)
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of pictures (B, 3, 64, 64) in -1..1: unit features (B, 65, width) of a layer, unit embeddings (B, D)."""
+        out = self.model(images, output_hidden_states=True)
+        return F.normalize(out.hidden_states[self.layers], dim=-1), F.normalize(out.image_embeds, dim=-1)
 
     def loss(self, out: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Mean squared distance of features: of the whole pictures at half the size, and of one crop of 64 px."""
+        """Mean squared distances, of the whole pictures at half the size, and of one crop of 64 px."""
         top, left = torch.randint(0, SIDE - CLIP_SIDE + 1, (2,)).tolist()
         window = (..., slice(top, top + CLIP_SIDE), slice(left, left + CLIP_SIDE))
         ours = self(torch.cat([halved(out), out[window]]))
         with torch.no_grad():
             theirs = self(torch.cat([halved(images), images[window]]))
-        return (ours - theirs).square().sum(dim=-1).mean()
+        return sum((a - b).square().sum(dim=-1).mean() for a, b in zip(ours, theirs, strict=True))
+
+
+Latents = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Learner(nn.Module):
     """The autoencoder and, while it learns, the discriminator; the frozen helpers are not among its weights."""
 
     def __init__(
-        self, vae: AutoencoderKL, params: dict, anchor: AutoencoderKL | None = None, features: Features | None = None
+        self, vae: AutoencoderKL, params: dict, anchor: Latents | None = None, features: Features | None = None
     ) -> None:
+        """`anchor` gives, of pictures (B, 3, 128, 128), the latents (B, 4, 16, 16) that the encoder's mean shall be."""
         super().__init__()
         self.vae, self.discriminator = vae, Discriminator(params["discriminator"])
         self.params = params
-        self.__dict__["anchor"] = anchor  # past nn.Module, which would register it
-        self.features = features
+        self.anchor, self.features = anchor, features
 
-    def forward(self, images: torch.Tensor, frozen: bool) -> dict[str, torch.Tensor]:
-        """All losses for pictures (B, 3, 128, 128) in -1..1; `frozen` leaves the encoder as it is."""
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All losses for pictures (B, 3, 128, 128) in -1..1."""
         params = self.params
-        with torch.set_grad_enabled(not frozen):
-            posterior = self.vae.encode(images).latent_dist
+        posterior = self.vae.encode(images).latent_dist
         out = self.vae.decode(posterior.sample()).sample.float()
         squared, kl = F.mse_loss(out, images), posterior.kl().mean()
         edge = sum(F.l1_loss(a, b) for a, b in zip(edges(out), edges(images), strict=True))
         rebuilt = squared + params["absolute"] * F.l1_loss(out, images) + params["edges"] * edge
         values = {"psnr": 10 * torch.log10(4 / squared.detach()), "kl": kl.detach(), "edge": edge.detach()}
+        if params["sharpness"]:
+            values["sharpness"] = sharpness_gap(out, images)
+            rebuilt = rebuilt + params["sharpness"] * values["sharpness"]
         if self.features is not None and params["features"]:
             values["features"] = self.features.loss(out, images)
             rebuilt = rebuilt + params["features"] * values["features"]
         loss = rebuilt + params["kl_weight"] * kl
-        if params["anchor"] and not frozen:
+        if self.anchor is not None and params["anchor"]:
             with torch.no_grad():
-                target = self.anchor.encode(halved(images)).latent_dist.mean
+                target = self.anchor(images)
             values["anchor"] = F.mse_loss(posterior.mean, target)
             loss = loss + params["anchor"] * values["anchor"]
         if params["adversarial"]:
@@ -180,42 +206,46 @@ def main() -> None:
     parser.add_argument("--device", default=load_params("device"))
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--minutes", type=float, default=None)
-    parser.add_argument("--decoder", action="store_true", help="Train the decoder alone.")
+    parser.add_argument("--refine", action="store_true", help="Continue what was trained, with the section `refined`.")
     parser.add_argument("--restart", action="store_true", help="Fresh optimizer and clock.")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    params = load_params("vae")
-    stage = load_params("decoder") if arguments.decoder else params
+    params = load_params("vae") | (load_params("refined") if arguments.refine else {})
     torch.manual_seed(params["seed"])
     packed = Sprites.load(arguments.work / "sprites")
     sprites = with_more_individuals(packed, dict.fromkeys(packed.pictures, params["hues"]))
-    of = detailed_distribution(sprites) if arguments.decoder else world_distribution(sprites)
-    vae, anchor = build(params), anchor_vae(arguments.work)
-    grow(vae, anchor)
-    anchor = anchor.to(arguments.device, memory_format=torch.channels_last)
+    of = detailed_distribution(sprites) if arguments.refine else world_distribution(sprites)
+    vae, earlier = build(params), anchor_vae(arguments.work)
+    grow(vae, earlier)
+    if arguments.refine:
+        state = torch.load(arguments.work / "vae/checkpoint.pt", map_location="cpu", weights_only=True)["model"]
+        vae.load_state_dict({key[4:]: value for key, value in state.items() if key.startswith("vae.")})
+        earlier = copy.deepcopy(vae).eval().requires_grad_(False)
+    earlier = earlier.to(arguments.device, memory_format=torch.channels_last)
+
+    def anchor(images: torch.Tensor) -> torch.Tensor:
+        return earlier.encode(images if arguments.refine else halved(images)).latent_dist.mean
+
     features = Features(Path("data/clip"), arguments.device) if params["features"] else None
     learner = Learner(vae, params, anchor, features).to(arguments.device, memory_format=torch.channels_last)
-    folder = arguments.work / ("decoder" if arguments.decoder else "vae")
-    if arguments.decoder:
-        learner.load_state_dict(torch.load(arguments.work / "vae/checkpoint.pt", weights_only=True)["model"])
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    first = 10_000_000 if arguments.decoder else 0  # other scenes than the first training's
+    if arguments.refine:
+        learner.load_state_dict(state)
+    first = 10_000_000 if arguments.refine else 0  # other scenes than the first training's
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
-        start = first + step * stage["batch"]
-        scenes = [compose(sprites, of, "base", start + i) for i in range(stage["batch"])]
-        images = to_tensor([scene.image for scene in scenes]).to(arguments.device, memory_format=torch.channels_last)
-        return learner(images, arguments.decoder)
+        start = first + step * params["batch"]
+        scenes = [compose(sprites, of, "base", start + i) for i in range(params["batch"])]
+        images = to_tensor([scene.image for scene in scenes])
+        return learner(images.to(arguments.device, memory_format=torch.channels_last))
 
     fit(
-        folder,
+        arguments.work / ("vae-refined" if arguments.refine else "vae"),
         learner,
         loss_at,
-        minutes=arguments.minutes or stage["minutes"],
-        peak_lr=stage["peak_lr"],
-        muon=stage["muon"],
+        minutes=arguments.minutes or params["minutes"],
+        peak_lr=params["peak_lr"],
+        muon=params["muon"],
         seed=params["seed"],
         device=arguments.device,
         restart=arguments.restart,
