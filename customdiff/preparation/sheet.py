@@ -32,13 +32,12 @@ def contact_sheet(examples: Sequence["Example"], company: Company | None = None)
         shown = [photo]
         if example.mask:
             shown = [outlined(photo, example.mask.coverage)]
+            names = list(example.captions_on) or list(backgrounds.COLORS)
+            name, rng = names[row % len(names)], np.random.default_rng(row)
             if example.captions_on:
-                name = list(example.captions_on)[row % len(example.captions_on)]
-                rng = np.random.default_rng(row)
                 shown.append(backgrounds.composite(photo, example.mask.coverage, name, rng))
             if company and (cutout := cut_out(example.path, example.mask)):
-                color = list(backgrounds.COLORS)[row % len(backgrounds.COLORS)]
-                shown.append(company.beside(cutout, color, min(photo.size), np.random.default_rng(row))[0])
+                shown.append(company.beside(cutout, name, min(photo.size), rng)[0])
         for column, image in enumerate(shown):
             image.thumbnail((SIDE, SIDE))
             sheet.paste(image, (GAP + column * (SIDE + GAP), top))

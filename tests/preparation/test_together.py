@@ -9,7 +9,7 @@ from PIL import Image
 
 from customdiff.config import Concept, Params
 from customdiff.models import base
-from customdiff.preparation import prepare
+from customdiff.preparation import prepare, sheet
 from customdiff.preparation.examples import Example
 from customdiff.preparation.masks import SubjectMask
 from customdiff.preparation.together import Company, Cutout, cut_out
@@ -110,3 +110,13 @@ def test_company_is_what_other_concepts_can_be_cut_out(tmp_path, tiny_base):
     assert [(concept.class_prompt, len(cutouts)) for concept, cutouts in company.others] == [("dog", 1)]
     assert found(together=0, masks="auto") is None
     assert found(together=1, masks="none") is None
+
+
+def test_the_sheet_shows_a_view_beside_another_concept(tmp_path):
+    path, mask = photo(tmp_path, "01", RED)
+    examples = [Example(path, "a <new1> cat", mask, {"white": "a <new1> cat on a white background"})]
+    alone, found = sheet.contact_sheet(examples), sheet.contact_sheet(examples, company())
+    assert found.width - alone.width == sheet.SIDE + sheet.GAP
+    third = np.asarray(found)[:, 2 * (sheet.SIDE + sheet.GAP) : 3 * (sheet.SIDE + sheet.GAP)].astype(int)
+    for low, high in ((0, 2), (2, 0)):
+        assert (third[..., high] - third[..., low] > 150).any()
