@@ -168,12 +168,14 @@ def test_metrics_of_several_concepts_have_their_names():
 
 def test_mlflow_takes_the_metrics_of_prompts_with_two_concepts(store, read):
     concepts = {name: {"image_alignment": paired(0, 2)} for name in ("cat", "pot", "cat+pot")}
+    concepts["cat+pot"]["each"] = {"cat": {"identity": paired(0, 3)}}
     metrics = tracking.evaluation_metrics({"image_alignment": paired(1, 3), "concepts": concepts})
     with tracking.start(params().tracking, "a run", store=store) as tracker:
         tracker.metrics(metrics)
     logged = read.get_run(tracker.run_id).data.metrics
     assert metrics.items() <= logged.items()
     assert logged["evaluation/image_alignment.cat and pot"] == 2
+    assert logged["evaluation/identity.cat in cat and pot"] == 3
 
 
 def test_failed_and_interrupted_runs_have_their_status(store, read):

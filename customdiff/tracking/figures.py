@@ -49,10 +49,12 @@ def evaluation_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     Returns:
         For each metric `text_alignment` and `text_alignment_delta`, with `EVALUATION` before them; with several
         concepts also those of each, with `.<concept>` at the end. Prompts with several of them, `cat+teapot`, end in
-        `.cat and teapot`: MLflow allows no plus sign.
+        `.cat and teapot`, because MLflow allows no plus sign, and those of each in them in `.cat in cat and teapot`.
     """
-    concepts = metrics["concepts"] if len(metrics["concepts"]) > 1 else {}
-    groups = {"": metrics} | {f".{name.replace('+', ' and ')}": own for name, own in concepts.items()}
+    groups = {"": metrics}
+    for label, own in metrics["concepts"].items() if len(metrics["concepts"]) > 1 else ():
+        words = label.replace("+", " and ")
+        groups |= {f".{words}": own} | {f".{name} in {words}": each for name, each in own.get("each", {}).items()}
     flat: dict[str, float] = {}
     for suffix, group in groups.items():
         for name, values in group.items():
