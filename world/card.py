@@ -137,7 +137,7 @@ def generated_rows(figures: dict) -> list[tuple[str, str, str]]:
         ("subject recognised, close up", beside(sizes["close up"]), "50 %"),
         ("cats of different colours, one prompt, 64 seeds", f"{figures['cats']}", "8"),
         (
-            f"one image, {sampling['steps']} steps with guidance, {figures['threads']} threads",
+            f"one image, {sampling['steps']} steps with guidance, threads: {figures['threads']}",
             f"{figures['seconds_an_image']:.2f} s",
             "1.3 s on 2 cores",
         ),
