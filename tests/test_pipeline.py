@@ -251,10 +251,10 @@ def test_a_folder_outside_the_project_is_tracked(clone, changed, tmp_path):
     assert Path("data/inputs/download-data/cat.json").read_bytes() != before
 
 
-def test_a_second_concept_leaves_the_images_of_the_first_alone(clone, changed):
+def test_a_second_concept_leaves_the_images_of_the_first_alone_but_is_shown_beside_them(clone, changed):
     edit(clone, {"concepts": {"teapot": TEAPOT}})
     new = {"download-data@teapot", "retrieve-class-images@teapot", "prepare@teapot"}
-    assert changed() == new | {"train", "evaluate"}
+    assert changed() == new | {"prepare@cat", "train", "evaluate"}
 
 
 def test_without_a_prior_no_class_images_are_retrieved(clone, changed):
