@@ -71,9 +71,10 @@ class Views:
 
     def _beside(self, index: int, side: int) -> Iterator[tuple[Image.Image, str, SubjectMask]]:
         """The views of a photo that show its subject beside another concept, with caption and mask of both."""
-        cutout, names = self._cutouts[index], backgrounds.names(self.settings.backgrounds)
+        cutout = self._cutouts[index]
         if self.company is None or cutout is None:
             return
+        names = backgrounds.names(self.settings.backgrounds)
         for number in range(self.settings.together):
             rng = np.random.default_rng([*self.seed, index, number, 2])  # apart from the other views' draws
             image, coverage, caption = self.company.beside(cutout, names[(index + number) % len(names)], side, rng)
