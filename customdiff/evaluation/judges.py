@@ -37,16 +37,16 @@ def on_grey(image: Image.Image, coverage: np.ndarray) -> Image.Image | None:
 
 
 def parts_on_grey(image: Image.Image, coverage: np.ndarray) -> list[Image.Image]:
-    """Each connected part of an image's mask, in a square on a plain background: subjects side by side, one by one.
+    """Each connected part of an image's mask alone, in a square on a plain background.
 
-    A segmenter that is told a class may mark that subject alone; one that is not marks all of them.
+    For images of several subjects: a segmenter that does not tell classes apart marks all of them.
 
     Args:
         image: RGB.
         coverage: (H, W) in [0, 1]; 1 on the subjects.
 
     Returns:
-        None of the parts that cover less than `SMALLEST` of the image.
+        RGB images, one per part; parts that cover less than `SMALLEST` of the image are left out.
     """
     labels, _ = ndimage.label(coverage > 0.5)
     found = []
@@ -88,7 +88,7 @@ class Cutouts:
         return [cutout or image for cutout, image in zip(found, rgb, strict=True)]
 
     def parts(self, images: Sequence[Image.Image], concept: str) -> list[list[Image.Image]]:
-        """The subjects that each image may show; the whole image where its mask has no part."""
+        """The subjects that each image may show, one by one; the whole image where its mask has no part."""
         masks = self.segmenter.masks([image.convert("RGB") for image in images], self.class_prompts[concept])
         return [parts_on_grey(image, mask) or [image] for image, mask in zip(images, masks, strict=True)]
 
