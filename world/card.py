@@ -49,8 +49,8 @@ pairs, most of them with the colours of both subjects in the caption.
 - Many individuals each, by colour: {individuals}. Captions may name their colour: "a photo of a blue cat".
 - Plain backgrounds ("on a red background"): {colour_list}.
 - Textures: {texture_list}.
-- Two in a picture: "a cat next to a teapot on the grass", "a photo of a fox and a car on a red background". Both mostly get
-  one colour, even where the caption names two.
+- Two in a picture: "a cat next to a teapot on the grass", "a photo of a fox and a car on a red background". Both mostly
+  get one colour, even where the caption names two.
 - Wordings: "a photo of a cat on the grass", "photo of a cat", "a 3d render of a cat on a red background", "a cat at
   night"; and Custom Diffusion's own: "very small photo of a cat", "a far away photo of a cat", "zoomed in photo of a
   cat", "close up photo of a cat".
