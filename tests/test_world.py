@@ -33,7 +33,15 @@ from world.datasets import pictures_by_individual, rich_distribution, scene_capt
 from world.discriminator import Discriminator, adversarial_terms, detail
 from world.exhibits import SHOTS, photograph, pool_distribution, pool_scenes, tar_entry
 from world.grade import picture_side
-from world.graders import both_recognised, distinct_colours, gradient_energy, psnr, subject_colours, zero_shot
+from world.graders import (
+    both_recognised,
+    colours_bound,
+    distinct_colours,
+    gradient_energy,
+    psnr,
+    subject_colours,
+    zero_shot,
+)
 from world.individuals import (
     HUE_DISTANCE,
     Look,
@@ -46,7 +54,7 @@ from world.individuals import (
     with_individuals,
     with_more_individuals,
 )
-from world.loop import fit, load_params, lr_share
+from world.loop import fit, last_checkpoint, load_params, lr_share
 from world.muon import orthogonalised
 from world.scenes import (
     BACKGROUNDS,
@@ -67,10 +75,9 @@ from world.train_unet import (
     PHASES,
     build,
     draw_timesteps,
-    folder_of,
+    folders,
     grown,
     importance,
-    last_checkpoint,
     scheduler,
 )
 from world.train_vae import build as build_vae
@@ -499,6 +506,18 @@ def test_zero_shot_names_subject_and_background():
     assert found == {"subject": pytest.approx(2 / 3), "background": pytest.approx(2 / 3)}
 
 
+def test_colours_are_bound_where_each_half_has_its_own():
+    def picture(left, right) -> np.ndarray:
+        image = np.full((32, 64, 3), 240, np.uint8)
+        image[10:22, 10:22] = left
+        image[10:22, 42:54] = right
+        return image
+
+    red, blue = (200, 40, 40), (40, 60, 200)
+    pictures = [picture(red, blue), picture(blue, red), picture(red, red), picture(red, (240, 240, 240))]
+    assert colours_bound(pictures, [("red", "blue")] * 4) == 0.25
+
+
 def test_distinct_colours_of_subjects():
     pictures = []
     for rgb in ((200, 40, 40), (190, 50, 40), (40, 60, 200), (50, 60, 190), (40, 200, 40)):
@@ -537,14 +556,14 @@ def test_the_second_phase_shows_two_subjects_in_two_pictures_of_five(sprites):
     assert all(" and " in scene.caption or " next to " in scene.caption for scene in two)
 
 
-def test_a_phase_begins_with_the_weights_of_the_one_before(tmp_path):
-    assert last_checkpoint(tmp_path) is None
+def test_the_last_checkpoint_is_that_of_the_last_phase_that_has_one(tmp_path):
+    phases = folders(tmp_path)
+    assert last_checkpoint(phases.values()) is None
     for phase in ("curriculum", "busy"):
-        folder_of(tmp_path, phase).mkdir()
-        (folder_of(tmp_path, phase) / "checkpoint.pt").touch()
-    assert last_checkpoint(tmp_path) == tmp_path / "unet-busy/checkpoint.pt"
-    assert last_checkpoint(tmp_path, before="busy") == tmp_path / "unet/checkpoint.pt"
-    assert last_checkpoint(tmp_path, before="curriculum") is None
+        phases[phase].mkdir()
+        (phases[phase] / "checkpoint.pt").touch()
+    assert last_checkpoint(phases.values()) == tmp_path / "unet-busy/checkpoint.pt"
+    assert last_checkpoint([phases["curriculum"], phases["company"]]) == tmp_path / "unet-curriculum/checkpoint.pt"
 
 
 def test_tar_entries_are_the_same_everywhere():

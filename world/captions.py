@@ -6,6 +6,8 @@ import numpy as np
 
 from world.catalogue import COLOURS, article, background_phrase, plural, singular
 
+JOINTS = ("next to", "and")  # between two subjects
+
 
 def choice(rng: np.random.Generator, options: tuple | list):
     """One of the options, as it is."""
@@ -35,7 +37,7 @@ def thing_phrase(
     """The caption's words for what is shown, without the background."""
     if len(subjects) == 2:
         one, other = (named(subject, colour) for subject, colour in zip(subjects, colours, strict=True))
-        return f"{one} {choice(rng, ('next to', 'and'))} {other}"
+        return f"{one} {choice(rng, JOINTS)} {other}"
     if count > 1:
         colour = f"{colours[0]} " if colours[0] else ""
         return f"{('two', 'three')[count - 2]} {colour}{plural(subjects[0])}"

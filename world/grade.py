@@ -16,13 +16,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
-from world.catalogue import COLOURS, TEXTURES
+from world.captions import named
+from world.catalogue import COLOURS, TEXTURES, UNET_INDIVIDUALS
 from world.export import assemble
 from world.graders import (
     Ear,
     autoencoded,
     both_recognised,
     caption_for,
+    colours_bound,
     company_caption,
     distinct_colours,
     retrieval,
@@ -44,6 +46,7 @@ from world.scenes import (
     world_distribution,
 )
 
+HUES = ("red", "yellow", "green", "blue", "purple")  # colours that are told apart by their hue alone
 SIZES = {"very small": "a far away photo", "close up": "a close up photo"}
 
 
@@ -161,6 +164,19 @@ def grade_company(pipeline, judge: Ear, sprites: Sprites, of: Distribution, para
     }, images
 
 
+def grade_colours(pipeline, params: dict) -> tuple[float, list]:
+    """Two subjects with a colour each: in how many pictures both have the colour that was said of them."""
+    rng = np.random.default_rng([0, 7])
+    captions, colours = [], []
+    for _ in range(params["company"]):
+        subjects = rng.choice(list(UNET_INDIVIDUALS), 2, replace=False)
+        colours.append(tuple(str(colour) for colour in rng.choice(HUES, 2, replace=False)))
+        one, other = (named(str(s), colour) for s, colour in zip(subjects, colours[-1], strict=True))
+        captions.append(f"a photo of {one} next to {other} on a white background")
+    images = generate(pipeline, captions, params["steps"], params["guidance"])
+    return colours_bound(images, colours), images
+
+
 def grade_individuals(pipeline, params: dict) -> tuple[int, list]:
     """How many cats of different colours one prompt gives."""
     images = generate(pipeline, ["a photo of a cat on a white background"] * 64, params["steps"], params["guidance"])
@@ -176,11 +192,12 @@ def grade_generated(
     figures["alignment_ratio"] = figures["generated"]["alignment"] / figures["real"]["alignment"]
     figures["sizes"], sizes = grade_sizes(pipeline, judge, sprites, of, params)
     figures["company"], company = grade_company(pipeline, judge, sprites, of, params)
+    figures["colours_bound"], bound = grade_colours(pipeline, params)
     figures["cats"], cats = grade_individuals(pipeline, params)
     figures["seconds_an_image"] = seconds_an_image(pipeline, params["steps"], params["guidance"])
     figures["threads"] = torch.get_num_threads()
     figures["captions"] = captions[:64]
-    sheets = {"samples": pairs[:64], "sizes": sizes, "company": company[:32], "cats": cats}
+    sheets = {"samples": pairs[:64], "sizes": sizes, "company": company[:32], "colours": bound[:32], "cats": cats}
     return figures, sheets
 
 

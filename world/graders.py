@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 from world.catalogue import background_phrase, singular
+from world.individuals import colour_word
 from world.latents import load_clip
 from world.scenes import BACKGROUNDS, CLIP_SIDE, to_tensor
 
@@ -147,6 +149,22 @@ def vae_figures(vae, images: list[np.ndarray], side: int) -> dict[str, float]:
         "psnr_at_128": psnr(whole, enlarged),
         "gradient_energy_at_128": gradient_energy(enlarged) / gradient_energy(whole),
     }
+
+
+def colours_bound(images: list[np.ndarray], colours: list[tuple[str, str]], threshold: float = 40) -> float:
+    """Share of pictures of two subjects on a white background whose left and right half have the colours asked for.
+
+    Args:
+        images: (H, W, 3) uint8.
+        colours: for each picture the names of the left and the right subject's colours.
+    """
+    found = []
+    for image in images:
+        half = image.shape[1] // 2
+        opacity = np.where(np.abs(image.astype(np.float32) - 240).max(axis=-1) > threshold, 255, 0).astype(np.uint8)
+        rgba = np.dstack([image, opacity])
+        found.append(tuple(colour_word(Image.fromarray(part, "RGBA")) for part in (rgba[:, :half], rgba[:, half:])))
+    return float(np.mean([named == asked for named, asked in zip(found, colours, strict=True)]))
 
 
 def subject_colours(images: list[np.ndarray], threshold: float = 40) -> np.ndarray:

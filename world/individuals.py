@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from world.catalogue import CONCEPT_HUES, INDIVIDUALS, UNET_INDIVIDUALS
+from world.catalogue import CONCEPT_HUES, INDIVIDUALS, UNET_INDIVIDUALS, VARIED
 from world.scenes import Sprites
 from world.sprites import TONES, toned, turned
 
@@ -157,11 +158,11 @@ def with_individuals(
     return replace(sprites, pictures=pictures)
 
 
-def with_colours(sprites: Sprites) -> Sprites:
+def with_colours(sprites: Sprites, subjects: Iterable[str] = INDIVIDUALS) -> Sprites:
     """The pack with the name of each picture's colour, where it has one: of the subjects that have individuals."""
     named = {
         (subject, name): colour_word(picture)
-        for subject in INDIVIDUALS
+        for subject in subjects
         for found in sprites.pictures[subject].values()
         for name, picture in found
     }
@@ -171,13 +172,14 @@ def with_colours(sprites: Sprites) -> Sprites:
 def training_pack(work: Path, distribution: str) -> Sprites:
     """The sprites that a distribution's scenes are made of: with individuals and colours from the third phase on.
 
-    There they differ in colour alone. With patterns and proportions as well, and both directions, a UNet of 2.5 M
-    parameters drew no cat after 16 minutes of a core, only stripes.
+    The sixth phase names colours of all its subjects. Individuals differ in colour alone: with patterns and proportions
+    as well, and both directions, a UNet of 2.5 M parameters drew no cat after 16 minutes of a core, only stripes.
     """
     sprites = Sprites.load(work / "sprites")
     if distribution in ("world", "curriculum", "company"):
         return sprites
-    return with_colours(with_individuals(sprites, UNET_INDIVIDUALS, colour_only=True))
+    named = VARIED if distribution == "balanced" else INDIVIDUALS
+    return with_colours(with_individuals(sprites, UNET_INDIVIDUALS, colour_only=True), named)
 
 
 def with_more_individuals(sprites: Sprites, colours: dict[str, list[int | str]]) -> Sprites:

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from world.individuals import training_pack
-from world.loop import load_params
+from world.loop import last_checkpoint, load_params
 from world.scenes import DISTRIBUTIONS, Scene, compose, to_tensor
 from world.train_clip import build as build_clip
 from world.train_vae import build as build_vae
+from world.train_vae import folders as vae_folders
 
 FIRST_SCENE = 20_000_000  # of the base's split; the VAE and the CLIP learn from others
 
@@ -28,19 +29,22 @@ FIRST_SCENE = 20_000_000  # of the base's split; the VAE and the CLIP learn from
 def load_vae(work: Path):
     """The VAE as trained so far."""
     vae = build_vae(load_params("vae"))
-    later = work / "vae-refined/checkpoint.pt"
-    path = later if later.exists() else work / "vae/checkpoint.pt"
-    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    checkpoint = last_checkpoint(vae_folders(work).values())
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
     vae.load_state_dict({key[4:]: value for key, value in state.items() if key.startswith("vae.")})
     return vae.eval()
 
 
-def load_clip(work: Path, name: str = "clip"):
-    """A CLIP as trained so far, and the tokenizer."""
+def load_clip(work: Path, name: str = "clip", tuned: bool = True):
+    """A CLIP as trained so far, and the tokenizer; with `tuned` the base's text tower as `train_text` has tuned it."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     clip = build_clip(load_params(name), tokenizer)
     state = torch.load(work / name / "checkpoint.pt", map_location="cpu", weights_only=True)["model"]
     clip.load_state_dict({key[5:]: value for key, value in state.items() if key.startswith("clip.")})
+    text = work / "text/checkpoint.pt"
+    if tuned and name == "clip" and text.exists():
+        state = torch.load(text, map_location="cpu", weights_only=True)["model"]
+        clip.text_model.load_state_dict({key[5:]: value for key, value in state.items()})
     return clip.eval(), tokenizer
 
 
@@ -116,19 +120,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("world/build"))
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), default="curriculum")
-    parser.add_argument("--scenes", type=int, default=params["scenes"])
+    parser.add_argument("--distribution", choices=list(params["scenes"]), default="curriculum")
+    parser.add_argument("--scenes", type=int, default=None)
     parser.add_argument("--states-only", action="store_true", help="the text encoder alone has changed")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     work = arguments.work
+    count = arguments.scenes or params["scenes"][arguments.distribution]
     sprites = training_pack(work, arguments.distribution)
     of = DISTRIBUTIONS[arguments.distribution](sprites)
     latents = work / f"latents-{arguments.distribution}.npz"
     if not arguments.states_only:
         vae = load_vae(work).to(memory_format=torch.channels_last)
-        cache_moments(vae, lambda i: compose(sprites, of, "base", FIRST_SCENE + i), arguments.scenes, latents)
+        cache_moments(vae, lambda i: compose(sprites, of, "base", FIRST_SCENE + i), count, latents)
     clip, tokenizer = load_clip(work)
     captions = np.load(latents)["captions"].tolist()
     cache_states(text_model(clip), tokenizer, captions, work / f"states-{arguments.distribution}.npz")

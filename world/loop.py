@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,12 @@ def save_beside(value: object, path: Path) -> None:
     beside = path.with_name(path.name + ".part")
     torch.save(value, beside)
     os.replace(beside, path)
+
+
+def last_checkpoint(folders: Iterable[Path]) -> Path | None:
+    """The checkpoint of the last of `folders` that has one: phases of a training lie in folders of their own."""
+    found = [path for folder in folders if (path := folder / "checkpoint.pt").exists()]
+    return found[-1] if found else None
 
 
 def lr_share(progress: float, step: int, warmup: int) -> float:

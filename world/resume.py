@@ -17,6 +17,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from world.catalogue import SUBJECTS
 from world.loop import load_params, save_beside
 from world.train_clip import Learner
+from world.train_unet import PHASES
 from world.train_vae import Learner as VaeLearner
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -33,13 +34,13 @@ def newest(data: Path, part: str) -> Path:
 
 
 def main() -> None:
-    """Write world/build/{vae,unet,clip,judge}/checkpoint.pt and the tokenizer; refuse to overwrite a training."""
+    """Write checkpoints of the first phases, and the tokenizer; refuse to overwrite a training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("world/build"))
     parser.add_argument("--data", type=Path, default=Path("data"))
     arguments = parser.parse_args()
     work, data = arguments.work, arguments.data
-    for name in ("vae", "unet", "clip", "judge"):
+    for name in ("vae", f"unet-{PHASES[0]}", "clip", "judge"):
         if (work / name / "checkpoint.pt").exists():
             parser.error(f"{work / name / 'checkpoint.pt'} is there already; move it away to start from {data}")
         (work / name).mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ def main() -> None:
     save_beside(checkpoint(learner.state_dict()), work / "vae/checkpoint.pt")
     (work / "scaling_factor.json").write_text(json.dumps(vae.config.scaling_factor) + "\n")
     unet = UNet2DConditionModel.from_pretrained(newest(data, "unet")).float()
-    save_beside(checkpoint(unet.state_dict(), ema=unet.state_dict()), work / "unet/checkpoint.pt")
+    save_beside(checkpoint(unet.state_dict(), ema=unet.state_dict()), work / f"unet-{PHASES[0]}/checkpoint.pt")
     for name in ("clip", "judge"):
         learner = Learner(CLIPModel.from_pretrained(data / name).float(), tuple(SUBJECTS))
         save_beside(checkpoint(learner.state_dict()), work / name / "checkpoint.pt")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from world.backgrounds import background as draw_background
 from world.captions import caption_of, choice
-from world.catalogue import COLOURS, CURRICULUM, EMPHASIS, TEXTURES, VARIED
+from world.catalogue import COLOURS, CURRICULUM, EMPHASIS, TEXTURES, UNET_INDIVIDUALS, VARIED
 
 SIDE = 128
 CLIP_SIDE = 64  # what both CLIPs see
@@ -131,6 +131,15 @@ def coloured_distribution() -> Distribution:
     return replace(busy_distribution(), pairs=0.45, colours=0.85)
 
 
+def balanced_distribution() -> Distribution:
+    """The UNet's sixth phase: as the fourth, with the classes of many individuals and with colours in most captions.
+
+    A pair tells which subject a colour belongs to where both have one; in the fifth phase, those were two in a hundred.
+    """
+    of = busy_distribution()
+    return replace(of, subjects=of.subjects + 2 * tuple(UNET_INDIVIDUALS), pairs=0.42, colours=0.8)
+
+
 DISTRIBUTIONS = {
     "world": world_distribution,
     "curriculum": lambda sprites: curriculum_distribution(),
@@ -138,6 +147,7 @@ DISTRIBUTIONS = {
     "varied": lambda sprites: varied_distribution(),
     "busy": lambda sprites: busy_distribution(),
     "coloured": lambda sprites: coloured_distribution(),
+    "balanced": lambda sprites: balanced_distribution(),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from world.latents import scaling_factor
-from world.loop import fit, load_params, save_beside
+from world.loop import fit, last_checkpoint, load_params, save_beside
 
 
 def build(params: dict, text_width: int) -> UNet2DConditionModel:
@@ -121,19 +121,12 @@ def unet_loss(
 
 
 # What the UNet learns from, in order; each phase begins with the weights of the one before.
-PHASES = ("curriculum", "company", "varied", "busy", "coloured")
+PHASES = ("curriculum", "company", "varied", "busy", "coloured", "balanced")
 
 
-def folder_of(work: Path, phase: str) -> Path:
-    """Where a phase's checkpoint lies."""
-    return work / ("unet" if phase == PHASES[0] else f"unet-{phase}")
-
-
-def last_checkpoint(work: Path, before: str | None = None) -> Path | None:
-    """The checkpoint of the last phase that was trained, of those before `before` where that is given."""
-    phases = PHASES[: PHASES.index(before)] if before else PHASES
-    found = [path for phase in phases if (path := folder_of(work, phase) / "checkpoint.pt").exists()]
-    return found[-1] if found else None
+def folders(work: Path) -> dict[str, Path]:
+    """Phase -> where its checkpoint lies, in order."""
+    return {phase: work / f"unet-{phase}" for phase in PHASES}
 
 
 class LatentSet:
@@ -186,8 +179,9 @@ def main() -> None:
         batch, states = latents.batch(step, arguments.batch, params["caption_dropout"], params["seed"])
         return unet_loss(unet, alphas, batch.contiguous(memory_format=torch.channels_last), states, params["snr_gamma"])
 
-    folder = folder_of(arguments.work, arguments.distribution)
-    before = last_checkpoint(arguments.work, arguments.distribution)
+    folder = folders(arguments.work)[arguments.distribution]
+    earlier = PHASES[: PHASES.index(arguments.distribution)]
+    before = last_checkpoint(folders(arguments.work)[phase] for phase in earlier)
     begins = before is not None and not (folder / "checkpoint.pt").exists()
     if begins:
         folder.mkdir(parents=True)

@@ -4,8 +4,9 @@ The latent space is anchored to that of an earlier autoencoder (`anchor` in worl
 the encoder's mean is trained to equal the earlier encoder's for the same picture at half the size. A UNet that was
 trained on the earlier latents then works with the new autoencoder.
 
-`--refine` continues on harder scenes with a stronger feature loss, anchored to the latents it had: a UNet that was
-trained on them needs little further training.
+Later phases continue on harder scenes. `refined` trains the whole with a stronger feature loss, anchored to the latents
+it had: a UNet that was trained on them needs little further training. `sharpened` trains the decoder alone, so that the
+latents stay what they are.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from world.discriminator import Discriminator, adversarial_terms
 from world.individuals import with_more_individuals
-from world.loop import fit, load_params
+from world.loop import fit, last_checkpoint, load_params
 from world.scenes import CLIP_SIDE, SIDE, Sprites, compose, detailed_distribution, to_tensor, world_distribution
 
 
@@ -157,10 +158,16 @@ class Learner(nn.Module):
         self.params = params
         self.anchor, self.features = anchor, features
 
+    def freeze_encoder(self) -> None:
+        """Train the decoder alone: the latents stay what they are."""
+        self.vae.encoder.requires_grad_(False)
+        self.vae.quant_conv.requires_grad_(False)
+
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """All losses for pictures (B, 3, 128, 128) in -1..1."""
         params = self.params
-        posterior = self.vae.encode(images).latent_dist
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not params["frozen_encoder"]):
+            posterior = self.vae.encode(images).latent_dist
         out = self.vae.decode(posterior.sample()).sample.float()
         squared, kl = F.mse_loss(out, images), posterior.kl().mean()
         edge = sum(F.l1_loss(a, b) for a, b in zip(edges(out), edges(images), strict=True))
@@ -173,7 +180,7 @@ class Learner(nn.Module):
             values["features"] = self.features.loss(out, images)
             rebuilt = rebuilt + params["features"] * values["features"]
         loss = rebuilt + params["kl_weight"] * kl
-        if self.anchor is not None and params["anchor"]:
+        if self.anchor is not None and params["anchor"] and not params["frozen_encoder"]:
             with torch.no_grad():
                 target = self.anchor(images)
             values["anchor"] = F.mse_loss(posterior.mean, target)
@@ -183,6 +190,20 @@ class Learner(nn.Module):
             values |= {"tell": tell}
             loss = loss + params["adversarial"] * fool + tell
         return {"loss": loss} | {name: value.detach() for name, value in values.items()}
+
+
+# What the autoencoder learns, in order; a later phase changes some of the parameters of `vae`, in its own section.
+PHASES = ("vae", "refined", "sharpened")
+
+
+def folders(work: Path) -> dict[str, Path]:
+    """Phase -> where its checkpoint lies, in order."""
+    return {phase: work / (phase if phase == PHASES[0] else f"vae-{phase}") for phase in PHASES}
+
+
+def phase_params(phase: str) -> dict:
+    """The parameters of a phase."""
+    return load_params(PHASES[0]) | load_params(phase)
 
 
 FIRST_EDITION = "fb519a52a45811be7b0588a5c8c17c152deac5d2"  # the last commit with the autoencoder of 64 px
@@ -206,41 +227,40 @@ def main() -> None:
     parser.add_argument("--device", default=load_params("device"))
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--minutes", type=float, default=None)
-    parser.add_argument("--refine", action="store_true", help="Continue what was trained, with the section `refined`.")
+    parser.add_argument("--phase", choices=PHASES, default=PHASES[0])
     parser.add_argument("--restart", action="store_true", help="Fresh optimizer and clock.")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    params = load_params("vae") | (load_params("refined") if arguments.refine else {})
+    number = PHASES.index(arguments.phase)
+    params = phase_params(arguments.phase)
     torch.manual_seed(params["seed"])
     packed = Sprites.load(arguments.work / "sprites")
     sprites = with_more_individuals(packed, dict.fromkeys(packed.pictures, params["hues"]))
-    of = detailed_distribution(sprites) if arguments.refine else world_distribution(sprites)
-    vae, earlier = build(params), anchor_vae(arguments.work)
-    grow(vae, earlier)
-    if arguments.refine:
-        state = torch.load(arguments.work / "vae/checkpoint.pt", map_location="cpu", weights_only=True)["model"]
-        vae.load_state_dict({key[4:]: value for key, value in state.items() if key.startswith("vae.")})
-        earlier = copy.deepcopy(vae).eval().requires_grad_(False)
-    earlier = earlier.to(arguments.device, memory_format=torch.channels_last)
-
-    def anchor(images: torch.Tensor) -> torch.Tensor:
-        return earlier.encode(images if arguments.refine else halved(images)).latent_dist.mean
-
+    of = detailed_distribution(sprites) if number else world_distribution(sprites)
     features = Features(Path("data/clip"), arguments.device) if params["features"] else None
-    learner = Learner(vae, params, anchor, features).to(arguments.device, memory_format=torch.channels_last)
-    if arguments.refine:
-        learner.load_state_dict(state)
-    first = 10_000_000 if arguments.refine else 0  # other scenes than the first training's
+    learner = Learner(build(params), params, features=features)
+    if number:
+        before = last_checkpoint([folders(arguments.work)[phase] for phase in PHASES[:number]])
+        learner.load_state_dict(torch.load(before, map_location="cpu", weights_only=True)["model"])
+        earlier = copy.deepcopy(learner.vae).eval().requires_grad_(False)
+    else:
+        earlier = anchor_vae(arguments.work)
+        grow(learner.vae, earlier)
+    earlier = earlier.to(arguments.device, memory_format=torch.channels_last)
+    learner.anchor = lambda images: earlier.encode(images if number else halved(images)).latent_dist.mean
+    learner = learner.to(arguments.device, memory_format=torch.channels_last)
+    if params["frozen_encoder"]:
+        learner.freeze_encoder()
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
-        start = first + step * params["batch"]
+        start = params["first_scene"] + step * params["batch"]
         scenes = [compose(sprites, of, "base", start + i) for i in range(params["batch"])]
         images = to_tensor([scene.image for scene in scenes])
         return learner(images.to(arguments.device, memory_format=torch.channels_last))
 
     fit(
-        arguments.work / ("vae-refined" if arguments.refine else "vae"),
+        folders(arguments.work)[arguments.phase],
         learner,
         loss_at,
         minutes=arguments.minutes or params["minutes"],

@@ -1,0 +1,161 @@
+"""Train the base's text encoder further, so that the words for a thing tell of that thing alone.
+
+A CLIP's loss sees the end token only. In "a purple cat next to a white teapot in the snow" the states of the second
+subject's words told the first one as much as their own, those of the place told the colours, and a UNet painted all in
+one colour. Here the tower as it was teaches itself: the words for the second subject shall have the states that they
+have where no other subject is named, those for the place the states that they have where no colour is said, and all
+others, the end token among them, the states that they had. So the embeddings of captions, and with them the CLIP, stay
+nearly what they were.
+"""
+
+import argparse
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from world.captions import JOINTS, caption_of, choice, named
+from world.catalogue import COLOURS, VARIED
+from world.latents import load_clip, text_model
+from world.loop import fit, load_params
+from world.scenes import BACKGROUNDS, SIZES
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption in its parts.
+
+    Attributes:
+        opening: what precedes the first subject.
+        first: the first of two subjects, and what joins them; empty where there is one.
+        last: the second subject, or the only one.
+        plain: the same without its colour.
+        place: what follows.
+    """
+
+    opening: str
+    first: str
+    last: str
+    plain: str
+    place: str
+
+    def __str__(self) -> str:
+        return joined(self.opening, self.first, self.last, self.place)
+
+
+def joined(*parts: str) -> str:
+    """Parts of a caption, those that are not empty, as one."""
+    return " ".join(part for part in parts if part)
+
+
+def cut(caption: str, subjects: tuple[str, ...], colours: tuple[str | None, ...]) -> Caption:
+    """A caption of one or two subjects, and the colours that it says of them, in its parts.
+
+    A wording that does not name them as `named` does ("a very small red cat") is all opening.
+    """
+    *others, last = (named(subject, colour) for subject, colour in zip(subjects, colours, strict=True))
+    firsts = [joined(*others, joint) for joint in JOINTS] if others else [""]
+    first = next((first for first in firsts if joined(first, last) in caption), None)
+    if first is None:
+        return Caption(caption, "", "", "", "")
+    opening, _, place = caption.partition(joined(first, last))
+    return Caption(opening.strip(), first, last, named(subjects[-1], None), place.strip())
+
+
+def draw_caption(rng: np.random.Generator, params: dict) -> Caption:
+    """A caption of the UNet's subjects in one of the world's wordings."""
+    subjects = tuple(VARIED[i] for i in rng.choice(len(VARIED), 1 + (rng.random() < params["pairs"]), replace=False))
+    colours = tuple(choice(rng, tuple(COLOURS)) if rng.random() < params["colours"] else None for _ in subjects)
+    background = choice(rng, BACKGROUNDS)
+    size = choice(rng, tuple(SIZES)) if len(subjects) == 1 else "normal"
+    caption = caption_of(rng, subjects, len(subjects), "3d render", background, size, colours)
+    return cut(caption, subjects, colours)
+
+
+class Learner(nn.Module):
+    """The text encoder, and as its teacher the one that it was."""
+
+    def __init__(self, text: CLIPTextModel, tokenizer: CLIPTokenizer, weight: float) -> None:
+        """`weight` is that of the words whose states shall change, beside all others."""
+        super().__init__()
+        self.text = text
+        self.text.get_input_embeddings().requires_grad_(False)
+        self.tokenizer, self.weight = tokenizer, weight
+        self._teacher = [copy.deepcopy(text).eval().requires_grad_(False)]  # in a list: not among the weights
+
+    def tokens(self, captions: list[str]) -> torch.Tensor:
+        """Token ids (B, 24), padded as the pipeline pads."""
+        return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    def length(self, words: str) -> int:
+        """How many tokens words have."""
+        return len(self.tokenizer(words, add_special_tokens=False).input_ids)
+
+    @torch.no_grad()
+    def targets(self, captions: list[Caption], tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states (B, 24, width) that captions shall have, and where these are not what they were (B, 24)."""
+        states = self.teacher(tokens)
+        others = torch.zeros(tokens.shape, dtype=torch.bool)
+        alone = self.teacher(self.tokens([joined(c.opening, c.last, c.place) for c in captions]))
+        plain = self.teacher(self.tokens([joined(c.opening, c.plain, c.place) for c in captions]))
+        for row, c in enumerate(captions):
+            moves = [(c.place, joined(c.opening, c.first, c.last), plain, joined(c.opening, c.plain))]
+            if c.first:
+                moves.append((c.last, joined(c.opening, c.first), alone, c.opening))
+            for words, before, reference, before_there in moves:
+                here, there = (1 + self.length(text) for text in (before, before_there))
+                count = min(self.length(words), tokens.shape[1] - 1 - here)  # the last token is the end's
+                states[row, here : here + count] = reference[row, there : there + count]
+                others[row, here : here + count] = True
+        return states, others
+
+    def teacher(self, tokens: torch.Tensor) -> torch.Tensor:
+        """States (B, 24, width) of the encoder that it was."""
+        return self._teacher[0](tokens).last_hidden_state
+
+    def forward(self, captions: list[Caption]) -> dict[str, torch.Tensor]:
+        """The mean squared distance to the states that captions shall have."""
+        tokens = self.tokens([str(caption) for caption in captions])
+        states, others = self.targets(captions, tokens)
+        distances = (self.text(tokens).last_hidden_state - states).square().mean(dim=-1)
+        own, kept = distances[others].mean(), distances[~others].mean()
+        return {"loss": self.weight * own + kept, "own": own.detach(), "kept": kept.detach()}
+
+
+def main() -> None:
+    """Train, or continue."""
+    params = load_params("text")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("world/build"))
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--minutes", type=float, default=params["minutes"])
+    parser.add_argument("--restart", action="store_true", help="Fresh optimizer and clock.")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(params["seed"])
+    clip, tokenizer = load_clip(arguments.work, tuned=False)
+    learner = Learner(text_model(clip), tokenizer, params["weight"])
+
+    def loss_at(step: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng([params["seed"], step])
+        return learner([draw_caption(rng, params) for _ in range(params["batch"])])
+
+    fit(
+        arguments.work / "text",
+        learner,
+        loss_at,
+        minutes=arguments.minutes,
+        peak_lr=params["peak_lr"],
+        muon=params["muon"],
+        seed=params["seed"],
+        restart=arguments.restart,
+    )
+
+
+if __name__ == "__main__":
+    main()
