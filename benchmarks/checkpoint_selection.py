@@ -34,7 +34,7 @@ from customdiff.evaluation.prompts import read_prompts
 from customdiff.evaluation.scores import PromptScore, score_prompts
 from customdiff.retrieval import class_images
 from customdiff.sources import instance_images
-from customdiff.training.selection import shares
+from customdiff.training.selection import Grade, latest_good, shares
 
 RESAMPLES = 2000
 
@@ -140,6 +140,45 @@ def stopped_at(row: dict[str, Any], patience: int) -> int:
     return row["last"]
 
 
+RULES: dict[str, tuple[float, int | None]] = {
+    "highest grade (`tolerance: 0`)": (0.0, None),
+    "`tolerance: 0.08`": (0.08, None),
+    "the same, `patience: 3`": (0.08, 3),
+    "the same, `patience: 2`": (0.08, 2),
+}
+
+
+def chosen(row: dict[str, Any], tolerance: float, patience: int | None) -> tuple[int, int]:
+    """The step that a rule would have selected, and the last step that it would have trained."""
+    last = stopped_at(row, patience) if patience else row["last"]
+    best = latest_good([Grade(**grade) for grade in row["grades"] if grade["step"] <= last], tolerance)
+    assert best
+    return best.step, last
+
+
+def rules_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: what each rule would have selected in the same runs, beside the last and the best checkpoint."""
+    scores = [{int(step): figures["score"] for step, figures in row["evaluated"].items()} for row in rows]
+    last = [of[row["last"]] for of, row in zip(scores, rows, strict=True)]
+    lines = ["| rule | mean score | difference from the last, worst to best run | steps |", "| --- | --- | --- | --- |"]
+
+    def line(rule: str, steps: list[int], trained: list[int]) -> None:
+        found = [of[step] for of, step in zip(scores, steps, strict=True)]
+        differences = np.subtract(found, last)
+        lines.append(
+            f"| {rule} | {np.mean(found):.3f} | {differences.min():+.3f} to {differences.max():+.3f} | "
+            f"{np.mean(trained):.0f} |"
+        )
+
+    whole = [row["last"] for row in rows]
+    line("last checkpoint", whole, whole)
+    for rule, (tolerance, patience) in RULES.items():
+        steps, trained = zip(*(chosen(row, tolerance, patience) for row in rows), strict=True)
+        line(rule, list(steps), list(trained))
+    line("the best by the evaluation prompts", [max(of, key=of.__getitem__) for of in scores], whole)
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: choice, scores and the step at which patience 2 stops, for each run."""
     lines = [
@@ -156,10 +195,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{evaluated[row['last']]:.3f} | {value:+.3f} ({low:+.3f} to {high:+.3f}) | "
             f"{evaluated[most]:.3f} at {most} | {rank_correlation(row):.2f} | {stopped_at(row, 2)} |"
         )
-    means = [
-        np.mean([row["evaluated"][str(row[key])]["score"] for row in rows]) for key in ("selected", "last")
-    ]  # fmt: skip
-    lines.append(f"\nMean score: best {means[0]:.3f}, last {means[1]:.3f}; {len(rows)} runs.")
     return "\n".join(lines)
 
 
@@ -180,7 +215,8 @@ def main() -> None:
     ]  # fmt: skip
     work = arguments.work.resolve()
     rows = photos_only.rows_of(work, "selection.jsonl", [] if arguments.table else wanted, run)
-    print(table([row for row in rows if row["last"] == arguments.steps]))
+    found = [row for row in rows if row["last"] == arguments.steps]
+    print(table(found), rules_table(found), sep="\n\n")
 
 
 if __name__ == "__main__":

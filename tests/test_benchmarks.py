@@ -29,6 +29,7 @@ from customdiff.models import base
 from customdiff.retrieval import clip_index
 from customdiff.tracking import Tracker
 from customdiff.training import trainer
+from customdiff.training.selection import Grade
 
 pytestmark = pytest.mark.benchmarks
 
@@ -318,19 +319,35 @@ def test_results_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
     assert photos_only.rows_of(tmp_path, "rows.jsonl", [], run) == rows
 
 
-def test_the_table_of_selected_checkpoints():
-    """The grades 0.2, 0.6, 0.4 rank the evaluated scores 0.1, 0.5, 0.3 rightly; patience 1 stops after the third."""
-    row = {
+def selected_run(grades: list[float], evaluated: list[float]) -> dict:
+    """A run of checkpoint_selection: grades and later scores of of each 50 steps, the second selected."""
+    return {
         "concept": "cat",
         "seed": 42,
         "selected": 100,
-        "last": 150,
-        "grades": [{"step": 50 * number, "score": score} for number, score in enumerate((0.2, 0.6, 0.4), 1)],
-        "evaluated": {str(50 * number): {"score": score} for number, score in enumerate((0.1, 0.5, 0.3), 1)},
+        "last": 50 * len(grades),
+        "grades": [Grade(50 * number, 0, 0, 0, 0, score).to_dict() for number, score in enumerate(grades, 1)],
+        "evaluated": {str(50 * number): {"score": score} for number, score in enumerate(evaluated, 1)},
         "best_minus_last": [0.2, 0.1, 0.3],
     }
+
+
+def test_the_table_of_selected_checkpoints():
+    """The grades 0.2, 0.6, 0.4 rank the evaluated scores 0.1, 0.5, 0.3 rightly; patience 1 stops after the third."""
+    row = selected_run([0.2, 0.6, 0.4], [0.1, 0.5, 0.3])
     assert checkpoint_selection.rank_correlation(row) == pytest.approx(1)
     assert checkpoint_selection.stopped_at(row, 1) == 150
     lines = checkpoint_selection.table([row]).splitlines()
-    assert "| cat, 42 | 100 | 0.500 | 0.300 | +0.200 (+0.100 to +0.300) | 0.500 at 100 | 1.00 | 150 |" in lines
-    assert lines[-1] == "Mean score: best 0.500, last 0.300; 1 runs."
+    assert lines[-1] == "| cat, 42 | 100 | 0.500 | 0.300 | +0.200 (+0.100 to +0.300) | 0.500 at 100 | 1.00 | 150 |"
+
+
+def test_the_table_of_rules_tells_what_each_would_have_selected():
+    """0.60 is the highest grade, 0.55 the latest within 0.08; patience 2 stops after the fourth and sees it too."""
+    row = selected_run([0.2, 0.6, 0.3, 0.55, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5])
+    assert checkpoint_selection.chosen(row, 0.0, None) == (100, 250)
+    assert checkpoint_selection.chosen(row, 0.08, 2) == (200, 200)
+    rules = [line.split(" | ")[1:] for line in checkpoint_selection.rules_table([row]).splitlines()[2:]]
+    assert rules[0] == ["0.500", "+0.000 to +0.000", "250 |"]
+    assert rules[1] == ["0.200", "-0.300 to -0.300", "250 |"]
+    assert rules[4] == ["0.400", "-0.100 to -0.100", "200 |"]
+    assert rules[5] == ["0.500", "+0.000 to +0.000", "250 |"]

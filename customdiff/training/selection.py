@@ -70,6 +70,16 @@ def shares(identity: float, text: float, base: tuple[float, float], ceiling: flo
     return min(max(way, 0.0), 1.0), min(max(kept, 0.0), 1.0)
 
 
+def latest_good(grades: Sequence[Grade], tolerance: float) -> Grade | None:
+    """The latest grade whose score is within the tolerance of the highest; None of none.
+
+    A score of few images is noisy. A single high one would otherwise select a checkpoint at which the subject is half
+    learned.
+    """
+    highest = max((grade.score for grade in grades), default=0.0)
+    return next((grade for grade in reversed(grades) if grade.score >= highest - tolerance), None)
+
+
 @dataclass
 class Selection:
     """The grades of a run so far.
@@ -137,14 +147,8 @@ class Selection:
 
     @property
     def best(self) -> Grade | None:
-        """The latest grade whose score is within the tolerance of the highest; None before the first.
-
-        A score of few images is noisy. A single high one would else select a checkpoint at which the subject is half
-        learned.
-        """
-        grades, tolerance = self.grades(), self.params.train.grading.tolerance
-        highest = max((grade.score for grade in grades), default=0.0)
-        return next((grade for grade in reversed(grades) if grade.score >= highest - tolerance), None)
+        """The grade that `latest_good` chooses; None before the first."""
+        return latest_good(self.grades(), self.params.train.grading.tolerance)
 
     @property
     def is_over(self) -> bool:
