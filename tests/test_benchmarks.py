@@ -287,13 +287,19 @@ def test_the_share_of_the_way_and_its_table():
 
 
 def test_the_table_of_two_concepts():
-    def row(seed, cat, pot):
+    def row(setting, seed, cat, pot):
         found = {"cat": {"base": 0.1, "adapter": cat}, "teapot": {"base": 0.3, "adapter": pot}}
-        return {"pair": "cat+teapot", "setting": "a.b=1", "seed": seed, "alone": found, "together": found}
+        photos = {"cat": 0.9, "teapot": 0.8}
+        return {"pair": "cat+teapot", "setting": setting, "seed": seed, "together": found, "side_by_side": photos}
 
-    lines = two_concepts.table([row(42, 0.6, 0.8), row(43, 0.8, 0.8)]).splitlines()
-    assert "| cat (cat+teapot) | alone 0.10, 0.70; together 0.10, 0.70 |" in lines
-    assert lines[-1] == "| all | alone 0.20, 0.75; together 0.20, 0.75 |"
+    rows = [row("a.b=1", 42, 0.6, 0.8), row("a.b=1", 43, 0.8, 0.8), row("a.b=2", 42, 0.1, 0.2)]
+    assert two_concepts.table(rows, "together", "side_by_side").splitlines() == [
+        "| together | holdout photos | base model | a.b=1 | a.b=2 |",
+        "| --- | --- | --- | --- | --- |",
+        "| cat (cat+teapot) | 0.90 | 0.10 | 0.70 | 0.10 |",
+        "| teapot (cat+teapot) | 0.80 | 0.30 | 0.80 | 0.20 |",
+        "| mean | 0.85 | 0.20 | 0.75 | 0.15 |",
+    ]
 
 
 def test_the_concepts_of_a_pair_have_tokens_of_their_own_and_the_changes_of_a_setting():
