@@ -51,7 +51,7 @@ def _export() -> None:
 def _push() -> None:
     with ui.row().classes("items-center gap-4"):
         repository = ui.input("Repository", placeholder="owner/name")
-        licence = ui.input("Licence", placeholder="cc-by-4.0")
+        license = ui.input("License", placeholder="cc-by-4.0")
         base = (
             ui.input("Base model on the Hub", placeholder="owner/name")
             .classes("w-64")
@@ -66,7 +66,7 @@ def _push() -> None:
     said = _said()
 
     async def push() -> None:
-        arguments = [f"--adapter={adapter.value}", f"--license={licence.value or ''}"]
+        arguments = [f"--adapter={adapter.value}", f"--license={license.value or ''}"]
         arguments += [f"--base-model={base.value}"] if base.value else []
         arguments += ["--public"] if public.value else []
         arguments += [f"--dry-run={_free('exports/card')}"] if dry.value else []

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from customdiff.publishing.model_card import Evaluation
 
 ADAPTER, RESULTS = Path("models/adapter"), Path("results/evaluate")
-LICENCES = "apache-2.0, cc-by-4.0, cc-by-nc-4.0, creativeml-openrail-m, other, ..."
+LICENSES = "apache-2.0, cc-by-4.0, cc-by-nc-4.0, creativeml-openrail-m, other, ..."
 
 EXAMPLES = """Examples:
 
@@ -34,7 +34,7 @@ Repository = Annotated[
 ]
 AdapterFolder = Annotated[Path, typer.Option(help="Folder of the adapter.")]
 License = Annotated[
-    str | None, typer.Option("--license", help=f"Licence of the adapter, an identifier of the Hub: {LICENCES}")
+    str | None, typer.Option("--license", help=f"License of the adapter, an identifier of the Hub: {LICENSES}")
 ]
 BaseModel = Annotated[
     str | None,
@@ -125,14 +125,14 @@ def _note_local_base(adapter: Path, adapter_config: "AdapterConfig", base_model:
 
 
 def _license(given: str | None) -> str:
-    """The licence's identifier; asked for if it is missing and there is a terminal."""
+    """The license's identifier; asked for if it is missing and there is a terminal."""
     if given is None and on_terminal():
-        typer.echo("Choose a licence for the adapter. The licence of the base model applies too.", err=True)
-        given = typer.prompt(f"Licence ({LICENCES})", err=True)
+        typer.echo("Choose a license for the adapter. The license of the base model applies too.", err=True)
+        given = typer.prompt(f"License ({LICENSES})", err=True)
     if given is None:
-        raise UserError(f"--license: is required; choose one, such as {LICENCES}")
+        raise UserError(f"--license: is required; choose one, such as {LICENSES}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", given):
-        raise UserError(f"--license: {given!r} is not an identifier of the Hub, such as {LICENCES}")
+        raise UserError(f"--license: {given!r} is not an identifier of the Hub, such as {LICENSES}")
     return given
 
 

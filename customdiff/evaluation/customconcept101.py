@@ -198,7 +198,8 @@ def learn(params: Params, entry: Entry, work: Path, class_images: Path, out: Pat
             if not (classes / "manifest.json").exists():
                 retrieve(own, name, instances=work / "instances" / name, index="", out=classes)
         instances, out_folder = work / "instances" / name, work / "prepared" / name
-        prepare_concept(params, name, instances=instances, classes=classes, out=out_folder)
+        others = {other: work / "instances" / other for other in entry.concepts if other != name}
+        prepare_concept(params, name, instances=instances, classes=classes, out=out_folder, others=others)
     trainer.run(params, work / "prepared", work / "runs", lambda _: Tracker()).copy_results(out, work / "training")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,7 +115,23 @@ def test_the_protocol_replaces_evaluate_and_a_pair_trains_for_twice_the_steps(da
     assert list(benchmark.params_of(params, entries[2]).concepts) == ["pet_cat1", "things_cup2"]
 
 
-def test_dino_is_given_the_centre_of_an_image():
+def test_a_pair_is_prepared_with_views_beside_the_other_concept(data, tiny_base, tmp_path, monkeypatch):
+    others = {}
+    monkeypatch.setattr(
+        benchmark, "prepare_concept", lambda _, name, **folders: others.update({name: folders["others"]})
+    )
+    monkeypatch.setattr(benchmark.trainer, "run", lambda *_: SimpleNamespace(copy_results=lambda *_: None))
+    params = tiny_params(tiny_base, with_prior_preservation=False)
+    pair = benchmark.read(data)[2]
+    benchmark.learn(benchmark.params_of(params, pair), pair, tmp_path, tmp_path, tmp_path)
+    photos = tmp_path / "instances"
+    assert others == {
+        "pet_cat1": {"things_cup2": photos / "things_cup2"},
+        "things_cup2": {"pet_cat1": photos / "pet_cat1"},
+    }
+
+
+def test_dino_is_given_the_center_of_an_image():
     wide = Image.new("RGB", (64, 32), "black")
     wide.paste("red", (18, 2, 46, 30))  # 224 px of the middle, once the shorter side has 256
     crop = benchmark.dino_crop(wide)
