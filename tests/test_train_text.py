@@ -1,4 +1,4 @@
-"""The base's text encoder learns that the words for a subject tell of that subject alone."""
+"""Fine-tuning the base's text encoder: captions are cut into phrases, and each phrase gets its target states."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def parts_of(caption: Caption) -> tuple[str, ...]:
     return caption.opening, caption.first, caption.last, caption.place
 
 
-def test_subject_and_place_shall_be_as_they_are_alone_and_all_else_as_it_was(learner):
+def test_targets_are_the_states_of_the_phrase_alone_and_earlier_states_elsewhere(learner):
     pair = cut("a photo of a red cat next to a blue car on the grass", ("cat", "car"), ("red", "blue"))
     single = cut("a red dog in the snow", ("dog",), ("red",))
     tokens = learner.tokens([str(pair), str(single)])
@@ -74,7 +74,7 @@ def test_subject_and_place_shall_be_as_they_are_alone_and_all_else_as_it_was(lea
     torch.testing.assert_close(states[~others], learner.teacher(tokens)[~others])
 
 
-def test_learning_moves_those_words_and_no_word_embedding(learner):
+def test_training_moves_the_encoder_and_no_token_embedding(learner):
     values = learner([cut("a red cat and a blue car in the snow", ("cat", "car"), ("red", "blue"))])
     assert values["own"] > 10 * values["kept"]
     values["loss"].backward()

@@ -1,11 +1,11 @@
-"""Train the base's text encoder further, so that the words for a thing tell of that thing alone.
+"""Fine-tune the base's text encoder so that the tokens of a phrase describe that phrase alone.
 
-A CLIP's loss sees the end token only. In "a purple cat next to a white teapot in the snow" the states of the second
-subject's words told the first one as much as their own, those of the place told the colours, and a UNet painted all in
-one colour. Here the tower as it was teaches itself: the words for the second subject shall have the states that they
-have where no other subject is named, those for the place the states that they have where no colour is said, and all
-others, the end token among them, the states that they had. So the embeddings of captions, and with them the CLIP, stay
-nearly what they were.
+CLIP's loss sees only the end token. In "a purple cat next to a white teapot in the snow", the states of the second
+subject's tokens described the first subject as much as their own, and those of the background described the colours of
+the subjects, so a UNet painted everything in one colour. Here the encoder is distilled from its earlier weights. The
+tokens of the second subject get the states that they have in a caption without the first subject; those of the
+background get the states that they have in a caption without colours; all other tokens, the end token included, keep
+their states. The embeddings of captions, and therefore the CLIP, change little.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def joined(*parts: str) -> str:
 def cut(caption: str, subjects: tuple[str, ...], colours: tuple[str | None, ...]) -> Caption:
     """A caption of one or two subjects, and the colours that it says of them, in its parts.
 
-    A wording that does not name them as `named` does ("a very small red cat") is all opening.
+    A caption in another wording than that of `named`, such as "a very small red cat", is all opening.
     """
     *others, last = (named(subject, colour) for subject, colour in zip(subjects, colours, strict=True))
     firsts = [joined(*others, joint) for joint in JOINTS] if others else [""]
@@ -77,10 +77,10 @@ def draw_caption(rng: np.random.Generator, params: dict) -> Caption:
 
 
 class Learner(nn.Module):
-    """The text encoder, and as its teacher the one that it was."""
+    """The text encoder, and its earlier weights as the teacher."""
 
     def __init__(self, text: CLIPTextModel, tokenizer: CLIPTokenizer, weight: float) -> None:
-        """`weight` is that of the words whose states shall change, beside all others."""
+        """`weight` is the weight of tokens with new targets relative to the others."""
         super().__init__()
         self.text = text
         self.text.get_input_embeddings().requires_grad_(False)
@@ -97,7 +97,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def targets(self, captions: list[Caption], tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states (B, 24, width) that captions shall have, and where these are not what they were (B, 24)."""
+        """Target states (B, 24, width) of captions, and which tokens have other targets than their earlier states (B, 24)."""
         states = self.teacher(tokens)
         others = torch.zeros(tokens.shape, dtype=torch.bool)
         alone = self.teacher(self.tokens([joined(c.opening, c.last, c.place) for c in captions]))
@@ -114,11 +114,11 @@ class Learner(nn.Module):
         return states, others
 
     def teacher(self, tokens: torch.Tensor) -> torch.Tensor:
-        """States (B, 24, width) of the encoder that it was."""
+        """States (B, 24, width) by the earlier weights."""
         return self._teacher[0](tokens).last_hidden_state
 
     def forward(self, captions: list[Caption]) -> dict[str, torch.Tensor]:
-        """The mean squared distance to the states that captions shall have."""
+        """The mean squared error of the states; `own` is that of the tokens with new targets, `kept` that of the others."""
         tokens = self.tokens([str(caption) for caption in captions])
         states, others = self.targets(captions, tokens)
         distances = (self.text(tokens).last_hidden_state - states).square().mean(dim=-1)
