@@ -97,7 +97,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def targets(self, captions: list[Caption], tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Target states (B, 24, width) of captions, and which tokens have other targets than their earlier states (B, 24)."""
+        """Target states (B, 24, width) of captions, and which tokens have new targets (B, 24)."""
         states = self.teacher(tokens)
         others = torch.zeros(tokens.shape, dtype=torch.bool)
         alone = self.teacher(self.tokens([joined(c.opening, c.last, c.place) for c in captions]))
@@ -118,7 +118,7 @@ class Learner(nn.Module):
         return self._teacher[0](tokens).last_hidden_state
 
     def forward(self, captions: list[Caption]) -> dict[str, torch.Tensor]:
-        """The mean squared error of the states; `own` is that of the tokens with new targets, `kept` that of the others."""
+        """The squared error of the states: `own` of tokens with new targets, `kept` of all others."""
         tokens = self.tokens([str(caption) for caption in captions])
         states, others = self.targets(captions, tokens)
         distances = (self.text(tokens).last_hidden_state - states).square().mean(dim=-1)
