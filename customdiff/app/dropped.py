@@ -35,6 +35,8 @@ class DroppedPhotos:
     def add(self, name: str, data: bytes, limits: Download) -> str:
         """Check a file and keep it; returns the name that it got: words, digits, dots and hyphens of its own.
 
+        A photo whose name another one has gets a number.
+
         Raises:
             UserError: it is too large, is no photo whatever its name says, or there are `download.maximum` already.
         """
@@ -48,12 +50,16 @@ class DroppedPhotos:
             raise UserError(f"{safe}: not a photo by its name; drop files such as {', '.join(images.SUFFIXES[:4])}")
         images.open_rgb(data, limits.max_megapixels, name=safe)
         with self._lock:  # browsers send several at once
-            if safe not in self.names and len(self.names) >= limits.maximum:
+            path, number = self.folder / safe, 1
+            while path.exists() and path.read_bytes() != data:
+                number += 1
+                path = self.folder / f"{Path(safe).stem}-{number}{Path(safe).suffix}"
+            if not path.exists() and len(self.names) >= limits.maximum:
                 raise UserError(
                     f"{safe}: left out: download.maximum is {limits.maximum}; 4 to 5 photos of the subject suffice"
                 )
-            (self.folder / safe).write_bytes(data)
-        return safe
+            path.write_bytes(data)
+        return path.name
 
     def thumbnail(self, name: str) -> Image.Image:
         """A photo, scaled down."""

@@ -50,7 +50,7 @@ class Prepare(Section):
     masks: str = Field(
         "auto",
         min_length=1,
-        description="Subject masks. auto: from a photo's alpha channel, else from a .mask.png beside it, else from "
+        description="Subject masks. auto: from a .mask.png beside a photo, else from its alpha channel, else from "
         "`segmenter`; none; or a segmenter's folder or Hub repository.",
     )
     segmenter: str = Field(

@@ -126,19 +126,21 @@ def write_mask(photo: Path, mask: Image.Image) -> Path:
 
 
 def set_aside(photo: Path) -> Path:
-    """Move a photo with its caption and masks to the hidden folder beside it; returns the photo's new path."""
-    folder = photo.parent / SET_ASIDE
-    folder.mkdir(exist_ok=True)
-    for path in _with_companions(photo):
-        path.replace(folder / path.name)
-    return folder / photo.name
+    """Move a photo with its caption and masks to the hidden folder beside it; returns the photo's new path.
+
+    Raises:
+        UserError: the folder has a file of one of their names.
+    """
+    return _move(photo, photo.parent / SET_ASIDE)
 
 
 def bring_back(photo: Path) -> Path:
-    """Move a photo that was set aside back, with its caption and masks; returns its path."""
-    for path in _with_companions(photo):
-        path.replace(photo.parent.parent / path.name)
-    return photo.parent.parent / photo.name
+    """Move a photo that was set aside back, with its caption and masks; returns its path.
+
+    Raises:
+        UserError: a file of one of their names exists there.
+    """
+    return _move(photo, photo.parent.parent)
 
 
 def photos_aside(folder: Path) -> list[Path]:
@@ -147,7 +149,21 @@ def photos_aside(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: image_folder.natural(path.name))
 
 
+def _move(photo: Path, folder: Path) -> Path:
+    moving = _with_companions(photo)
+    for path in moving:
+        if (folder / path.name).exists():
+            raise UserError(f"{folder / path.name}: exists already; rename it or {path}")
+    folder.mkdir(exist_ok=True)
+    for path in moving:
+        path.replace(folder / path.name)
+    return folder / photo.name
+
+
 def _with_companions(photo: Path) -> list[Path]:
-    """A photo, and the caption and masks beside it that exist."""
-    names = (photo.name, f"{photo.stem}.txt", f"{photo.stem}.TXT", photo.name + MASK_SUFFIX, photo.stem + MASK_SUFFIX)
+    """A photo, and the caption and masks beside it that exist and belong to no other photo."""
+    names = [photo.name, photo.name + MASK_SUFFIX]
+    alike = (path for path in photo.parent.iterdir() if path.stem == photo.stem and path != photo)
+    if not any(image_folder.is_image(path.name) for path in alike):
+        names += [f"{photo.stem}.txt", f"{photo.stem}.TXT", photo.stem + MASK_SUFFIX]
     return [path for name in names if (path := photo.with_name(name)).is_file()]

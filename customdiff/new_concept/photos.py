@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from customdiff.config import Download, Source
-from customdiff.errors import UserError
+from customdiff.errors import UserError, printable
 from customdiff.sources import archive, image_folder
 from customdiff.sources.image_folder import MASK_SUFFIX
 from customdiff.sources.instance_images import Collected, collect
@@ -33,10 +33,10 @@ def gather(sources: Sequence[Path], into: Path, work: Path, limits: Download) ->
             f"PHOTOS: {len(found)} photos, but download.maximum is {limits.maximum}; 4 to 5 of the subject suffice"
         )
     into.mkdir(parents=True)
-    owners: dict[str, Path] = {}  # folder that a name (without suffix) in the copy is from
+    owners: dict[str, tuple[Path, str]] = {}  # name in the copy -> folder and name of the original, without suffixes
     for path in found:
-        stem, number = path.stem, 1
-        while owners.setdefault(stem.lower(), path.parent) != path.parent:
+        stem, number, owner = path.stem, 1, (path.parent, path.stem.lower())
+        while owners.setdefault(stem.lower(), owner) != owner:
             number += 1
             stem = f"{path.stem}-{number}"
         _copy(path, into, stem, limits)
@@ -53,13 +53,13 @@ def check(name: str, source: Source, limits: Download, out: Path) -> Collected:
 
 def remove_set_aside(folder: Path, checked: Collected) -> None:
     """Remove the photos that were set aside from a copy, and captions and masks that then belong to no photo."""
-    for refused in checked.set_aside:
-        (folder / refused.name).unlink(missing_ok=True)
-    stems = {Path(entry["source"]).stem for entry in checked.kept}
+    refused = {each.name for each in checked.set_aside}
     names = {entry["source"] for entry in checked.kept}
+    owners = names | {Path(name).stem for name in names}
     for path in list(folder.iterdir()):
-        owner = path.name.removesuffix(MASK_SUFFIX) if image_folder.is_mask(path.name) else path.stem
-        if path.name not in names and owner not in stems | names:
+        name = printable(path.name)  # as the manifest has it
+        owner = name.removesuffix(MASK_SUFFIX) if image_folder.is_mask(name) else Path(name).stem
+        if name in refused or (name not in names and owner not in owners):
             path.unlink()
 
 

@@ -44,7 +44,8 @@ def subject_masks(
 ) -> dict[Path, FoundMask]:
     """The masks of instance images that lie in one folder, as `prepare.masks` says.
 
-    The segmenter is loaded only if a photo brought no mask.
+    The segmenter is loaded only if a photo brought no mask, or an alpha channel that is useless as one, such as that of
+    rounded corners.
 
     Raises:
         UserError: the segmenter cannot be loaded, or does not know the class.
@@ -54,6 +55,7 @@ def subject_masks(
         return {}
     brought = stored_masks(paths[0].parent)
     found = {path: _read(*brought[path.name]) for path in paths if path.name in brought}
+    found = {path: mask for path, mask in found.items() if mask.mask or brought[path.name][1] != "alpha"}
     if rest := [path for path in paths if path not in found]:
         key = "prepare.segmenter" if settings.masks == "auto" else "prepare.masks"
         segmenter = Segmenter(name, device, key=key)

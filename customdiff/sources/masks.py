@@ -21,7 +21,7 @@ class SourceMask:
 
 
 def mask_of(item: SourceImage, size: tuple[int, int], max_megapixels: float) -> SourceMask | None:
-    """The subject mask of an image that was decoded: its own alpha channel, else the mask beside it; or None.
+    """The subject mask of an image that was decoded: the file beside it, else its own alpha channel; or None.
 
     Args:
         size: width and height at which the image is stored; the mask is scaled to it.
@@ -29,11 +29,9 @@ def mask_of(item: SourceImage, size: tuple[int, int], max_megapixels: float) -> 
     Raises:
         ImageError: the mask file cannot be read, or has other proportions than the image.
     """
-    alpha = images.alpha_of(item.data)
-    if alpha:
-        return SourceMask(_scaled(alpha, size), "alpha")
     if item.mask is None:
-        return None
+        alpha = images.alpha_of(item.data)
+        return SourceMask(_scaled(alpha, size), "alpha") if alpha else None
     name = f"{item.name}: its mask"
     opened = images.open_rgb(item.mask, max_megapixels, name=name)
     mask = images.alpha_of(item.mask) or opened.convert("L")  # a cutout saved as a mask has it in its alpha channel

@@ -64,6 +64,15 @@ def test_names_become_harmless(dropped, name, safe):
     assert [path.name for path in dropped.folder.iterdir()] == [safe]
 
 
+def test_photos_of_one_name_are_kept_apart(dropped):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    assert dropped.add("a b.png", PHOTO, LIMITS) == "a-b.png"
+    assert dropped.add("a-b.png", buffer.getvalue(), LIMITS) == "a-b-2.png"
+    assert dropped.add("a-b.png", PHOTO, LIMITS) == "a-b.png"  # the same photo again
+    assert dropped.names == ["a-b-2.png", "a-b.png"]
+
+
 def test_only_so_many_photos_are_kept(dropped):
     for number in range(3):
         dropped.add(f"{number}.png", PHOTO, LIMITS)

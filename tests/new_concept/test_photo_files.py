@@ -70,6 +70,21 @@ def test_a_photo_is_set_aside_with_what_belongs_to_it_and_brought_back(photos, t
     assert {path.name: path.read_bytes() for path in photos.iterdir() if path.is_file()} == before
 
 
+def test_moving_a_photo_overwrites_nothing_and_takes_nothing_of_another_photo(photos):
+    aside = photo_files.set_aside(photos / "03.png")
+    Image.new("RGB", (9, 9)).save(photos / "03.png")  # a better one
+    for move, photo in ((photo_files.bring_back, aside), (photo_files.set_aside, photos / "03.png")):
+        with pytest.raises(UserError, match=r"03\.png: exists already"):
+            move(photo)
+    assert Image.open(photos / "03.png").size == (9, 9)
+    Image.new("RGB", (9, 9)).save(photos / "04.jpg")
+    (photos / "04.txt").write_text("a {} cat\n")  # of both
+    photo_files.set_aside(photos / "04.jpg")
+    assert (photos / "04.txt").exists()
+    photo_files.set_aside(photos / "04.png")
+    assert not (photos / "04.txt").exists()
+
+
 def test_shown_photos_are_what_prepare_makes(photos):
     text = (ROOT / "params.yaml").read_text().replace("path: data/concepts/cat", f"path: {photos}")
     for name in ("base", "captioner", "segmenter"):

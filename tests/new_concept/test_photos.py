@@ -54,6 +54,25 @@ def test_photos_of_equal_names_are_kept_apart(album, tmp_path):
     assert sha256(tmp_path / "copy/000-2.png") == sha256(other / "000.png")
 
 
+def test_a_numbered_name_takes_no_other_photos_name(tmp_path):
+    first = noisy_images(tmp_path / "a", 1)
+    second = noisy_images(tmp_path / "b", 2, seed=1)
+    second[1].rename(tmp_path / "b/000-2.png")
+    photos.gather([tmp_path / "a", tmp_path / "b"], tmp_path / "copy", tmp_path / "work", Download())
+    originals = {sha256(path) for path in (first[0], second[0], tmp_path / "b/000-2.png")}
+    assert {sha256(path) for path in (tmp_path / "copy").iterdir()} == originals
+
+
+def test_a_photo_whose_name_cannot_be_decoded_is_kept(album, tmp_path):
+    (album / "000.png").rename(os.fsdecode(os.fsencode(album) + b"/caf\xe9.png"))
+    copy = tmp_path / "copy"
+    photos.gather([album], copy, tmp_path / "work", Download())
+    checked = photos.check("rex", Source(path=str(copy)), Download(), tmp_path / "instances")
+    photos.remove_set_aside(copy, checked)
+    assert len(checked.kept) == 5
+    assert os.fsdecode(b"caf\xe9.png") in names(copy)
+
+
 def test_an_archive_is_unpacked(album, tmp_path):
     with zipfile.ZipFile(tmp_path / "album.zip", "w") as opened:
         for path in album.iterdir():

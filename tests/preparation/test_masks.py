@@ -174,6 +174,18 @@ def test_masks_brought_along_are_used_before_the_segmenter(tmp_path, tiny_base):
     assert not every[2].captions_on
 
 
+def test_the_segmenter_is_asked_where_the_alpha_channel_is_no_mask(tmp_path, tiny_base):
+    paths = noisy_images(tmp_path / "images", 1)
+    whole = np.full((40, 50), 255, np.uint8)
+    whole[0, 0] = 0  # a transparent corner
+    Image.fromarray(whole).save(paths[0].with_name("000.mask.png"))
+    manifest = {"images": [{"file": "000.png", "mask": "000.mask.png", "mask_from": "alpha"}]}
+    (tmp_path / "images/manifest.json").write_text(json.dumps(manifest))
+    settings = tiny_params(tiny_base, prepare={"segmenter": str(segformer(tmp_path / "model"))}).prepare
+    found = masks.subject_masks(paths, "cat", settings, CPU)[paths[0]]
+    assert "segmenter" in (found.mask.origin if found.mask else found.problem)
+
+
 def test_no_segmenter_is_loaded_where_no_mask_is_needed(tmp_path, tiny_base):
     for path in noisy_images(tmp_path, 2):
         path.with_suffix(".txt").write_text("a {} cat on red\n")

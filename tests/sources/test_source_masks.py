@@ -70,6 +70,16 @@ def test_alpha_and_mask_files_are_kept_beside_the_photos(tmp_path):
     assert np.asarray(Image.open(out / "000.png"))[0, 0].tolist() == [255, 255, 255]
 
 
+def test_a_mask_file_comes_before_the_alpha_channel(tmp_path):
+    corners = photo(0)
+    corners.putalpha(Image.new("L", corners.size, 255))
+    corners.putpixel((0, 0), (0, 0, 0, 0))  # as in a screenshot with rounded corners
+    collect(tmp_path, {"a.png": bytes_of(corners), "a.mask.png": bytes_of(blob()), "b.png": bytes_of(photo(1))})
+    path, origin = stored_masks(tmp_path / "out")["000.png"]
+    assert origin == "file"
+    np.testing.assert_array_equal(Image.open(path), blob())
+
+
 def test_a_turned_photo_has_its_alpha_turned(tmp_path):
     transparent = photo(0)
     transparent.putalpha(blob())
