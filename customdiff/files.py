@@ -186,6 +186,14 @@ def sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_hash(folder: Path | str) -> str:
+    """Hash of the names and contents of the safetensors files in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def source_hash(*parts: str) -> str:
     """Hash of parts of this library's code, for caches that a change of the code must invalidate.
 

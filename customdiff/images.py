@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from customdiff.errors import UserError
 
+JPEG_SIDE = 65_000  # px; the format ends at 65,535, Pillow at 65,500
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_ASPECT = 50
@@ -141,6 +143,11 @@ def limit_side(image: Image.Image, max_side: int) -> Image.Image:
     if max(image.size) <= max_side:
         return image
     return ImageOps.contain(image, (max_side, max_side), Image.Resampling.LANCZOS)
+
+
+def save_sheet(sheet: Image.Image, target: Path | IO[bytes]) -> None:
+    """Write a contact sheet as JPEG, scaled down if it is longer than the format allows."""
+    limit_side(sheet, JPEG_SIDE).save(target, "JPEG", quality=90)
 
 
 def save(image: Image.Image, stem: Path, *, source: bytes = b"") -> Path:

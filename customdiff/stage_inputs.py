@@ -139,6 +139,7 @@ def evaluate(params: Params, hashes: "FileHashes") -> Inputs:
         "evaluate": params.evaluate.model_dump(),
         "train": params.train.model_dump(include={"max_steps", "learning_rate"} | prior),
         "prepare": params.prepare.model_dump(include={"captions": True, "masks": True, "backgrounds": {"share"}}),
+        "segmenter": params.evaluation_segmenter,  # a folder's content is among the files; a name on the Hub is not
         "concepts": {name: concept.model_dump(include=words) for name, concept in params.concepts.items()},
         "download": params.download.model_dump(include={"max_side", "max_megapixels"}),
         "files": hashes.of(params.evaluate.prompts, *judges, *holdout),

@@ -22,6 +22,7 @@ def main() -> None:
     from customdiff.evaluation.grading import Photos, grade
     from customdiff.evaluation.judges import Judges
     from customdiff.evaluation.prompts import read_all_prompts
+    from customdiff.images import save_sheet
     from customdiff.publishing import registry
     from customdiff.sources.instance_images import captioned_photos
 
@@ -51,12 +52,12 @@ def main() -> None:
         (out / "report.html").write_text(page, encoding="utf-8")
         scores.write_table(scored, out / "per_prompt.csv")
         write_images(pairs, out / "images")
-        sheet.save(out / "contact_sheet.jpg", quality=90)
+        save_sheet(sheet, out / "contact_sheet.jpg")
     print("\n".join([*report.changes(summary), *verdict.lines(found), f"report: {RESULTS / 'report.html'}"]))
 
     texts = [generation.text(prompt, customized_subject) for prompt in prompts]
     name, tags = tracking.run_name(params), provenance.run_tags()
-    with tracking.for_evaluation(params.tracking, TRAINING / "run.json", name, tags=tags) as tracker:
+    with tracking.for_evaluation(params.tracking, TRAINING / "run.json", ADAPTER, name, tags=tags) as tracker:
         judged = registry.Judged(verdict.lines(found), *verdict.tracked(summary, found), seconds)
         registered = registry.log_evaluation(tracker, params, RESULTS, ADAPTER, texts, judged)
     if registered:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from customdiff import images
 from customdiff.images import ImageError, limit_side, open_rgb, save
 
 
@@ -133,6 +134,13 @@ def test_limit_side_keeps_the_proportion_and_never_enlarges():
     assert limit_side(Image.new("RGB", (400, 100)), 200).size == (200, 50)
     small = Image.new("RGB", (40, 10))
     assert limit_side(small, 200) is small
+
+
+def test_a_sheet_that_is_too_long_for_jpeg_is_scaled_down(tmp_path):
+    images.save_sheet(Image.new("RGB", (8, 66_000)), tmp_path / "sheet.jpg")
+    assert Image.open(tmp_path / "sheet.jpg").size == (8, 65_000)
+    images.save_sheet(Image.new("RGB", (8, 9)), tmp_path / "sheet.jpg")
+    assert Image.open(tmp_path / "sheet.jpg").size == (8, 9)
 
 
 def test_save_is_lossless_except_for_what_came_as_jpeg(tmp_path):

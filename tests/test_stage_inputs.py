@@ -190,11 +190,12 @@ def test_what_evaluate_does_not_use_is_none_of_its_files(evaluate_inputs, tmp_pa
         ("train", {"with_prior_preservation": False}),
         ("train", {"prior_loss_weight": 0.5}),
         ("prepare", {"masks": "none"}),
+        ("prepare", {"segmenter": "CIDAS/clipseg-rd64-refined"}),
         ("prepare", {"captions": "template"}),
         ("prepare", {"backgrounds": {"share": 0.5}}),
     ],
 )
-def test_what_the_next_step_names_is_an_input_of_evaluate(tmp_path, section, change):
+def test_what_the_figures_and_the_next_step_depend_on_is_an_input_of_evaluate(tmp_path, section, change):
     def inputs(**sections):
         params = Params.model_validate({"concepts": {"cat": concept_values()}, **sections})
         return stage_inputs.evaluate(params, stage_inputs.FileHashes(tmp_path / "hashes.json"))

@@ -103,18 +103,43 @@ def test_evaluation_adds_to_the_training_run_once_and_then_opens_its_own(store, 
     with tracking.start(params().tracking, "a run", store=store) as training:
         training.params(params())
         training.write_run_id(run_file)
-    with tracking.for_evaluation(params(evaluate={"steps": 7}).tracking, run_file, "a run", store=store) as first:
-        first.params(params(evaluate={"steps": 7}), evaluation=True)
+    settings = params(evaluate={"steps": 7})
+    with tracking.for_evaluation(settings.tracking, run_file, tmp_path, "a run", store=store) as first:
+        first.params(settings, evaluation=True)
         first.metrics({tracking.EVALUATED: 0.7}, group="")
     assert first.run_id == training.run_id
     run = read.get_run(first.run_id)
     assert run.data.params["evaluate.steps"] == "7"
     assert run.data.metrics[tracking.EVALUATED] == 0.7
     assert run.info.status == "FINISHED"
-    with tracking.for_evaluation(params().tracking, run_file, "a run", store=store) as second:
+    with tracking.for_evaluation(params().tracking, run_file, tmp_path, "a run", store=store) as second:
         pass
     assert second.run_id != first.run_id
     assert read.get_run(second.run_id).data.tags[tracking.TRAINING_RUN] == training.run_id
+
+
+def test_evaluation_leaves_the_run_of_another_adapter_alone(store, tmp_path):
+    """DVC has restored the adapter of an earlier training: the run file names the run of the later one."""
+    run_file, weights = tmp_path / "run.json", tmp_path / "adapter/weights.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"later")
+    with tracking.start(params().tracking, "a run", store=store) as training:
+        training.write_run_id(run_file)
+    tracking.add_adapter(run_file, weights.parent)
+    weights.write_bytes(b"earlier")
+    with tracking.for_evaluation(params().tracking, run_file, weights.parent, "a run", store=store) as tracker:
+        assert tracker.run_id != training.run_id
+    weights.write_bytes(b"later")
+    with tracking.for_evaluation(params().tracking, run_file, weights.parent, "a run", store=store) as tracker:
+        assert tracker.run_id == training.run_id
+
+
+def test_images_with_long_names_are_kept_apart(store, read):
+    names = ["a <new1> cat " + "very " * 50 + end for end in ("near", "far")]
+    with tracking.start(params().tracking, "a run", store=store) as tracker:
+        for name in names:
+            tracker.image(Image.new("RGB", (4, 4)), name)
+    assert len({path.partition("+step+")[0] for path in images(read, tracker.run_id)}) == 2
 
 
 @pytest.mark.parametrize(("error", "status"), [(Interrupted(15), "KILLED"), (UserError("x"), "FAILED")])
@@ -131,7 +156,7 @@ def test_evaluation_without_its_training_run_opens_one(store, tmp_path, text):
     run_file = tmp_path / "run.json"
     if text:
         run_file.write_text(text)
-    with tracking.for_evaluation(params().tracking, run_file, "a run", store=store) as tracker:
+    with tracking.for_evaluation(params().tracking, run_file, tmp_path, "a run", store=store) as tracker:
         assert tracker.run_id
 
 

@@ -280,6 +280,18 @@ def read_captions(path: Path | str, limit: int = 1000, seed: int = 42) -> list[s
     path = Path(path)
     if not path.exists():
         raise UserError(f"--captions: {path} does not exist; give a text file with one caption per line, or a folder")
+    captions = _captions(path)
+    if not captions:
+        raise UserError(f"--captions: {path} contains no captions; give a text file with one caption per line")
+    return captions if len(captions) <= limit else random.Random(seed).sample(captions, limit)
+
+
+def has_captions(path: Path) -> bool:
+    """Whether `read_captions` would find any."""
+    return path.exists() and bool(_captions(path))
+
+
+def _captions(path: Path) -> list[str]:
     try:
         files = sorted(path.rglob("caption.txt")) if path.is_dir() else [path]
         if path.is_dir() and not files:
@@ -288,10 +300,7 @@ def read_captions(path: Path | str, limit: int = 1000, seed: int = 42) -> list[s
             texts = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--captions: {path} cannot be read ({images.brief(error)})") from error
-    captions = list(dict.fromkeys(caption for caption in map(image_folder.one_line, texts) if caption))
-    if not captions:
-        raise UserError(f"--captions: {path} contains no captions; give a text file with one caption per line")
-    return captions if len(captions) <= limit else random.Random(seed).sample(captions, limit)
+    return list(dict.fromkeys(caption for caption in map(image_folder.one_line, texts) if caption))
 
 
 def _class_pattern(concept: LearnedConcept) -> re.Pattern:

@@ -1,16 +1,16 @@
 """Tab Look: the report of the last evaluation, validation images by step, and where to read on."""
 
-import json
 import os
 from pathlib import Path
 
 from nicegui import ui
 
+from customdiff import tracking
 from customdiff.app import pipeline
 from customdiff.app.common import REPORT, Session, heading, picture
 from customdiff.redaction import redact
 
-RUN_FILE = Path("results/train/run.json")
+RUN_FILE, ADAPTER = Path("results/train/run.json"), Path("models/adapter")
 
 
 def build(session: Session) -> None:
@@ -57,9 +57,9 @@ def _mlflow() -> None:
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     address = redact(server) if server.startswith("http") else "http://127.0.0.1:5000"
     try:
-        ids = json.loads(RUN_FILE.read_text(encoding="utf-8"))
+        ids = tracking.run_of(RUN_FILE, ADAPTER)
         place = f"experiments/{ids['experiment_id']}/runs/{ids['run_id']}"
-    except (OSError, ValueError, KeyError):
+    except KeyError:
         return
     ui.link("Run in MLflow", f"{address.rstrip('/')}/#/{place}", new_tab=True)
     if not server:

@@ -14,8 +14,8 @@ from customdiff.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from customdiff.adapters.strength import set_strength
 from customdiff.config import Evaluate
 from customdiff.errors import UNPRINTABLE, UserError
-from customdiff.evaluation.metrics import without_tokens
 from customdiff.models import base, sampling
+from customdiff.models.modifier_tokens import without_tokens
 from customdiff.training import checkpoints
 
 LAST, EXAMPLES = Path("models/adapter"), Path("data/adapters")

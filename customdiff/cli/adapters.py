@@ -69,10 +69,10 @@ def merge(
     fidelities *= len(adapters) // len(fidelities)
     parts = {str(path): adapter.read(path) for path in adapters}
     merging.check(parts)
-    sources = captions or [path for path in CAPTIONS if path.exists()]
+    sources = captions or [path for path in CAPTIONS if merging.has_captions(path)]
     if not sources:
         raise UserError(
-            "--captions: neither data/classes nor data/pool exists; give a text file with one caption per line"
+            "--captions: neither data/classes nor data/pool has captions; give a text file with one caption per line"
         )
     texts = list(dict.fromkeys(text for path in sources for text in merging.read_captions(path, num_captions)))
     merged = merging.merge(pipeline(parts[str(adapters[0])].config, base, "auto"), parts, texts, fidelities)

@@ -167,6 +167,7 @@ def _track(
 def _write(graded: "Mapping[str, GradedAdapter]", params: config.Params, out: Path) -> None:
     """Write comparison.csv, comparison.md and comparison.jpg; print the table, and whether adapters differ."""
     from customdiff.evaluation import comparison
+    from customdiff.images import save_sheet
 
     rows = comparison.table(graded)
     sentences = comparison.differences(graded, resamples=params.evaluate.bootstrap, seed=params.base.seed)
@@ -174,7 +175,7 @@ def _write(graded: "Mapping[str, GradedAdapter]", params: config.Params, out: Pa
     with atomic_directory(out) as incoming:
         comparison.write_table(rows, incoming / "comparison.csv")
         (incoming / "comparison.md").write_text(markdown, encoding="utf-8")
-        comparison.sheet(graded).save(incoming / "comparison.jpg", quality=90)
+        save_sheet(comparison.sheet(graded), incoming / "comparison.jpg")
     typer.echo(markdown)
 
 

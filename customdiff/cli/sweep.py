@@ -88,6 +88,7 @@ def _grade(params: config.Params, run: "RunFolder", paths: list[Path], out: Path
     from customdiff.evaluation.holdout import read_all
     from customdiff.evaluation.judges import Judges
     from customdiff.evaluation.prompts import read_all_prompts
+    from customdiff.images import save_sheet
     from customdiff.sources.instance_images import read_instance_images
     from customdiff.training.checkpoints import step_of
 
@@ -121,7 +122,7 @@ def _grade(params: config.Params, run: "RunFolder", paths: list[Path], out: Path
         (incoming / "dvc.yaml").write_text(DVC_PLOTS, encoding="utf-8")
         sweeps.write_tables(points, summaries, incoming)
         trade_off.picture(points, summaries, ceiling).savefig(incoming / "trade_off.png")
-        sweeps.sheet(points).save(incoming / "prompts.jpg", quality=90)
+        save_sheet(sweeps.sheet(points), incoming / "prompts.jpg")
     return summaries
 
 

@@ -14,10 +14,10 @@ from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Base, Concept, Evaluate
 from customdiff.errors import UserError
 from customdiff.evaluation.base_image_cache import base_images
-from customdiff.evaluation.metrics import without_tokens
 from customdiff.evaluation.prompts import Prompt
 from customdiff.images import save_all
 from customdiff.models.base import DTYPES, device, load_pipeline
+from customdiff.models.modifier_tokens import without_tokens
 from customdiff.models.sampling import generate, image_seed, set_scheduler
 
 

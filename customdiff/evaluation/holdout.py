@@ -8,7 +8,8 @@ from PIL import Image
 
 from customdiff.config import Concept, Download
 from customdiff.evaluation.judges import Judges
-from customdiff.evaluation.metrics import image_alignment, text_alignment, without_tokens
+from customdiff.evaluation.metrics import image_alignment, text_alignment
+from customdiff.models.modifier_tokens import without_tokens
 from customdiff.sources.holdout import read_photos, refuse_shared
 from customdiff.sources.image_folder import sidecar_caption
 

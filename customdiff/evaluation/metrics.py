@@ -3,7 +3,6 @@
 Every function takes embeddings as rows of norm 1, so that a dot product is a cosine, and computes in float64.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -114,17 +113,6 @@ def interval_metric(groups: Sequence[np.ndarray], *, resamples: int, seed: int) 
 def mean_over_groups(groups: Sequence[np.ndarray]) -> float:
     """The mean over concepts of each concept's mean over prompts."""
     return float(np.mean([np.mean(group) for group in groups]))
-
-
-def without_tokens(prompt: str, *tokens: str) -> str:
-    """A prompt without its modifier tokens: "photo of a <new1> cat" -> "photo of a cat".
-
-    The paper compares images with this text (section 4, and the prompts of CustomConcept101): the judge does not know
-    the token, and the class stays.
-    """
-    for token in tokens:
-        prompt = re.sub(rf"(?<!\S){re.escape(token)}(?!\S)", " ", prompt)
-    return " ".join(prompt.split())
 
 
 def text_alignment(images: np.ndarray, texts: np.ndarray) -> np.ndarray:

@@ -110,7 +110,7 @@ def _read_lines(
     """The prompts of a file, each about the concepts `names`."""
     prompts: list[Prompt] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"evaluate.prompts: {path} is not UTF-8; save it as UTF-8") from error
     for number, line in enumerate(lines, 1):

@@ -17,6 +17,7 @@ from customdiff.evaluation.generation import ImagePair, class_subject, customize
 from customdiff.evaluation.meanings import table, title_of
 from customdiff.evaluation.scores import PromptScore, Summary, metrics_of
 from customdiff.evaluation.verdict import Verdict
+from customdiff.images import save_sheet
 from customdiff.redaction import redact_values
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -300,7 +301,7 @@ def _svg(figure) -> bytes:
 
 def _jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
+    save_sheet(image, buffer)
     return buffer.getvalue()
 
 

@@ -5,6 +5,8 @@ or weight decay reaches any other token. (The reference script keeps all three f
 gradients of the others.)
 """
 
+import re
+
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -14,6 +16,17 @@ from customdiff.errors import UserError
 from customdiff.models.text import text_encoders
 
 TokenEmbedding = dict[str, Tensor]  # embedding (D,) of one token by text encoder
+
+
+def without_tokens(prompt: str, *tokens: str) -> str:
+    """A prompt without its modifier tokens: "photo of a <new1> cat" -> "photo of a cat".
+
+    The base model is given this text, and the paper compares images with it (section 4, and the prompts of
+    CustomConcept101): neither model nor judge knows the token, and the class stays.
+    """
+    for token in tokens:
+        prompt = re.sub(rf"(?<!\w){re.escape(token)}(?!\w)\s?", "", prompt)
+    return " ".join(prompt.split())
 
 
 class ModifierEmbedding(nn.Module):

@@ -13,7 +13,7 @@ from customdiff.config import Concept, Params
 from customdiff.errors import UserError
 from customdiff.files import atomic_directory, atomic_file
 from customdiff.new_concept import entry, photos
-from customdiff.sources.instance_images import Collected, read_instance_images
+from customdiff.sources.instance_images import Collected, errors_name_the_source, read_instance_images
 
 if TYPE_CHECKING:
     from customdiff.new_concept.class_words import Guess
@@ -115,19 +115,16 @@ def examples(gathered: Photos, concept: Concept, params: Params) -> "list[Exampl
 
     disable_progress_bar()
     try:
-        return instance_examples(
-            gathered.instances,
-            concept,
-            params.prepare,
-            base.device(params.base.device),
-            tokenizer=base.load_tokenizer(params.base),
-        )
+        with errors_name_the_source(gathered.instances):
+            return instance_examples(
+                gathered.instances,
+                concept,
+                params.prepare,
+                base.device(params.base.device),
+                tokenizer=base.load_tokenizer(params.base),
+            )
     except UserError as error:
-        message = str(error)
-        for photo in gathered.checked.kept:  # name the user's file instead of the temporary copy
-            caption = Path(photo["source"]).with_suffix(".txt").as_posix()
-            message = message.replace(str(gathered.instances / photo.get("caption", photo["file"])), caption)
-        raise UserError(f"{message}; --no-sheet adds the concept without this check") from error
+        raise UserError(f"{error}; --no-sheet adds the concept without this check") from error
 
 
 def keep(name: str, gathered: Photos, found: "Sequence[Example]") -> Path | None:
@@ -143,8 +140,9 @@ def keep(name: str, gathered: Photos, found: "Sequence[Example]") -> Path | None
     sheet.unlink(missing_ok=True)  # of photos that were replaced
     if not found:
         return None
+    from customdiff.images import save_sheet
     from customdiff.preparation.sheet import contact_sheet
 
     with atomic_file(sheet) as incoming:
-        contact_sheet(found).save(incoming, "JPEG", quality=90)
+        save_sheet(contact_sheet(found), incoming)
     return sheet

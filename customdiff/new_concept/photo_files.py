@@ -54,7 +54,8 @@ def captions_of(params: Params, name: str, *, ignore_sidecars: bool = False) -> 
             for path in paths:
                 path.with_suffix(".txt").unlink(missing_ok=True)
         device, tokenizer = base.device(params.base.device), base.load_tokenizer(params.base)
-        found = instance_captions(paths, concept, params.prepare, device, tokenizer)
+        with instance_images.errors_name_the_source(folder):
+            found = instance_captions(paths, concept, params.prepare, device, tokenizer)
         return {entry["source"]: caption for entry, caption in zip(collected.kept, found, strict=True)}
 
 
@@ -71,14 +72,15 @@ def shown_photos(params: Params, name: str) -> list[ShownPhoto]:
     with tempfile.TemporaryDirectory(prefix="customdiff-") as work:
         folder = Path(work, name)
         collected = instance_images.collect(name, concept.source, params.download, folder)
-        found = instance_examples(
-            folder,
-            concept,
-            params.prepare,
-            base.device(params.base.device),
-            tokenizer=base.load_tokenizer(params.base),
-            all_masks=True,
-        )
+        with instance_images.errors_name_the_source(folder):
+            found = instance_examples(
+                folder,
+                concept,
+                params.prepare,
+                base.device(params.base.device),
+                tokenizer=base.load_tokenizer(params.base),
+                all_masks=True,
+            )
         images = instance_images.read_instance_images(folder)
         names = [entry["source"] for entry in collected.kept]
         return [ShownPhoto(*each) for each in zip(names, images, found, strict=True)]

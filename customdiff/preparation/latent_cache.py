@@ -1,6 +1,7 @@
 """Cache of VAE moments, keyed by the pixels of a batch of views: editing a caption encodes nothing again."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ class LatentCache:
         digest.update(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes())
         path = self.folder / f"{digest.hexdigest()}.safetensors"
         self._used.add(path.name)
-        if path.is_file():
+        with suppress(FileNotFoundError):  # not cached, or removed by another process
             found = load_file(path)
             return found["mean"], found["std"]
         mean, std = prepared_set.encode(self.vae, torch.from_numpy(pixels))
@@ -46,6 +47,6 @@ class LatentCache:
 
     def prune(self) -> None:
         """Remove the files that `encode` did not use."""
-        for path in self.folder.glob("*"):
+        for path in self.folder.glob("[!.]*"):  # hidden files are being written by other processes
             if path.name not in self._used:
-                path.unlink()
+                path.unlink(missing_ok=True)

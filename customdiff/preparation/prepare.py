@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from customdiff.config import Params, Prepare
 from customdiff.errors import UserError
 from customdiff.files import atomic_directory
+from customdiff.images import save_sheet
 from customdiff.models import base
 from customdiff.preparation import augmentation, prepared_set, sheet
 from customdiff.preparation.examples import Example, class_examples, instance_examples
@@ -21,6 +22,7 @@ from customdiff.preparation.latent_cache import LatentCache
 from customdiff.preparation.prepared_set import PreparedSet
 from customdiff.preparation.together import Company
 from customdiff.preparation.views import Views
+from customdiff.sources.instance_images import errors_name_the_source
 
 
 def prepare_concept(
@@ -53,7 +55,8 @@ def prepare_concept(
     vae = base.load_part(params.base, "vae", AutoencoderKL, device=device).to(memory_format=torch.channels_last)
     company = Company.of(params, name, others or {}, device)
     tokenizer, all_masks = base.load_tokenizer(params.base), params.train.mask_weight != 1 or company is not None
-    examples = instance_examples(instances, concept, settings, device, tokenizer=tokenizer, all_masks=all_masks)
+    with errors_name_the_source(instances, f"concepts.{name}.source: "):
+        examples = instance_examples(instances, concept, settings, device, tokenizer=tokenizer, all_masks=all_masks)
     latents = LatentCache(cache, vae) if cache else None
     seeds = {kind: seed_of(params.base.seed, name, kind) for kind in ("instance", "class")}
     with atomic_directory(out) as folder:
@@ -61,7 +64,7 @@ def prepare_concept(
         if params.train.preserves_prior:
             found = class_examples(classes, concept, settings)
             sets["class"] = prepare_classes(found, settings, vae, seeds["class"], latents)
-        sheet.contact_sheet(examples, company).save(folder / "sheet.jpg", quality=90)
+        save_sheet(sheet.contact_sheet(examples, company), folder / "sheet.jpg")
         for kind, prepared in sets.items():
             prepared_set.save(prepared, folder / kind)
     if latents:

@@ -25,6 +25,7 @@ from customdiff.adapters import adapter, formats
 from customdiff.adapters.adapter import WEIGHTS, Adapter
 from customdiff.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from customdiff.errors import UserError
+from customdiff.images import save_sheet
 from customdiff.models import methods
 from customdiff.publishing import model_card
 from customdiff.publishing.hub_errors import LOG_IN, library_errors, redacted, tokens
@@ -138,7 +139,7 @@ def build(
         for name, sample in evaluation.samples.items():
             sample.image.save(out / "images" / name)
         if evaluation.sheet:
-            evaluation.sheet.save(out / "contact_sheet.jpg", quality=90)
+            save_sheet(evaluation.sheet, out / "contact_sheet.jpg")
     _refuse_private(path for path in out.iterdir() if path.suffix in (".md", ".json"))
 
 

@@ -17,6 +17,7 @@ from customdiff.images import brief
 MAX_REDIRECTS = 5
 Origin = tuple[str, int | None]  # host and port
 T = TypeVar("T")
+DEFAULT_PORTS = {"http": 80, "https": 443}
 HEADERS = {"User-Agent": "customdiff", "Accept-Encoding": "identity"}
 
 
@@ -102,10 +103,10 @@ def post_json(http: httpx.Client, url: str, body: Any, file: IO[bytes], *, max_b
 
 
 def origin_of(url: str) -> Origin:
-    """Host and port of an address; the port is None if the address does not name it or is invalid."""
+    """Host and port of an address; the port is None if it is the scheme's default, not named or invalid."""
     try:
         parts = urlsplit(url)
-        return parts.hostname or "", parts.port
+        return parts.hostname or "", None if parts.port == DEFAULT_PORTS.get(parts.scheme) else parts.port
     except ValueError:
         return "", None
 

@@ -27,6 +27,23 @@ from customdiff.sources import archive, http, image_folder, masks
 from customdiff.sources.image_folder import Refused, SourceImage
 
 
+@contextmanager
+def errors_name_the_source(folder: Path, prefix: str = "") -> Iterator[None]:
+    """Within it, errors about caption files in a folder that `collect` wrote name the files of the source instead.
+
+    Args:
+        prefix: goes before these names, for example "concepts.cat.source: ".
+    """
+    try:
+        yield
+    except UserError as error:
+        manifest, message = folder / "manifest.json", str(error)
+        for entry in json.loads(manifest.read_text(encoding="utf-8"))["images"] if manifest.exists() else ():
+            caption = Path(entry["source"]).with_suffix(".txt").as_posix()
+            message = message.replace(str((folder / entry["file"]).with_suffix(".txt")), prefix + caption)
+        raise UserError(message) from error
+
+
 @dataclass
 class Collected:
     """What `collect` wrote: manifest entries of the images kept, images skipped, and warnings."""

@@ -14,8 +14,10 @@ from customdiff.tracking.tracker import (
     EVALUATED,
     TRAINING_RUN,
     Tracker,
+    add_adapter,
     for_evaluation,
     resume,
+    run_of,
     start,
 )
 
@@ -27,6 +29,7 @@ __all__ = [
     "DataSet",
     "Model",
     "Tracker",
+    "add_adapter",
     "checkpoint_models",
     "connect",
     "evaluation_description",
@@ -38,6 +41,7 @@ __all__ = [
     "prompt_set",
     "resume",
     "run_name",
+    "run_of",
     "run_params",
     "score",
     "start",

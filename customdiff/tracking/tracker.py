@@ -1,5 +1,6 @@
 """Runs: opening or continuing one, and what stages log in it."""
 
+import hashlib
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from customdiff.config import Params, Tracking
-from customdiff.files import atomic_file
+from customdiff.files import atomic_file, weights_hash
 from customdiff.interrupts import Interrupted
 from customdiff.redaction import redact
 from customdiff.tracking.datasets import DataSet
@@ -23,6 +24,7 @@ from customdiff.tracking.store import Store, connect, experiment_id, upload_time
 EVALUATED = "evaluation/text_alignment"  # a run that has this metric has been evaluated
 TRAINING_RUN = "customdiff.training_run"
 NOTE, PARENT = "mlflow.note.content", "mlflow.parentRunId"
+KEY_LENGTH = 150  # of an image's name; MLflow adds about 90 characters, and a file's name can have 255 bytes
 REFUSED = "INVALID_PARAMETER_VALUE"  # MLflow's code for a request that no later attempt could mend
 MAX_VALUE, MAX_TAG, PARAMS_PER_BATCH = 6000, 8000, 100  # MLflow's limits
 
@@ -76,6 +78,7 @@ def resume(
 def for_evaluation(
     settings: Tracking,
     run_file: Path | str,
+    adapter: Path | str,
     name: str,
     *,
     store: Path | str | None = None,
@@ -85,8 +88,9 @@ def for_evaluation(
 
     Args:
         run_file: file that `Tracker.write_run_id` wrote; it may be missing.
+        adapter: folder of the adapter that is evaluated; see `run_of`.
     """
-    training_run = _read_run_id(Path(run_file))
+    training_run = run_of(run_file, adapter).get("run_id")
 
     def find(client: Any, opened: Store) -> str:
         run = training_run and _find(client, training_run)
@@ -197,6 +201,8 @@ class Tracker:
             name: title; characters that MLflow does not accept, such as < and >, are left out.
         """
         key = " ".join(re.sub(r"[^\w\-./ ]", "", name, flags=re.ASCII).split()) or "image"
+        if len(key) > KEY_LENGTH:  # the hash keeps long prompts with one beginning apart
+            key = f"{key[: KEY_LENGTH - 9].rstrip()} {hashlib.sha256(name.encode()).hexdigest()[:8]}"
         self.do(lambda client: client.log_image(self.run_id, image, key=key, step=step, synchronous=False))
 
     def artifact(self, path: Path | str, folder: str | None = None) -> None:
@@ -309,8 +315,19 @@ def _find(client: Any, run_id: str) -> Any:
     return run if run.info.lifecycle_stage == "active" else None
 
 
-def _read_run_id(path: Path) -> str | None:
+def add_adapter(run_file: Path, adapter: Path | str) -> None:
+    """Write into a file of `Tracker.write_run_id` which adapter the run has trained."""
+    ids = json.loads(run_file.read_text(encoding="utf-8")) | {"adapter": weights_hash(adapter)}
+    run_file.write_text(json.dumps(ids) + "\n", encoding="utf-8")
+
+
+def run_of(run_file: Path | str, adapter: Path | str) -> dict[str, str]:
+    """The ids of the run that trained an adapter, from a file of `Tracker.write_run_id`; empty if it is of another.
+
+    DVC may have restored the adapter of an earlier training, whose run that file no longer names.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["run_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        ids = json.loads(Path(run_file).read_text(encoding="utf-8"))
+        return ids if ids.get("adapter", "") in ("", weights_hash(adapter)) else {}
+    except (OSError, ValueError, AttributeError):
+        return {}

@@ -25,7 +25,7 @@ from customdiff.adapters.config import CONFIG_FILE
 from customdiff.config import Params, Train
 from customdiff.errors import UserError
 from customdiff.files import atomic_directory, atomic_file
-from customdiff.tracking import Tracker
+from customdiff.tracking import Tracker, add_adapter
 
 RUNS = Path(".checkpoints")
 COMPLETE = "complete"
@@ -80,6 +80,15 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 with atomic_file(self.path / "identity.json") as incoming:
                     incoming.write_text(_text(identity), encoding="utf-8")
+                self._drop_images_of_other_prompts(train)
+
+    def _drop_images_of_other_prompts(self, train: Train) -> None:
+        """Remove validation images if `train.validation`, which is not part of the identity, has changed."""
+        stored, settings = self.path / "validation.json", train.validation.model_dump_json()
+        if stored.exists() and stored.read_text(encoding="utf-8") != settings:
+            shutil.rmtree(self.path / "validation", ignore_errors=True)
+        with atomic_file(stored) as incoming:
+            incoming.write_text(settings, encoding="utf-8")
 
     def is_complete(self, train: Train) -> bool:
         """Whether the run is complete, also with regard to the settings that its identity does not contain."""
@@ -218,6 +227,8 @@ class RunFolder:
                     shutil.copytree(source, out / name, dirs_exist_ok=True)
                 elif source.exists():
                     shutil.copy2(source, out / name)
+            if (out / RUN_ID).exists():
+                add_adapter(out / RUN_ID, models)
             if not any((out / "validation").iterdir()):  # DVC warns about empty folders
                 _no_images().save(out / "validation" / "none.png")
 

@@ -1,6 +1,5 @@
 """Images of the validation prompts during a training, always from the same seeds."""
 
-import re
 from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline
@@ -9,6 +8,7 @@ from PIL import Image
 from customdiff.config import Params
 from customdiff.config.train import Grading, Validation
 from customdiff.models import sampling
+from customdiff.models.modifier_tokens import without_tokens
 from customdiff.tracking import Tracker
 from customdiff.training.checkpoints import RunFolder
 
@@ -24,7 +24,7 @@ def generate(pipe: DiffusionPipeline, params: Params, folder: RunFolder, tracker
     tokens = [concept.modifier_token for concept in params.concepts.values()]
     images = sample(
         pipe,
-        titles if step else [_without(tokens, title) for title in titles],
+        titles if step else [without_tokens(title, *tokens) for title in titles],
         [params.base.seed + number for number in range(len(titles))],
         settings,
         params.prepare.resolution,
@@ -61,10 +61,3 @@ def sample(
     )
     pipe.unet.train(training)
     return images
-
-
-def _without(tokens: list[str], prompt: str) -> str:
-    """A prompt without modifier tokens: `photo of a <new1> cat` -> `photo of a cat`."""
-    for token in tokens:
-        prompt = re.sub(rf"(?<!\S){re.escape(token)}(?!\S)", " ", prompt)
-    return " ".join(prompt.split())

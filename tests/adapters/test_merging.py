@@ -335,6 +335,10 @@ def test_captions_are_read_from_a_file_a_folder_or_a_pool(tmp_path):
     drawn = merging.read_captions(tmp_path / "classes", limit=3)
     assert len(set(drawn)) == 3
     assert drawn == merging.read_captions(tmp_path / "classes", limit=3)
+    (tmp_path / "unused").mkdir()
+    (tmp_path / "unused/caption.txt").touch()  # a training without class images
+    given = {name: merging.has_captions(tmp_path / name) for name in ("classes", "pool", "unused", "nowhere")}
+    assert given == {"classes": True, "pool": True, "unused": False, "nowhere": False}
     with pytest.raises(UserError, match=r"--captions: .*nowhere"):
         merging.read_captions(tmp_path / "nowhere")
     file.write_text("\n", encoding="utf-8")

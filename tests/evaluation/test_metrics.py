@@ -13,8 +13,8 @@ from customdiff.evaluation.metrics import (
     interval_metric,
     paired_metric,
     text_alignment,
-    without_tokens,
 )
+from customdiff.models.modifier_tokens import without_tokens
 
 
 def unit(*angles):
@@ -30,6 +30,8 @@ def unit(*angles):
         ("a <new1> cat and a <new2> pot", ["<new1>", "<new2>"], "a cat and a pot"),
         ("a <new10> cat", ["<new1>"], "a <new10> cat"),
         ("a sks catsks", ["sks"], "a catsks"),
+        ('a poster that says "<new1> cat"', ["<new1>"], 'a poster that says "cat"'),
+        ("a cat, (<new1>), asleep", ["<new1>"], "a cat, (), asleep"),
         ("a cat", [], "a cat"),
     ],
 )

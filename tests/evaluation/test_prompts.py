@@ -38,6 +38,13 @@ def test_a_line_has_a_kind_or_not_and_comments_and_repetitions_are_left_out(tmp_
     ]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
+    (tmp_path / "cat.txt").write_text("scene: a {} on the grass\n", encoding="utf-8-sig")
+    assert prompts.read_prompts(tmp_path, "tom", PAIR) == [Prompt("a {} on the grass", ("tom",), "scene")]
+    (tmp_path / "controls.txt").write_text("a dog\n", encoding="utf-8-sig")
+    assert drift._lines(tmp_path / "controls.txt") == ["a dog"]
+
+
 def test_a_class_without_a_file_of_its_own_has_the_default_prompts(tmp_path):
     (tmp_path / "default.txt").write_text("a {}\n")
     (tmp_path / "dog.txt").write_text("the {}\n")

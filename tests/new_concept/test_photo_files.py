@@ -47,6 +47,14 @@ def test_a_wrong_caption_is_not_written(photos, text, message):
     assert (photos / "01.txt").read_text() == "a {} cat\n"
 
 
+@pytest.mark.parametrize("read", [photo_files.captions_of, photo_files.shown_photos])
+def test_a_wrong_caption_is_reported_with_the_users_file(photos, read):
+    (photos / "03.txt").write_text("a cat of another trainer\n")
+    params = config.Params.model_validate({"concepts": {"cat": concept_values() | {"source": {"path": str(photos)}}}})
+    with pytest.raises(UserError, match=r"^03\.txt: the caption must contain"):
+        read(params, "cat")
+
+
 def test_a_mask_is_what_the_stage_reads(photos, tmp_path):
     mask = Image.new("L", Image.open(photos / "02.png").size)
     mask.paste(255, (10, 20, 60, 90))

@@ -97,6 +97,14 @@ def test_batches_see_every_image_once_before_any_twice(length, batch_size):
     assert drawn[:length] != drawn[length : 2 * length] or length < 4
 
 
+def test_a_cache_leaves_what_another_process_writes_alone(tiny_base, tmp_path):
+    cache = LatentCache(tmp_path, base.load_part(tiny_params(tiny_base).base, "vae", AutoencoderKL))
+    (tmp_path / ".0.safetensors.incoming").write_bytes(b"half")
+    (tmp_path / "old.safetensors").write_bytes(b"of an earlier run")
+    cache.prune()
+    assert [path.name for path in tmp_path.iterdir()] == [".0.safetensors.incoming"]
+
+
 def test_cached_moments_are_the_same_bits_and_spare_the_vae(tiny_base, tmp_path):
     """Views of the same pixels are not encoded again, whatever their captions; other pixels are."""
     params = tiny_params(tiny_base)

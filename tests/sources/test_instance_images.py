@@ -370,6 +370,20 @@ def test_redirects_to_other_schemes_and_private_hosts_are_not_followed(tmp_path,
 
 
 @pytest.mark.parametrize(
+    ("url", "origin"),
+    [
+        ("https://192.168.1.5:443/a.zip", ("192.168.1.5", None)),
+        ("https://192.168.1.5/a.zip", ("192.168.1.5", None)),
+        ("https://192.168.1.5:80/a.zip", ("192.168.1.5", 80)),
+        ("http://10.0.0.5:80/a.zip", ("10.0.0.5", None)),
+        ("https://10.0.0.5:none/a.zip", ("", None)),
+    ],
+)
+def test_a_default_port_that_an_address_names_is_the_same_origin(url, origin):
+    assert http.origin_of(url) == origin
+
+
+@pytest.mark.parametrize(
     ("answer", "reason"),
     [
         ((404, {}, b""), "404"),

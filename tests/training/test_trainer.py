@@ -320,6 +320,20 @@ def test_results_are_copied_completely(tiny_base, tmp_path):
     assert adapter_config.concepts["cat"].modifier_token == "<new1>"
 
 
+def test_a_continued_run_keeps_no_validation_images_of_other_prompts(tiny_base, tmp_path):
+    def params(*prompts):
+        return tiny_params(tiny_base, validation={"prompts": list(prompts), "every": 3, "steps": 2})
+
+    run = train(params("a {} on the grass", "a {} in the snow"), tmp_path)
+    for name in ("complete", "step-000006"):  # as if it had been interrupted after step 4
+        path = run.path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = train(params("a {} on sand"), tmp_path)
+    assert again.path == run.path
+    found = sorted(path.name for path in (run.path / "validation").iterdir())
+    assert found == ["step000006-prompt0-0.png", "step000006-prompt0-1.png"]  # two images of the only prompt
+
+
 def test_validation_prompts_are_filled_in_for_every_concept(tiny_base, tmp_path):
     """The images of a prompt with {} are those of the prompts that a user would write out for each concept."""
     concepts = {"cat": concept_values(), "rex": concept_values("<new2>", "dog")}
