@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
 from world.captions import named
-from world.catalogue import COLOURS, TEXTURES, UNET_INDIVIDUALS
+from world.catalogue import COLOURS, TEXTURES
 from world.export import assemble
 from world.graders import (
     Ear,
@@ -164,17 +164,25 @@ def grade_company(pipeline, judge: Ear, sprites: Sprites, of: Distribution, para
     }, images
 
 
-def grade_colours(pipeline, params: dict) -> tuple[float, list]:
-    """Two subjects with a colour each: in how many pictures both have the colour that was said of them."""
+def coloured_pairs(sprites: Sprites, count: int) -> list[list[tuple[str, str]]]:
+    """Pairs of (subject, colour) of individuals that there are, in two colours that their hue tells apart."""
     rng = np.random.default_rng([0, 7])
-    captions, colours = [], []
-    for _ in range(params["company"]):
-        subjects = rng.choice(list(UNET_INDIVIDUALS), 2, replace=False)
-        colours.append(tuple(str(colour) for colour in rng.choice(HUES, 2, replace=False)))
-        one, other = (named(str(s), colour) for s, colour in zip(subjects, colours[-1], strict=True))
-        captions.append(f"a photo of {one} next to {other} on a white background")
+    known = sorted({(subject, colour) for (subject, _), colour in sprites.colours.items() if colour in HUES})
+    found: list[list[tuple[str, str]]] = []
+    while len(found) < count:
+        one, other = (known[i] for i in rng.choice(len(known), 2, replace=False))
+        if one[0] != other[0] and one[1] != other[1]:
+            found.append([one, other])
+    return found
+
+
+def grade_colours(pipeline, sprites: Sprites, params: dict) -> tuple[float, list]:
+    """Two subjects with a colour each: in how many pictures both have the colour that was said of them."""
+    pairs = coloured_pairs(sprites, params["company"])
+    things = [[named(*thing) for thing in pair] for pair in pairs]
+    captions = [f"a photo of {one} next to {other} on a white background" for one, other in things]
     images = generate(pipeline, captions, params["steps"], params["guidance"])
-    return colours_bound(images, colours), images
+    return colours_bound(images, [(one[1], other[1]) for one, other in pairs]), images
 
 
 def grade_individuals(pipeline, params: dict) -> tuple[int, list]:
@@ -192,7 +200,7 @@ def grade_generated(
     figures["alignment_ratio"] = figures["generated"]["alignment"] / figures["real"]["alignment"]
     figures["sizes"], sizes = grade_sizes(pipeline, judge, sprites, of, params)
     figures["company"], company = grade_company(pipeline, judge, sprites, of, params)
-    figures["colours_bound"], bound = grade_colours(pipeline, params)
+    figures["colours_bound"], bound = grade_colours(pipeline, sprites, params)
     figures["cats"], cats = grade_individuals(pipeline, params)
     figures["seconds_an_image"] = seconds_an_image(pipeline, params["steps"], params["guidance"])
     figures["threads"] = torch.get_num_threads()
