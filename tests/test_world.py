@@ -35,7 +35,7 @@ from world.exhibits import SHOTS, photograph, pool_distribution, pool_scenes, ta
 from world.grade import picture_side
 from world.graders import (
     both_recognised,
-    colours_bound,
+    colours_right,
     distinct_colours,
     gradient_energy,
     psnr,
@@ -506,7 +506,7 @@ def test_zero_shot_names_subject_and_background():
     assert found == {"subject": pytest.approx(2 / 3), "background": pytest.approx(2 / 3)}
 
 
-def test_colours_are_bound_where_each_half_has_its_own():
+def test_a_colour_is_right_where_its_half_has_it():
     def picture(left, right) -> np.ndarray:
         image = np.full((32, 64, 3), 240, np.uint8)
         image[10:22, 10:22] = left
@@ -515,7 +515,7 @@ def test_colours_are_bound_where_each_half_has_its_own():
 
     red, blue = (200, 40, 40), (40, 60, 200)
     pictures = [picture(red, blue), picture(blue, red), picture(red, red), picture(red, (240, 240, 240))]
-    assert colours_bound(pictures, [("red", "blue")] * 4) == 0.25
+    assert colours_right(pictures, [("red", "blue")] * 4) == 4 / 8
 
 
 def test_distinct_colours_of_subjects():

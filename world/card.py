@@ -134,7 +134,7 @@ def generated_rows(figures: dict) -> list[tuple[str, str, str]]:
         ("background recognised", named("background"), "97 %"),
         ("judge text alignment, generated over real", f"{figures['alignment_ratio']:.2f}", "-"),
         ("two subjects named, both recognised", beside(figures["company"]), "70 %"),
-        ("two subjects and a colour for each, both colours right", percent(figures["colours_bound"]), "-"),
+        ("two subjects and a colour for each: colours that are right", percent(figures["colours_right"]), "-"),
         ("subject recognised, very small", beside(sizes["very small"]), "50 %"),
         ("subject recognised, close up", beside(sizes["close up"]), "50 %"),
         ("cats of different colours, one prompt, 64 seeds", f"{figures['cats']}", "8"),

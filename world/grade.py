@@ -24,7 +24,7 @@ from world.graders import (
     autoencoded,
     both_recognised,
     caption_for,
-    colours_bound,
+    colours_right,
     company_caption,
     distinct_colours,
     retrieval,
@@ -177,12 +177,12 @@ def coloured_pairs(sprites: Sprites, count: int) -> list[list[tuple[str, str]]]:
 
 
 def grade_colours(pipeline, sprites: Sprites, params: dict) -> tuple[float, list]:
-    """Two subjects with a colour each: in how many pictures both have the colour that was said of them."""
+    """Pictures of two subjects with a colour each: how many subjects have the colour that was said of them."""
     pairs = coloured_pairs(sprites, params["company"])
     things = [[named(*thing) for thing in pair] for pair in pairs]
     captions = [f"a photo of {one} next to {other} on a white background" for one, other in things]
     images = generate(pipeline, captions, params["steps"], params["guidance"])
-    return colours_bound(images, [(one[1], other[1]) for one, other in pairs]), images
+    return colours_right(images, [(one[1], other[1]) for one, other in pairs]), images
 
 
 def grade_individuals(pipeline, params: dict) -> tuple[int, list]:
@@ -200,7 +200,7 @@ def grade_generated(
     figures["alignment_ratio"] = figures["generated"]["alignment"] / figures["real"]["alignment"]
     figures["sizes"], sizes = grade_sizes(pipeline, judge, sprites, of, params)
     figures["company"], company = grade_company(pipeline, judge, sprites, of, params)
-    figures["colours_bound"], bound = grade_colours(pipeline, sprites, params)
+    figures["colours_right"], bound = grade_colours(pipeline, sprites, params)
     figures["cats"], cats = grade_individuals(pipeline, params)
     figures["seconds_an_image"] = seconds_an_image(pipeline, params["steps"], params["guidance"])
     figures["threads"] = torch.get_num_threads()

@@ -151,8 +151,8 @@ def vae_figures(vae, images: list[np.ndarray], side: int) -> dict[str, float]:
     }
 
 
-def colours_bound(images: list[np.ndarray], colours: list[tuple[str, str]], threshold: float = 40) -> float:
-    """Share of pictures of two subjects on a white background whose left and right half have the colours asked for.
+def colours_right(images: list[np.ndarray], colours: list[tuple[str, str]], threshold: float = 40) -> float:
+    """Share of halves of pictures, left and right, whose subject on a white background has the colour asked for.
 
     Args:
         images: (H, W, 3) uint8.
@@ -163,8 +163,8 @@ def colours_bound(images: list[np.ndarray], colours: list[tuple[str, str]], thre
         half = image.shape[1] // 2
         opacity = np.where(np.abs(image.astype(np.float32) - 240).max(axis=-1) > threshold, 255, 0).astype(np.uint8)
         rgba = np.dstack([image, opacity])
-        found.append(tuple(colour_word(Image.fromarray(part, "RGBA")) for part in (rgba[:, :half], rgba[:, half:])))
-    return float(np.mean([named == asked for named, asked in zip(found, colours, strict=True)]))
+        found.append([colour_word(Image.fromarray(part, "RGBA")) for part in (rgba[:, :half], rgba[:, half:])])
+    return float(np.mean(np.array(found) == np.array(colours)))
 
 
 def subject_colours(images: list[np.ndarray], threshold: float = 40) -> np.ndarray:
