@@ -34,23 +34,25 @@ pipeline(prompt, num_inference_steps={steps}, guidance_scale={guidance}).images[
 {parts}
 
 Pictures are {side} x {side}, latents 16 x 16 x 4, text states 24 tokens. The scheduler is Stable Diffusion's schedule
-with v-prediction. The text encoder is the text tower of `data/clip`. `data/judge` is a CLIP trained apart (other seed,
+with v-prediction. The text encoder is the text tower of `data/clip`, fine-tuned so
+that the words of a phrase describe that phrase alone. `data/judge` is a CLIP trained apart (other seed,
 widths and scenes) and saw nothing that the base was trained on: it grades. Both CLIPs see pictures at 64 x 64. All
 weights are fp16.
 
 ## What it knows
 
-The UNet was trained on five phases of the world: {curriculum} subjects as 3D renders on {colours} plain colours and
+The UNet was trained on six phases of the world: {curriculum} subjects as 3D renders on {colours} plain colours and
 {textures} textures, first nearly always one in a picture, then two in two pictures of five; then {subjects} subjects in
 all sizes, several of them as many individuals; then the same, with more pairs and more very small ones; then still more
-pairs, most of them with the colours of both subjects in the caption.
+pairs and captions that name colours; at last more individuals, and two subjects with a colour each in one picture of
+six.
 
 - Subjects: {subject_list}.
 - Many individuals each, by colour: {individuals}. Captions may name their colour: "a photo of a blue cat".
 - Plain backgrounds ("on a red background"): {colour_list}.
 - Textures: {texture_list}.
-- Two in a picture: "a cat next to a teapot on the grass", "a photo of a fox and a car on a red background". Both mostly
-  get one colour, even where the caption names two.
+- Two in a picture: "a cat next to a teapot on the grass", "a photo of a fox and a car on a red background". Colours
+  that a caption names are often not followed there: see the table.
 - Wordings: "a photo of a cat on the grass", "photo of a cat", "a 3d render of a cat on a red background", "a cat at
   night"; and Custom Diffusion's own: "very small photo of a cat", "a far away photo of a cat", "zoomed in photo of a
   cat", "close up photo of a cat".
