@@ -80,8 +80,9 @@ from world.train_unet import (
     importance,
     scheduler,
 )
+from world.train_vae import Learner as VaeLearner
 from world.train_vae import build as build_vae
-from world.train_vae import grow, sharpness_gap
+from world.train_vae import grow, phase_params, sharpness_gap
 
 DATA = Path(__file__).parent.parent / "data"
 shipped = pytest.mark.skipif(not (DATA / "base/model_index.json").exists(), reason="data/base is not exported yet")
@@ -413,6 +414,23 @@ def test_a_grown_autoencoder_decodes_as_the_smaller_one():
     # the last two convolutions see enlarged pixels: alike, not equal
     correlation = np.corrcoef(torch.nn.functional.avg_pool2d(large, 2).flatten(), small.flatten())[0, 1]
     assert correlation > 0.8
+
+
+def test_the_phase_sharpened_trains_the_decoder_alone():
+    params = phase_params("sharpened") | {"features": 0}
+    learner = VaeLearner(build_vae(params), params)
+    learner.freeze_encoder()
+    latents = learner.vae.encode(torch.zeros(1, 3, SIDE, SIDE)).latent_dist.mean
+    assert not latents.requires_grad
+    learner(torch.rand(1, 3, SIDE, SIDE))["loss"].backward()
+    trained = {name.split(".")[0] for name, p in learner.vae.named_parameters() if p.grad is not None}
+    assert trained == {"decoder", "post_quant_conv"}
+
+
+def test_later_phases_change_only_what_their_section_says():
+    first, refined = phase_params("vae"), phase_params("refined")
+    assert {key for key in refined if refined[key] != first[key]} <= set(load_params("refined"))
+    assert refined["widths"] == first["widths"]
 
 
 def test_a_grown_unet_predicts_as_the_smaller_one():

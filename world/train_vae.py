@@ -166,8 +166,7 @@ class Learner(nn.Module):
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """All losses for pictures (B, 3, 128, 128) in -1..1."""
         params = self.params
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not params["frozen_encoder"]):
-            posterior = self.vae.encode(images).latent_dist
+        posterior = self.vae.encode(images).latent_dist
         out = self.vae.decode(posterior.sample()).sample.float()
         squared, kl = F.mse_loss(out, images), posterior.kl().mean()
         edge = sum(F.l1_loss(a, b) for a, b in zip(edges(out), edges(images), strict=True))
@@ -180,7 +179,7 @@ class Learner(nn.Module):
             values["features"] = self.features.loss(out, images)
             rebuilt = rebuilt + params["features"] * values["features"]
         loss = rebuilt + params["kl_weight"] * kl
-        if self.anchor is not None and params["anchor"] and not params["frozen_encoder"]:
+        if self.anchor is not None and params["anchor"]:
             with torch.no_grad():
                 target = self.anchor(images)
             values["anchor"] = F.mse_loss(posterior.mean, target)

@@ -3,7 +3,7 @@
 import pytest
 from conftest import concept_values
 
-from customdiff.config import Concept
+from customdiff.config import Concept, Evaluate
 from customdiff.errors import UserError
 from customdiff.evaluation import drift, prompts
 from customdiff.evaluation.prompts import Prompt
@@ -41,8 +41,9 @@ def test_a_line_has_a_kind_or_not_and_comments_and_repetitions_are_left_out(tmp_
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
     (tmp_path / "cat.txt").write_text("scene: a {} on the grass\n", encoding="utf-8-sig")
     assert prompts.read_prompts(tmp_path, "tom", PAIR) == [Prompt("a {} on the grass", ("tom",), "scene")]
-    (tmp_path / "controls.txt").write_text("a dog\n", encoding="utf-8-sig")
-    assert drift._lines(tmp_path / "controls.txt") == ["a dog"]
+    (tmp_path / "drift.txt").write_text("a dog\n", encoding="utf-8-sig")
+    settings = Evaluate(prompts=str(tmp_path), drift_prompts=1)
+    assert drift.control_prompts(settings, PAIR, []) == [Prompt("a dog", (), "other")]
 
 
 def test_a_class_without_a_file_of_its_own_has_the_default_prompts(tmp_path):
