@@ -23,21 +23,21 @@ def learner() -> Learner:
             "photo of a cat and a red car on the grass",
             ("cat", "car"),
             (None, "red"),
-            ("photo of", "a cat and", "a red car", "a car", "on the grass"),
+            ("photo of", "a cat and", "a red car", "on the grass"),
         ),
         (
             "an apple next to green grapes",
             ("apple", "grapes"),
             (None, "green"),
-            ("", "an apple next to", "green grapes", "grapes", ""),
+            ("", "an apple next to", "green grapes", ""),
         ),
         (
             "a very small red car on the grass",
             ("car",),
             ("red",),
-            ("a very small red car on the grass", "", "", "", ""),
+            ("a very small red car on the grass", "", "", ""),
         ),
-        ("close up of a red car", ("car",), ("red",), ("close up of", "", "a red car", "a car", "")),
+        ("close up of a red car", ("car",), ("red",), ("close up of", "", "a red car", "")),
     ],
 )
 def test_a_caption_is_cut_into_its_parts(caption, subjects, colours, parts):
@@ -58,24 +58,23 @@ def parts_of(caption: Caption) -> tuple[str, ...]:
     return caption.opening, caption.first, caption.last, caption.place
 
 
-def test_targets_are_the_states_of_the_phrase_alone_and_earlier_states_elsewhere(learner):
+def test_targets_are_states_of_the_phrase_without_the_others_and_earlier_states_elsewhere(learner):
     pair = cut("a photo of a red cat next to a blue car on the grass", ("cat", "car"), ("red", "blue"))
     single = cut("a red dog in the snow", ("dog",), ("red",))
     tokens = learner.tokens([str(pair), str(single)])
-    states, others = learner.targets([pair, single], tokens)
-    alone, plain, dog = learner.teacher(
-        learner.tokens(["a photo of a blue car on the grass", "a photo of a car on the grass", "a dog in the snow"])
+    states, changed = learner.targets([pair, single], ["an owl", "a house"], tokens)
+    alone, owl, house = learner.teacher(
+        learner.tokens(["a photo of a blue car on the grass", "a photo of an owl on the grass", "a house in the snow"])
     )
-    words = [learner.tokenizer.convert_ids_to_tokens(row[mask]) for row, mask in zip(tokens, others, strict=True)]
-    changed = [" ".join(row).replace("</w>", "") for row in words]
-    assert changed == ["a blue car on the grass", "in the snow"]
-    torch.testing.assert_close(states[0, others[0]], torch.cat([alone[4:7], plain[6:9]]))
-    torch.testing.assert_close(states[1, others[1]], dog[3:6])
-    torch.testing.assert_close(states[~others], learner.teacher(tokens)[~others])
+    words = [learner.tokenizer.convert_ids_to_tokens(row[mask]) for row, mask in zip(tokens, changed, strict=True)]
+    assert [" ".join(row).replace("</w>", "") for row in words] == ["a blue car on the grass", "in the snow"]
+    torch.testing.assert_close(states[0, changed[0]], torch.cat([alone[4:7], owl[6:9]]))
+    torch.testing.assert_close(states[1, changed[1]], house[3:6])
+    torch.testing.assert_close(states[~changed], learner.teacher(tokens)[~changed])
 
 
 def test_training_moves_the_encoder_and_no_token_embedding(learner):
-    values = learner([cut("a red cat and a blue car in the snow", ("cat", "car"), ("red", "blue"))])
+    values = learner([cut("a red cat and a blue car in the snow", ("cat", "car"), ("red", "blue"))], ["an owl"])
     assert values["own"] > 10 * values["kept"]
     values["loss"].backward()
     assert learner.text.get_input_embeddings().weight.grad is None

@@ -32,7 +32,7 @@ from world.catalogue import (
 from world.datasets import pictures_by_individual, rich_distribution, scene_captions, scene_masks
 from world.discriminator import Discriminator, adversarial_terms, detail
 from world.exhibits import SHOTS, photograph, pool_distribution, pool_scenes, tar_entry
-from world.grade import picture_side
+from world.grade import image_side
 from world.graders import (
     both_recognised,
     colours_right,
@@ -675,7 +675,7 @@ def test_base_is_a_stable_diffusion_pipeline(pipeline):
     )
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a photo of a cat on the grass", num_inference_steps=2).images[0]
-    assert image.size == (picture_side(pipeline),) * 2
+    assert image.size == (image_side(pipeline),) * 2
 
 
 @shipped
@@ -684,7 +684,7 @@ def test_scaling_factor_gives_latents_of_unit_deviation(pipeline):
     with tarfile.open(DATA / "pool/pool.tar") as tar:
         names = [name for name in tar.getnames() if name.endswith((".jpg", ".png"))][:64]
         pictures = [np.asarray(Image.open(tar.extractfile(name))) for name in names]
-    x = to_tensor(pictures, picture_side(pipeline))
+    x = to_tensor(pictures, image_side(pipeline))
     with torch.no_grad():
         latents = pipeline.vae.encode(x).latent_dist.mean
         out = pipeline.vae.decode(latents).sample.clamp(-1, 1)

@@ -20,7 +20,7 @@ from world.captions import named
 from world.catalogue import COLOURS, TEXTURES
 from world.export import assemble
 from world.graders import (
-    Ear,
+    ClipEmbedder,
     autoencoded,
     both_recognised,
     caption_for,
@@ -60,21 +60,21 @@ def graded_pairs(of: Distribution, count: int, seed: int) -> list[tuple[str, str
 
 
 def graded_company(of: Distribution, count: int, seed: int) -> list[tuple[str, str, str]]:
-    """(left subject, right subject, background) of pictures of two, the left one's background held out from it."""
+    """(left subject, right subject, background) of images of two, the left one's background held out from it."""
     rng = np.random.default_rng([seed, 6])
     pairs = graded_pairs(of, count, seed + 1)
     return [(one, str(rng.choice([s for s in of.subjects if s != one])), background) for one, background in pairs]
 
 
-def picture_side(pipeline: StableDiffusionPipeline) -> int:
-    """The side of the pictures that a pipeline makes."""
+def image_side(pipeline: StableDiffusionPipeline) -> int:
+    """The side of the images that a pipeline makes."""
     return pipeline.unet.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
 
 
 def generate(pipeline, captions: list[str], steps: int, guidance: float, batch: int = 16) -> list[np.ndarray]:
-    """Pictures (side, side, 3) uint8 of captions; caption number i starts from noise number i."""
+    """Images (side, side, 3) uint8 of captions; caption number i starts from noise number i."""
     pipeline.set_progress_bar_config(disable=True)
-    side = picture_side(pipeline)
+    side = image_side(pipeline)
     images: list[np.ndarray] = []
     for i in tqdm(range(0, len(captions), batch), desc="generate", mininterval=10):
         part = captions[i : i + batch]
@@ -88,7 +88,7 @@ def generate(pipeline, captions: list[str], steps: int, guidance: float, batch: 
 
 
 def seconds_an_image(pipeline, steps: int, guidance: float) -> float:
-    """Seconds that one picture takes, the best of three."""
+    """Seconds that one image takes, the best of three."""
     times = []
     for _ in range(3):
         began = time.perf_counter()
@@ -97,7 +97,7 @@ def seconds_an_image(pipeline, steps: int, guidance: float) -> float:
     return min(times)
 
 
-def grade_real(vae, side: int, ears: dict[str, Ear], sprites: Sprites, count: int = 1024) -> dict:
+def grade_real(vae, side: int, clips: dict[str, ClipEmbedder], sprites: Sprites, count: int = 1024) -> dict:
     """VAE and CLIPs on held-out scenes; naming is graded on scenes of one subject at its normal size."""
     of = world_distribution(sprites)
     scenes = [compose(sprites, of, "held-out", i) for i in range(count)]
@@ -105,14 +105,16 @@ def grade_real(vae, side: int, ears: dict[str, Ear], sprites: Sprites, count: in
     figures: dict = {"vae": vae_figures(vae, images[:256], side)}
     single = [s for s in scenes if s.count == 1 and s.size == "normal"][:512]
     facts = [(s.subjects[0], s.background) for s in single]
-    for name, ear in ears.items():
-        named = zero_shot(ear, [s.image for s in single], facts, of.subjects)
-        figures[name] = retrieval(ear, [s.caption for s in scenes], images) | named
+    for name, clip in clips.items():
+        named = zero_shot(clip, [s.image for s in single], facts, of.subjects)
+        figures[name] = retrieval(clip, [s.caption for s in scenes], images) | named
     return figures
 
 
-def grade_pairs(pipeline, judge: Ear, sprites: Sprites, of: Distribution, params: dict) -> tuple[dict, list, list]:
-    """The judge on pictures of one subject each, of held-out pairs, beside real scenes of the same pairs."""
+def grade_pairs(
+    pipeline, judge: ClipEmbedder, sprites: Sprites, of: Distribution, params: dict
+) -> tuple[dict, list, list]:
+    """The judge on images of one subject each, of held-out pairs, beside real scenes of the same pairs."""
     pairs = graded_pairs(of, params["captions"], seed=0)
     captions = [caption_for(*pair) for pair in pairs]
     images = generate(pipeline, captions, params["steps"], params["guidance"])
@@ -129,7 +131,7 @@ def grade_pairs(pipeline, judge: Ear, sprites: Sprites, of: Distribution, params
     return {"graded": len(captions)} | {name: figures(pictures) for name, pictures in found.items()}, images, captions
 
 
-def grade_sizes(pipeline, judge: Ear, sprites: Sprites, of: Distribution, params: dict) -> tuple[dict, list]:
+def grade_sizes(pipeline, judge: ClipEmbedder, sprites: Sprites, of: Distribution, params: dict) -> tuple[dict, list]:
     """Very small and close up: the subject named among all, in a caption that says the size, beside real scenes."""
     found, shown = {}, []
     for number, (size, kind) in enumerate(SIZES.items()):
@@ -148,7 +150,7 @@ def grade_sizes(pipeline, judge: Ear, sprites: Sprites, of: Distribution, params
     return found, shown
 
 
-def grade_company(pipeline, judge: Ear, sprites: Sprites, of: Distribution, params: dict) -> tuple[dict, list]:
+def grade_company(pipeline, judge: ClipEmbedder, sprites: Sprites, of: Distribution, params: dict) -> tuple[dict, list]:
     """Two subjects in one prompt: both named, beside real scenes of two."""
     facts = graded_company(of, params["company"], seed=0)
     images = generate(pipeline, [company_caption(*fact) for fact in facts], params["steps"], params["guidance"])
@@ -177,7 +179,7 @@ def coloured_pairs(sprites: Sprites, count: int) -> list[list[tuple[str, str]]]:
 
 
 def grade_colours(pipeline, sprites: Sprites, params: dict) -> tuple[float, list]:
-    """Pictures of two subjects with a colour each: how many subjects have the colour that was said of them."""
+    """Images of two subjects with a colour each: how many subjects have the colour that was said of them."""
     pairs = coloured_pairs(sprites, params["company"])
     things = [[named(*thing) for thing in pair] for pair in pairs]
     captions = [f"a photo of {one} next to {other} on a white background" for one, other in things]
@@ -192,9 +194,9 @@ def grade_individuals(pipeline, params: dict) -> tuple[int, list]:
 
 
 def grade_generated(
-    pipeline, judge: Ear, sprites: Sprites, params: dict, distribution: str
+    pipeline, judge: ClipEmbedder, sprites: Sprites, params: dict, distribution: str
 ) -> tuple[dict, dict[str, list[np.ndarray]]]:
-    """Everything that is graded of generated pictures; sheets of them by name."""
+    """Everything that is graded of generated images; sheets of them by name."""
     of = DISTRIBUTIONS[distribution](sprites)
     figures, pairs, captions = grade_pairs(pipeline, judge, sprites, of, params)
     figures["alignment_ratio"] = figures["generated"]["alignment"] / figures["real"]["alignment"]
@@ -210,7 +212,7 @@ def grade_generated(
 
 
 def main() -> None:
-    """Grade; write grade.json and sheets of the pictures."""
+    """Grade; write grade.json and sheets of the images."""
     params = load_params("grade")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("world/build"))
@@ -238,14 +240,14 @@ def main() -> None:
         StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32) if base else assemble(arguments.work)
     )
     if arguments.judge:
-        ears = {"judge": Ear.shipped(arguments.judge)}
+        clips = {"judge": ClipEmbedder.shipped(arguments.judge)}
     else:
-        ears = {name: Ear.trained(arguments.work, name) for name in ("clip", "judge")}
+        clips = {name: ClipEmbedder.trained(arguments.work, name) for name in ("clip", "judge")}
     plain = Sprites.load(arguments.work / "sprites")
-    figures = grade_real(pipeline.vae, min(SIDE, picture_side(pipeline)), ears, plain)
+    figures = grade_real(pipeline.vae, min(SIDE, image_side(pipeline)), clips, plain)
     if not arguments.real_only:
         sprites = training_pack(arguments.work, arguments.distribution)
-        more, sheets = grade_generated(pipeline, ears["judge"], sprites, params, arguments.distribution)
+        more, sheets = grade_generated(pipeline, clips["judge"], sprites, params, arguments.distribution)
         figures |= more | {"sampling": {"steps": params["steps"], "guidance": params["guidance"]}}
         for name, images in sheets.items():
             contact_sheet(images, columns=8).save(out / f"{name}.png")

@@ -16,19 +16,19 @@ from world.latents import load_clip
 from world.scenes import BACKGROUNDS, CLIP_SIDE, to_tensor
 
 
-class Ear:
-    """A CLIP as a grader: normalized embeddings of captions and pictures."""
+class ClipEmbedder:
+    """Normalized embeddings of captions and images by a CLIP."""
 
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
         self.clip, self.tokenizer = clip.eval(), tokenizer
 
     @classmethod
-    def trained(cls, work: Path, name: str) -> Ear:
+    def trained(cls, work: Path, name: str) -> ClipEmbedder:
         """The CLIP as trained so far in the work folder."""
         return cls(*load_clip(work, name))
 
     @classmethod
-    def shipped(cls, folder: Path) -> Ear:
+    def shipped(cls, folder: Path) -> ClipEmbedder:
         """The CLIP of a folder that transformers loads."""
         return cls(CLIPModel.from_pretrained(folder, dtype=torch.float32), CLIPTokenizer.from_pretrained(folder))
 
@@ -43,7 +43,7 @@ class Ear:
 
     @torch.no_grad()
     def image(self, images: list[np.ndarray]) -> torch.Tensor:
-        """Embeddings (N, D) of uint8 pictures (H, W, 3), scaled down to 64 pixels."""
+        """Embeddings (N, D) of uint8 images (H, W, 3), scaled down to 64 pixels."""
         parts = []
         for i in range(0, len(images), 128):
             pixels = to_tensor(images[i : i + 128], CLIP_SIDE)
@@ -52,30 +52,30 @@ class Ear:
 
 
 def caption_for(subject: str, background: str, kind: str = "a photo") -> str:
-    """The plain caption of a graded picture; `kind` may be "very small photo" or "close up photo"."""
+    """The plain caption of a graded image; `kind` may be "very small photo" or "close up photo"."""
     return f"{kind} of {singular(subject)} {background_phrase(background)}"
 
 
-def retrieval(ear: Ear, captions: list[str], images: list[np.ndarray]) -> dict[str, float]:
-    """Share of captions whose own picture is the nearest (R@1), or among the five nearest (R@5)."""
-    similarity = ear.text(captions) @ ear.image(images).T
+def retrieval(clip: ClipEmbedder, captions: list[str], images: list[np.ndarray]) -> dict[str, float]:
+    """Share of captions whose own image is the nearest (R@1), or among the five nearest (R@5)."""
+    similarity = clip.text(captions) @ clip.image(images).T
     rank = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
     return {"R@1": (rank < 1).float().mean().item(), "R@5": (rank < 5).float().mean().item()}
 
 
 def zero_shot(
-    ear: Ear,
+    clip: ClipEmbedder,
     images: list[np.ndarray],
     facts: list[tuple[str, str]],
     subjects: tuple[str, ...],
     kind: str = "a photo",
 ) -> dict[str, float]:
     """Accuracy of naming the subject among all subjects, and the background (the subject given) among all of them."""
-    seen = ear.image(images)
-    names = ear.text([f"{kind} of {singular(s)}" for s in subjects])
+    seen = clip.image(images)
+    names = clip.text([f"{kind} of {singular(s)}" for s in subjects])
     guesses = (seen @ names.T).argmax(dim=1)
     subject = np.mean([subjects[g] == s for g, (s, _) in zip(guesses, facts, strict=True)])
-    places = {s: ear.text([caption_for(s, b, kind) for b in BACKGROUNDS]) for s in {s for s, _ in facts}}
+    places = {s: clip.text([caption_for(s, b, kind) for b in BACKGROUNDS]) for s in {s for s, _ in facts}}
     hits = [
         BACKGROUNDS[int((places[s] @ embedding).argmax())] == background
         for embedding, (s, background) in zip(seen, facts, strict=True)
@@ -84,12 +84,12 @@ def zero_shot(
 
 
 def company_caption(one: str, other: str, background: str) -> str:
-    """The caption of two subjects in one picture."""
+    """The caption of two subjects in one image."""
     return f"a photo of {singular(one)} and {singular(other)} {background_phrase(background)}"
 
 
 def halves(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The left and the right half of a picture (S, S, 3) as squares: without top and bottom, widened at the edges."""
+    """The left and the right half of an image (S, S, 3) as squares: without top and bottom, widened at the edges."""
     side = len(image)
     high, wide = 2 * side // 3, side // 2
     rows = image[(side - high) // 2 : (side - high) // 2 + high]
@@ -98,41 +98,41 @@ def halves(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def both_recognised(
-    ear: Ear, images: list[np.ndarray], facts: list[tuple[str, str, str]], subjects: tuple[str, ...]
+    clip: ClipEmbedder, images: list[np.ndarray], facts: list[tuple[str, str, str]], subjects: tuple[str, ...]
 ) -> float:
-    """Share of pictures of two subjects, side by side, in whose halves the judge names one and the other.
+    """Share of images of two subjects, side by side, in whose halves the judge names one and the other.
 
     Args:
-        facts: (subject, other subject, background) of each picture; which of them is left does not matter.
+        facts: (subject, other subject, background) of each image; which of them is left does not matter.
         subjects: what the judge may name.
     """
-    names = ear.text([f"a photo of {singular(s)}" for s in subjects])
+    names = clip.text([f"a photo of {singular(s)}" for s in subjects])
     parts = [half for image in images for half in halves(image)]
-    guesses = [subjects[int(guess)] for guess in (ear.image(parts) @ names.T).argmax(dim=1)]
+    guesses = [subjects[int(guess)] for guess in (clip.image(parts) @ names.T).argmax(dim=1)]
     named = zip(guesses[::2], guesses[1::2], strict=True)
     return float(np.mean([set(pair) == {one, other} for pair, (one, other, _) in zip(named, facts, strict=True)]))
 
 
 @torch.no_grad()
 def rebuilt(vae, images: list[np.ndarray], side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (N, 3, side, side) in -1..1 as the VAE of that side sees them, and as it gives them back."""
+    """Images (N, 3, side, side) in -1..1 as the VAE of that side sees them, and as it gives them back."""
     x = to_tensor(images, side)
     return x, torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(32)]).clamp(-1, 1)
 
 
 def autoencoded(vae, images: list[np.ndarray]) -> list[np.ndarray]:
-    """Pictures (S, S, 3) uint8 as the VAE of that side gives them back."""
+    """Images (S, S, 3) uint8 as the VAE of that side gives them back."""
     _, out = rebuilt(vae, images, images[0].shape[0])
     return list((127.5 * (out.permute(0, 2, 3, 1) + 1) + 0.5).to(torch.uint8).numpy())
 
 
 def psnr(x: torch.Tensor, out: torch.Tensor) -> float:
-    """Mean over pictures (N, 3, H, W) in -1..1 of the peak signal-to-noise ratio in dB."""
+    """Mean over images (N, 3, H, W) in -1..1 of the peak signal-to-noise ratio in dB."""
     return float((10 * torch.log10(4 / (out - x).square().mean(dim=(1, 2, 3)))).mean())
 
 
 def gradient_energy(x: torch.Tensor) -> float:
-    """Mean squared difference of neighbouring pixels of pictures (N, 3, H, W): what blurring takes away."""
+    """Mean squared difference of neighbouring pixels of images (N, 3, H, W): what blurring takes away."""
     return float((x[..., 1:] - x[..., :-1]).square().mean() + (x[..., 1:, :] - x[..., :-1, :]).square().mean())
 
 
@@ -152,11 +152,11 @@ def vae_figures(vae, images: list[np.ndarray], side: int) -> dict[str, float]:
 
 
 def colours_right(images: list[np.ndarray], colours: list[tuple[str, str]], threshold: float = 40) -> float:
-    """Share of halves of pictures, left and right, whose subject on a white background has the colour asked for.
+    """Share of halves of images, left and right, whose subject on a white background has the colour asked for.
 
     Args:
         images: (H, W, 3) uint8.
-        colours: for each picture the names of the left and the right subject's colours.
+        colours: for each image the names of the left and the right subject's colours.
     """
     found = []
     for image in images:
@@ -168,7 +168,7 @@ def colours_right(images: list[np.ndarray], colours: list[tuple[str, str]], thre
 
 
 def subject_colours(images: list[np.ndarray], threshold: float = 40) -> np.ndarray:
-    """Mean colour (N, 3) of what differs from the border's median colour, for pictures on a plain background."""
+    """Mean colour (N, 3) of what differs from the border's median colour, for images on a plain background."""
     found = []
     for image in images:
         pixels = image.astype(np.float32)
@@ -182,7 +182,7 @@ def distinct_colours(colours: np.ndarray, apart: float = 45, at_least: int = 2) 
     """How many groups of colours (N, 3) in 0..255 there are: of those `apart` from all earlier groups' first member.
 
     Args:
-        at_least: members that a group needs to count, so that one stray picture is no individual.
+        at_least: members that a group needs to count, so that one stray image is no individual.
     """
     firsts: list[np.ndarray] = []
     members: list[int] = []

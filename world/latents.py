@@ -70,7 +70,7 @@ def text_states(model: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[s
 
 @torch.no_grad()
 def encode(vae, images: list[np.ndarray]) -> np.ndarray:
-    """Moments (N, 8, 16, 16) fp16 of uint8 pictures."""
+    """Moments (N, 8, 16, 16) fp16 of uint8 images."""
     batch = to_tensor(images).to(memory_format=torch.channels_last)
     return vae.encode(batch).latent_dist.parameters.half().numpy()
 

@@ -1,11 +1,12 @@
 """Fine-tune the base's text encoder so that the tokens of a phrase describe that phrase alone.
 
 CLIP's loss sees only the end token. In "a purple cat next to a white teapot in the snow", the states of the second
-subject's tokens described the first subject as much as their own, and those of the background described the colours of
-the subjects, so a UNet painted everything in one colour. Here the encoder is distilled from its earlier weights. The
-tokens of the second subject get the states that they have in a caption without the first subject; those of the
-background get the states that they have in a caption without colours; all other tokens, the end token included, keep
-their states. The embeddings of captions, and therefore the CLIP, change little.
+subject's tokens described the first subject as much as their own, and those of the background described the subjects
+and their colours, so a UNet painted everything in one colour. Here the encoder is distilled from its earlier weights.
+The tokens of the second subject get the states that they have in a caption without the first subject; those of the
+background get the states that they have behind another subject, drawn anew each time, which in the mean are those
+behind no subject in particular; all other tokens, the end token included, keep their states. The embeddings of
+captions, and therefore the CLIP, change little.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from world.captions import JOINTS, caption_of, choice, named
-from world.catalogue import COLOURS, VARIED
+from world.catalogue import COLOURS, VARIED, singular
 from world.latents import load_clip, text_model
 from world.loop import fit, load_params
 from world.scenes import BACKGROUNDS, SIZES
@@ -33,14 +34,12 @@ class Caption:
         opening: what precedes the first subject.
         first: the first of two subjects, and what joins them; empty where there is one.
         last: the second subject, or the only one.
-        plain: the same without its colour.
         place: what follows.
     """
 
     opening: str
     first: str
     last: str
-    plain: str
     place: str
 
     def __str__(self) -> str:
@@ -61,9 +60,9 @@ def cut(caption: str, subjects: tuple[str, ...], colours: tuple[str | None, ...]
     firsts = [joined(*others, joint) for joint in JOINTS] if others else [""]
     first = next((first for first in firsts if joined(first, last) in caption), None)
     if first is None:
-        return Caption(caption, "", "", "", "")
+        return Caption(caption, "", "", "")
     opening, _, place = caption.partition(joined(first, last))
-    return Caption(opening.strip(), first, last, named(subjects[-1], None), place.strip())
+    return Caption(opening.strip(), first, last, place.strip())
 
 
 def draw_caption(rng: np.random.Generator, params: dict) -> Caption:
@@ -96,33 +95,40 @@ class Learner(nn.Module):
         return len(self.tokenizer(words, add_special_tokens=False).input_ids)
 
     @torch.no_grad()
-    def targets(self, captions: list[Caption], tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Target states (B, 24, width) of captions, and which tokens have new targets (B, 24)."""
+    def targets(
+        self, captions: list[Caption], others: list[str], tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Target states (B, 24, width) of captions, and which tokens have new targets (B, 24).
+
+        Args:
+            others: for each caption the subject behind which the tokens of its background get their targets.
+        """
         states = self.teacher(tokens)
-        others = torch.zeros(tokens.shape, dtype=torch.bool)
+        changed = torch.zeros(tokens.shape, dtype=torch.bool)
         alone = self.teacher(self.tokens([joined(c.opening, c.last, c.place) for c in captions]))
-        plain = self.teacher(self.tokens([joined(c.opening, c.plain, c.place) for c in captions]))
+        behind = [joined(c.opening, other) for c, other in zip(captions, others, strict=True)]
+        elsewhere = self.teacher(self.tokens([joined(b, c.place) for b, c in zip(behind, captions, strict=True)]))
         for row, c in enumerate(captions):
-            moves = [(c.place, joined(c.opening, c.first, c.last), plain, joined(c.opening, c.plain))]
+            moves = [(c.place, joined(c.opening, c.first, c.last), elsewhere, behind[row])]
             if c.first:
                 moves.append((c.last, joined(c.opening, c.first), alone, c.opening))
             for words, before, reference, before_there in moves:
                 here, there = (1 + self.length(text) for text in (before, before_there))
                 count = min(self.length(words), tokens.shape[1] - 1 - here)  # the last token is the end's
                 states[row, here : here + count] = reference[row, there : there + count]
-                others[row, here : here + count] = True
-        return states, others
+                changed[row, here : here + count] = True
+        return states, changed
 
     def teacher(self, tokens: torch.Tensor) -> torch.Tensor:
         """States (B, 24, width) by the earlier weights."""
         return self._teacher[0](tokens).last_hidden_state
 
-    def forward(self, captions: list[Caption]) -> dict[str, torch.Tensor]:
+    def forward(self, captions: list[Caption], others: list[str]) -> dict[str, torch.Tensor]:
         """The squared error of the states: `own` of tokens with new targets, `kept` of all others."""
         tokens = self.tokens([str(caption) for caption in captions])
-        states, others = self.targets(captions, tokens)
+        states, changed = self.targets(captions, others, tokens)
         distances = (self.text(tokens).last_hidden_state - states).square().mean(dim=-1)
-        own, kept = distances[others].mean(), distances[~others].mean()
+        own, kept = distances[changed].mean(), distances[~changed].mean()
         return {"loss": self.weight * own + kept, "own": own.detach(), "kept": kept.detach()}
 
 
@@ -143,7 +149,8 @@ def main() -> None:
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([params["seed"], step])
-        return learner([draw_caption(rng, params) for _ in range(params["batch"])])
+        captions = [draw_caption(rng, params) for _ in range(params["batch"])]
+        return learner(captions, [singular(choice(rng, VARIED)) for _ in captions])
 
     fit(
         arguments.work / "text",
