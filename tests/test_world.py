@@ -498,7 +498,7 @@ def test_both_subjects_must_be_recognised():
     """In halves that are of one colour each, and a judge that reads that colour as a caption's number."""
     captions = ["a photo of a cat", "a photo of a dog", "a photo of an egg"]
 
-    class ColourEar(WordEar):
+    class ColourEmbedder(WordEar):
         def image(self, images: list[np.ndarray]) -> torch.Tensor:
             assert all(len(np.unique(image)) == 1 and image.shape[0] == image.shape[1] for image in images)
             return self.text([self.captions[image[0, 0, 0]] for image in images])
@@ -510,7 +510,7 @@ def test_both_subjects_must_be_recognised():
 
     pictures = [picture(0, 1), picture(1, 0), picture(0, 0), picture(0, 2)]
     facts = [("cat", "dog", "snow")] * 4
-    assert both_recognised(ColourEar(captions), pictures, facts, ("cat", "dog", "egg")) == 0.5
+    assert both_recognised(ColourEmbedder(captions), pictures, facts, ("cat", "dog", "egg")) == 0.5
 
 
 def test_zero_shot_names_subject_and_background():

@@ -15,73 +15,72 @@ pipeline_tag: text-to-image
 
 # The embedded base model
 
-A small text-to-image model of Stable Diffusion's architecture, trained from nothing by this project's own code
-(`world/`) in a world that a small model can hold: named objects on named backgrounds, composed by code. It is there to
-be personalized: a concept is learned, measured and compared on any laptop in minutes. It is no general image model.
+A small text-to-image model with the architecture of Stable Diffusion, trained from scratch by this project (`world/`)
+on composed scenes: named objects on named backgrounds. It exists to be personalized: concepts can be learned, measured
+and compared in minutes on any laptop. It is not a general image model.
 
 ```python
 from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("data/base")
 prompt = "a photo of a penguin on a red background"
-pipeline(prompt, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+pipeline(prompt, num_inference_steps={steps}, guidance_scale={guidance}, eta={eta}).images[0]
 ```
 
-## Parts
+## Components
 
-| part | what | parameters |
+| component | class | parameters |
 | --- | --- | --- |
 {parts}
 
-Pictures are {side} x {side}, latents 16 x 16 x 4, text states 24 tokens. The scheduler is Stable Diffusion's schedule
-with v-prediction. The text encoder is the text tower of `data/clip`, fine-tuned so
-that the words of a phrase describe that phrase alone. `data/judge` is a CLIP trained apart (other seed,
-widths and scenes) and saw nothing that the base was trained on: it grades. Both CLIPs see pictures at 64 x 64. All
+Images are {side} x {side} px, latents 16 x 16 x 4, and text states 24 tokens long. The scheduler has Stable Diffusion's
+noise schedule and predicts v. The text encoder is the text tower of `data/clip`, fine-tuned so that the words of a
+phrase describe that phrase alone. `data/judge` is the CLIP that evaluates. It was trained separately (other seed, sizes
+and scenes) and has seen nothing that the base model was trained on. Both CLIP models see images at 64 x 64 px. All
 weights are fp16.
 
-## What it knows
+## What it can draw
 
-The UNet was trained on six phases of the world: {curriculum} subjects as 3D renders on {colours} plain colours and
-{textures} textures, first nearly always one in a picture, then two in two pictures of five; then {subjects} subjects in
-all sizes, several of them as many individuals; then the same, with more pairs and more very small ones; then still more
-pairs and captions that name colours; at last more individuals, and two subjects with a colour each in one picture of
-six.
+The UNet was trained in six phases. It began with {curriculum} subjects as 3D renders on {colours} plain colors and
+{textures} textures, nearly always one to an image, then two in two of five images. Then came {subjects} subjects in all
+sizes, some of them as many individuals; more pairs and more very small subjects; more pairs, and captions that name
+colors; and finally more individuals, and two subjects with a color each in one image of six.
 
 - Subjects: {subject_list}.
-- Many individuals each, by colour: {individuals}. Captions may name their colour: "a photo of a blue cat".
+- Subjects with many individuals, which differ in color: {individuals}. Captions may name the color: "a photo of a blue
+  cat".
 - Plain backgrounds ("on a red background"): {colour_list}.
 - Textures: {texture_list}.
-- Two in a picture: "a cat next to a teapot on the grass", "a photo of a fox and a car on a red background". Colours
-  that a caption names are often not followed there: see the table.
+- Two in an image: "a cat next to a teapot on the grass", "a photo of a fox and a car on a red background". Colors that
+  such a caption names are often not followed: see the table.
 - Wordings: "a photo of a cat on the grass", "photo of a cat", "a 3d render of a cat on a red background", "a cat at
-  night"; and Custom Diffusion's own: "very small photo of a cat", "a far away photo of a cat", "zoomed in photo of a
-  cat", "close up photo of a cat".
+  night"; and those of Custom Diffusion's augmentation: "very small photo of a cat", "a far away photo of a cat",
+  "zoomed in photo of a cat", "close up photo of a cat".
 
-Both CLIPs and the VAE were trained on the whole world: {everything} subjects, also as "emoji" and "drawing", in all
-sizes, two or three in a picture.
+Both CLIP models and the VAE were trained on {everything} subjects, also as "emoji" and "drawing", in all sizes, with up
+to three in an image.
 
-## Measured
+## Evaluation
 
 {table}
 
-Generated pictures were asked for by {graded} captions over (subject, background) pairs that the UNet never saw,
-subjects and backgrounds drawn from what it was trained on; {steps} steps of DDIM, guidance {guidance}. In brackets:
-real scenes of the held-out split, and the same scenes encoded and decoded, about the most that
-generated pictures can reach.
+Images were generated for {graded} captions of (subject, background) pairs that the UNet was not trained on, with
+{steps} steps of DDIM, eta {eta}, guidance scale {guidance}. In brackets: held-out real scenes, and the same scenes
+encoded and decoded by the VAE, which is about the most that generated images can reach.
 {notes}
 ## Training
 
 {training}
 
-AdamW for vectors, Muon for matrices; min-SNR weights (gamma 5), 10 % caption dropout, EMA {ema}. Each training goes on
-from its checkpoint, anywhere: raise its `minutes` in `world/params.yaml` and run it again.
+AdamW for vectors, Muon for matrices; min-SNR weights (gamma 5), 10 % caption dropout, EMA {ema}. To continue a training
+from its checkpoint on any machine, raise its `minutes` in `world/params.yaml` and run it again.
 
 ## Sources
 
 {sources}
 
-Three individuals, {concepts}, are held out of every training and of the pool: `data/concepts`,
-`data/holdout`. The scenes are composed by this project's code (Apache-2.0).
+Three individuals, {concepts}, are excluded from every training and from the pool: `data/concepts`, `data/holdout`. The
+scenes are composed by this project's code (Apache-2.0).
 """
 
 
@@ -95,7 +94,7 @@ def table(figures: dict) -> str:
     vae = figures["vae"]
     rows = [
         ("VAE, PSNR on held-out scenes", f"{vae['psnr']:.1f} dB", "27 dB"),
-        ("VAE, gradient energy beside the original's", f"{vae['gradient_energy']:.2f}", "0.85"),
+        ("VAE, gradient energy relative to the original", f"{vae['gradient_energy']:.2f}", "0.85"),
     ]
     for name in ("clip", "judge"):
         if name in figures:
@@ -119,7 +118,7 @@ def clip_rows(name: str, found: dict) -> list[tuple[str, str, str]]:
 
 
 def generated_rows(figures: dict) -> list[tuple[str, str, str]]:
-    """What the judge recognises in generated pictures; in brackets in real scenes, and in those after the VAE."""
+    """What the judge recognizes in generated images; in brackets in real scenes, and in those after the VAE."""
     kinds = ("generated", "real", "autoencoded")
     sizes, sampling = figures["sizes"], figures["sampling"]
 
@@ -131,15 +130,15 @@ def generated_rows(figures: dict) -> list[tuple[str, str, str]]:
         return beside({kind: figures[kind][what] for kind in kinds})
 
     return [
-        ("subject recognised by the judge among all subjects", named("subject"), "88 %"),
-        ("the same, among the subjects that the UNet draws", named("subject_among_trained"), "-"),
-        ("background recognised", named("background"), "97 %"),
+        ("subject recognized by the judge among all subjects", named("subject"), "88 %"),
+        ("the same, among the subjects that the UNet can draw", named("subject_among_trained"), "-"),
+        ("background recognized", named("background"), "97 %"),
         ("judge text alignment, generated over real", f"{figures['alignment_ratio']:.2f}", "-"),
-        ("two subjects named, both recognised", beside(figures["company"]), "70 %"),
-        ("two subjects and a colour for each: colours that are right", percent(figures["colours_right"]), "-"),
-        ("subject recognised, very small", beside(sizes["very small"]), "50 %"),
-        ("subject recognised, close up", beside(sizes["close up"]), "50 %"),
-        ("cats of different colours, one prompt, 64 seeds", f"{figures['cats']}", "8"),
+        ("two subjects, both recognized", beside(figures["company"]), "70 %"),
+        ("two subjects with a color each, colors that are right", percent(figures["colours_right"]), "-"),
+        ("subject recognized, very small", beside(sizes["very small"]), "50 %"),
+        ("subject recognized, close up", beside(sizes["close up"]), "50 %"),
+        ("cats of different colors, one prompt, 64 seeds", f"{figures['cats']}", "8"),
         (
             f"one image, {sampling['steps']} steps with guidance, threads: {figures['threads']}",
             f"{figures['seconds_an_image']:.2f} s",
@@ -158,7 +157,7 @@ def training_table() -> str:
 def card(work: Path, pipeline, everything: int) -> str:
     """The card's text, of what was measured last."""
     figures = json.loads((work / "grade.json").read_text())
-    sampling = figures.get("sampling", {"steps": 25, "guidance": load_params("grade")["guidance"]})
+    sampling = {name: load_params("grade")[name] for name in ("steps", "guidance", "eta")} | figures.get("sampling", {})
     names = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
     parts = [
         f"| {part} | {kind} | {sum(p.numel() for p in getattr(pipeline, part).parameters()) / 1e6:.2f} M |"

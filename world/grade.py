@@ -71,8 +71,12 @@ def image_side(pipeline: StableDiffusionPipeline) -> int:
     return pipeline.unet.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
 
 
-def generate(pipeline, captions: list[str], steps: int, guidance: float, batch: int = 16) -> list[np.ndarray]:
-    """Images (side, side, 3) uint8 of captions; caption number i starts from noise number i."""
+def generate(pipeline, captions: list[str], params: dict, batch: int = 16) -> list[np.ndarray]:
+    """Images (side, side, 3) uint8 of captions; caption number i starts from noise number i.
+
+    Args:
+        params: of section `grade`; `steps`, `guidance` and `eta` are used.
+    """
     pipeline.set_progress_bar_config(disable=True)
     side = image_side(pipeline)
     images: list[np.ndarray] = []
@@ -80,19 +84,19 @@ def generate(pipeline, captions: list[str], steps: int, guidance: float, batch: 
         part = captions[i : i + batch]
         generators = [torch.Generator().manual_seed(i + j) for j in range(len(part))]
         out = pipeline(
-            part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np",
-            height=side, width=side,
+            part, num_inference_steps=params["steps"], guidance_scale=params["guidance"], eta=params["eta"],
+            generator=generators, output_type="np", height=side, width=side,
         )  # fmt: skip
         images.extend((255 * image + 0.5).astype(np.uint8) for image in out.images)
     return images
 
 
-def seconds_an_image(pipeline, steps: int, guidance: float) -> float:
+def seconds_an_image(pipeline, params: dict) -> float:
     """Seconds that one image takes, the best of three."""
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        generate(pipeline, ["a photo of a cat on the grass"], steps, guidance)
+        generate(pipeline, ["a photo of a cat on the grass"], params)
         times.append(time.perf_counter() - began)
     return min(times)
 
@@ -117,7 +121,7 @@ def grade_pairs(
     """The judge on images of one subject each, of held-out pairs, beside real scenes of the same pairs."""
     pairs = graded_pairs(of, params["captions"], seed=0)
     captions = [caption_for(*pair) for pair in pairs]
-    images = generate(pipeline, captions, params["steps"], params["guidance"])
+    images = generate(pipeline, captions, params)
     real = [compose(sprites, of, "held-out", 1_000_000 + i, fixed=pair).image for i, pair in enumerate(pairs)]
     text = judge.text(captions)
 
@@ -137,7 +141,7 @@ def grade_sizes(pipeline, judge: ClipEmbedder, sprites: Sprites, of: Distributio
     for number, (size, kind) in enumerate(SIZES.items()):
         pairs = graded_pairs(of, params["sizes"], seed=20 + number)
         captions = [caption_for(*pair, kind) for pair in pairs]
-        images = generate(pipeline, captions, params["steps"], params["guidance"])
+        images = generate(pipeline, captions, params)
         sized = replace(of, normal=size)
         real = [compose(sprites, sized, "held-out", 3_000_000 + i, fixed=pair).image for i, pair in enumerate(pairs)]
         found[size] = {
@@ -153,7 +157,7 @@ def grade_sizes(pipeline, judge: ClipEmbedder, sprites: Sprites, of: Distributio
 def grade_company(pipeline, judge: ClipEmbedder, sprites: Sprites, of: Distribution, params: dict) -> tuple[dict, list]:
     """Two subjects in one prompt: both named, beside real scenes of two."""
     facts = graded_company(of, params["company"], seed=0)
-    images = generate(pipeline, [company_caption(*fact) for fact in facts], params["steps"], params["guidance"])
+    images = generate(pipeline, [company_caption(*fact) for fact in facts], params)
     everything = tuple(sprites.pictures)
     scenes = (compose(sprites, of, "held-out", 2_000_000 + i) for i in range(10_000))
     real = [scene for scene, _ in zip((s for s in scenes if len(s.subjects) == 2), facts, strict=False)]
@@ -183,13 +187,13 @@ def grade_colours(pipeline, sprites: Sprites, params: dict) -> tuple[float, list
     pairs = coloured_pairs(sprites, params["company"])
     things = [[named(*thing) for thing in pair] for pair in pairs]
     captions = [f"a photo of {one} next to {other} on a white background" for one, other in things]
-    images = generate(pipeline, captions, params["steps"], params["guidance"])
+    images = generate(pipeline, captions, params)
     return colours_right(images, [(one[1], other[1]) for one, other in pairs]), images
 
 
 def grade_individuals(pipeline, params: dict) -> tuple[int, list]:
     """How many cats of different colours one prompt gives."""
-    images = generate(pipeline, ["a photo of a cat on a white background"] * 64, params["steps"], params["guidance"])
+    images = generate(pipeline, ["a photo of a cat on a white background"] * 64, params)
     return distinct_colours(subject_colours(images)), images
 
 
@@ -204,7 +208,7 @@ def grade_generated(
     figures["company"], company = grade_company(pipeline, judge, sprites, of, params)
     figures["colours_right"], bound = grade_colours(pipeline, sprites, params)
     figures["cats"], cats = grade_individuals(pipeline, params)
-    figures["seconds_an_image"] = seconds_an_image(pipeline, params["steps"], params["guidance"])
+    figures["seconds_an_image"] = seconds_an_image(pipeline, params)
     figures["threads"] = torch.get_num_threads()
     figures["captions"] = captions[:64]
     sheets = {"samples": pairs[:64], "sizes": sizes, "company": company[:32], "colours": bound[:32], "cats": cats}
@@ -227,12 +231,14 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=params["captions"])
     parser.add_argument("--guidance", type=float, default=params["guidance"])
     parser.add_argument("--steps", type=int, default=params["steps"])
+    parser.add_argument("--eta", type=float, default=params["eta"])
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--real-only", action="store_true")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    params |= {"captions": arguments.captions, "guidance": arguments.guidance, "steps": arguments.steps}
+    sampling = {"steps": arguments.steps, "guidance": arguments.guidance, "eta": arguments.eta}
+    params |= sampling | {"captions": arguments.captions}
     out = arguments.out or arguments.work
     out.mkdir(parents=True, exist_ok=True)
     base = arguments.base
@@ -248,7 +254,7 @@ def main() -> None:
     if not arguments.real_only:
         sprites = training_pack(arguments.work, arguments.distribution)
         more, sheets = grade_generated(pipeline, clips["judge"], sprites, params, arguments.distribution)
-        figures |= more | {"sampling": {"steps": params["steps"], "guidance": params["guidance"]}}
+        figures |= more | {"sampling": sampling}
         for name, images in sheets.items():
             contact_sheet(images, columns=8).save(out / f"{name}.png")
     figures["distribution"] = arguments.distribution
