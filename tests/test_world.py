@@ -479,7 +479,7 @@ def test_sharpness_and_psnr_by_hand():
     assert psnr(x, x + 0.2) == pytest.approx(20)  # a peak of 2, an error of 0.2
 
 
-class WordEar:
+class WordEmbedder:
     """A judge that hears words alone: an embedding has a 1 for each word; a picture is a number in `captions`."""
 
     def __init__(self, captions: list[str]) -> None:
@@ -498,7 +498,7 @@ def test_both_subjects_must_be_recognised():
     """In halves that are of one colour each, and a judge that reads that colour as a caption's number."""
     captions = ["a photo of a cat", "a photo of a dog", "a photo of an egg"]
 
-    class ColourEmbedder(WordEar):
+    class ColourEmbedder(WordEmbedder):
         def image(self, images: list[np.ndarray]) -> torch.Tensor:
             assert all(len(np.unique(image)) == 1 and image.shape[0] == image.shape[1] for image in images)
             return self.text([self.captions[image[0, 0, 0]] for image in images])
@@ -516,7 +516,7 @@ def test_both_subjects_must_be_recognised():
 def test_zero_shot_names_subject_and_background():
     captions = ["a photo of a cat in the snow", "a photo of an egg on the grass", "a photo of a dog on the sand"]
     found = zero_shot(
-        WordEar(captions),
+        WordEmbedder(captions),
         [np.array(0), np.array(1), np.array(2)],
         [("cat", "snow"), ("egg", "sand"), ("cat", "sand")],
         ("cat", "dog", "egg"),
