@@ -132,12 +132,13 @@ def coloured_distribution() -> Distribution:
 
 
 def balanced_distribution() -> Distribution:
-    """The UNet's sixth phase: as the fourth, with the classes of many individuals and with colours in most captions.
+    """The UNet's sixth phase: more classes of many individuals, colours in most captions, more very small ones.
 
     A pair tells which subject a colour belongs to where both have one; in the fifth phase, those were two in a hundred.
     """
     of = busy_distribution()
-    return replace(of, subjects=of.subjects + 2 * tuple(UNET_INDIVIDUALS), pairs=0.42, colours=0.8)
+    subjects = of.subjects + 2 * tuple(UNET_INDIVIDUALS)
+    return replace(of, subjects=subjects, pairs=0.42, very_small=0.4, colours=0.8)
 
 
 DISTRIBUTIONS = {
