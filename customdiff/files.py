@@ -22,6 +22,7 @@ except ImportError:  # Windows, where outputs are not locked
 INCOMING = ".incoming"
 LOCK_SECONDS = 20  # a stage whose `dvc` was killed ends within seconds
 FULL = 1 << 20  # bytes
+MODEL_FILES = (".safetensors", ".json", ".txt")
 PACKAGE = Path(__file__).parent
 
 
@@ -184,6 +185,17 @@ def sha256(path: Path | str) -> str:
     """SHA-256 of a file, in lower-case hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_hashes(folder: Path | str) -> dict[str, str]:
+    """SHA-256 of each file in a model's folder that determines its output, by path: weights, configs, tokenizers.
+
+    Empty if there is no such folder, as for the name of a model on the Hub.
+    """
+    folder = Path(folder)
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.suffix in MODEL_FILES)
+    shown = (path for path in paths if not any(part.startswith(".") for part in path.parts))
+    return {path.as_posix(): sha256(folder / path) for path in shown}
 
 
 def weights_hash(folder: Path | str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from customdiff.errors import UserError
 
@@ -101,7 +101,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB, without metadata."""
+    """Convert any mode and color profile to sRGB, without metadata."""
+    image = _in_srgb(image)
     if image.mode.startswith("I") or image.mode == "F":
         rgb = Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     elif image.has_transparency_data:
@@ -112,6 +113,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     clean = Image.new("RGB", rgb.size)  # drops EXIF, comments and color profile
     clean.paste(rgb)
     return clean
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Convert colors from an embedded profile, such as the Display P3 of phones, to sRGB."""
+    data = image.info.get("icc_profile")
+    if not data or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        if ImageCms.getProfileDescription(profile).startswith("sRGB"):
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode) or image
+    except (ImageCms.PyCMSError, OSError):  # a damaged profile, or one of another mode: colors as they are
+        return image
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from customdiff import images
 from customdiff.images import ImageError, limit_side, open_rgb, save
@@ -70,6 +70,22 @@ def test_sixteen_bit_and_floating_point_greys_are_scaled_not_clipped():
 def test_cmyk_becomes_the_color_that_its_inks_print():
     cyan = open_rgb(encoded(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG", quality=100))
     assert np.abs(np.subtract(cyan.getpixel((8, 8)), (0, 255, 255))).max() < 12  # full cyan ink takes the red away
+
+
+def test_colors_of_an_embedded_profile_become_srgb():
+    """By the matrices of the profile itself: one with red and blue exchanged, and one with a linear curve."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exchanged = srgb.replace(b"rXYZ", b"xXYZ").replace(b"bXYZ", b"rXYZ").replace(b"xXYZ", b"bXYZ")
+    exchanged = exchanged.replace("sRGB".encode("utf-16-be"), "BGRs".encode("utf-16-be"))
+    for form in ("PNG", "JPEG", "TIFF"):
+        data = encoded(Image.new("RGB", (16, 16), (200, 100, 30)), form, icc_profile=exchanged)
+        assert np.abs(np.subtract(open_rgb(data).getpixel((8, 8)), (30, 100, 200))).max() <= 4
+    transparent = encoded(Image.new("RGBA", (16, 16), (200, 100, 30, 255)), "PNG", icc_profile=exchanged)
+    assert np.abs(np.subtract(open_rgb(transparent).getpixel((8, 8)), (30, 100, 200))).max() <= 4
+    for profile in (srgb, b"damaged", srgb[:200]):
+        image = open_rgb(encoded(Image.new("RGB", (16, 16), (200, 100, 30)), "PNG", icc_profile=profile))
+        assert image.getpixel((8, 8)) == (200, 100, 30)
+        assert "icc_profile" not in image.info
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])

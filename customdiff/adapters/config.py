@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from customdiff.config import Base
-from customdiff.config.section import ModifierToken
+from customdiff.config.section import ConceptName, ModifierToken
 from customdiff.errors import UserError
 
 CONFIG_FILE = "adapter.json"
@@ -71,7 +71,7 @@ class AdapterConfig(_Part):
     """
 
     base: BaseModelReference
-    concepts: dict[str, LearnedConcept] = Field(min_length=1)
+    concepts: dict[ConceptName, LearnedConcept] = Field(min_length=1)
     method: Literal["custom_diffusion", "textual_inversion", "lora"] = "custom_diffusion"
     freeze_model: Literal["crossattn_kv", "crossattn"] = "crossattn_kv"
     lora_rank: int | None = Field(None, ge=1, le=4096)

@@ -188,9 +188,9 @@ def check(parts: Mapping[str, Adapter]) -> None:
                 "depend on text states; only crossattn_kv can"
             )
         for token in part.embeddings:
-            if token in owners:
-                raise UserError(f"{name}: token {token} is also in {owners[token]}; train one with another token")
-            owners[token] = name
+            owner = owners.setdefault(token.casefold(), name)
+            if owner != name:
+                raise UserError(f"{name}: token {token} is also in {owner}; train one with another token")
 
 
 def problem_of(

@@ -18,9 +18,8 @@ from PIL import Image
 
 from customdiff.adapters.adapter import fingerprint
 from customdiff.config import Base, Evaluate
-from customdiff.files import atomic_directory, project_home, source_hash
+from customdiff.files import atomic_directory, model_hashes, project_home, source_hash
 from customdiff.images import open_rgb, save_all
-from customdiff.models.base import weight_hashes
 
 SETS = 6  # kept: two of `evaluate`, and of sweeps and comparisons with other prompts or numbers of images
 
@@ -65,7 +64,7 @@ def base_images(
 def _key(pipe: DiffusionPipeline, base: Base, settings: Evaluate, texts: Sequence[str], seeds: Sequence[int]) -> str:
     """A hash of the weights, the requested images, the sampler, and the code and libraries that compute them."""
     identity = {
-        "base": base.model_dump(exclude={"device"}) | {"weights": weight_hashes(base)},
+        "base": base.model_dump(exclude={"device"}) | {"files": model_hashes(base.model)},
         "fingerprint": fingerprint(pipe),  # the weights behind a Hub name can change
         "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
         "evaluate": settings.model_dump(include={"batch_size", "steps", "guidance_scale", "eta", "precision"}),

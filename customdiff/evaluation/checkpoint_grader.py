@@ -10,7 +10,7 @@ from PIL import Image
 
 from customdiff.config import Params
 from customdiff.evaluation.metrics import image_alignment, leave_one_out_alignment, text_alignment
-from customdiff.files import sha256, source_hash
+from customdiff.files import model_hashes, source_hash
 from customdiff.models import base
 from customdiff.models.clip import Clip
 from customdiff.models.vision import VisionEncoder
@@ -74,5 +74,4 @@ class CheckpointGrader:
 def identity_of(params: Params) -> dict[str, Any]:
     """Judges, their files, and the code that determines the figures."""
     names = [name for name in (params.evaluate.clip, params.evaluate.identity) if name]
-    files = [file for name in names for file in sorted(Path(name).rglob("*.safetensors"))]
-    return {"judges": names, "files": {str(file): sha256(file) for file in files}, "code": source_hash(*CODE)}
+    return {"judges": {name: model_hashes(name) for name in names}, "code": source_hash(*CODE)}

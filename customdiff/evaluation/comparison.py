@@ -226,7 +226,11 @@ def differences(graded: Mapping[str, GradedAdapter], *, resamples: int, seed: in
                     for values in (other, one)
                 )
                 found = paired_metric(before, after, resamples=resamples, seed=seed)
-                sentences.append(_sentence(first, second, figure, found))
+                if all(group.size == 1 for group in after):
+                    difference = f"{first} minus {second} is {found.delta:+.3f} (one image has no interval)."
+                    sentences.append(f"{figure.replace('_', ' ')}: {difference}")
+                else:
+                    sentences.append(_sentence(first, second, figure, found))
     return sentences
 
 

@@ -203,11 +203,13 @@ def html(
 
 
 def changes(summary: Summary) -> list[str]:
-    """One sentence per metric, for the terminal; a change whose interval includes zero is not called one."""
+    """One sentence per metric, for the terminal; one image, or an interval that includes zero, shows no change."""
     sentences = []
     for name, metric in summary.overall.items():
         interval = f"95 % interval {metric.delta_low:+.3f} to {metric.delta_high:+.3f}"
-        if metric.delta_low <= 0 <= metric.delta_high:
+        if summary.num_images <= len(summary.concepts):
+            sentences.append(f"{title_of(name)} changes by {metric.delta:+.3f} (one image has no interval).")
+        elif metric.delta_low <= 0 <= metric.delta_high:
             sentences.append(f"{title_of(name)} does not change measurably ({metric.delta:+.3f}; {interval}).")
         else:
             verb = "rises" if metric.delta > 0 else "falls"

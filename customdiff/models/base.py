@@ -14,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 
 from customdiff.config import Base
 from customdiff.errors import UserError
-from customdiff.files import sha256
 from customdiff.models.text import text_encoders
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -116,12 +115,6 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     quiet()
     with _loading(base):
         return AutoTokenizer.from_pretrained(base.model, subfolder="tokenizer", revision=base.revision)
-
-
-def weight_hashes(base: Base) -> dict[str, str]:
-    """SHA-256 of each weights file of a local base model by its path in the folder; empty for models on the Hub."""
-    paths = sorted(Path(base.model).glob("*/*.safetensors"))
-    return {f"{path.parent.name}/{path.name}": sha256(path) for path in paths}
 
 
 @contextmanager

@@ -10,10 +10,12 @@ import re
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from customdiff.errors import UserError
 from customdiff.models.text import text_encoders
+
+OLD_EOS = 2  # in the configs of CLIP models from before transformers 4.31, whatever their end token is
 
 TokenEmbedding = dict[str, Tensor]  # embedding (D,) of one token by text encoder
 
@@ -91,7 +93,19 @@ def add_tokens(pipe: DiffusionPipeline, embeddings: dict[str, TokenEmbedding]) -
         vectors = torch.stack([embedding[name] for embedding in embeddings.values()])
         layers[name] = ModifierEmbedding(table, ids, vectors)
         encoder.set_input_embeddings(layers[name])
+        _pool_at_end(encoder, tokenizer)
     return layers
+
+
+def _pool_at_end(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take the pooled text state of SDXL at the end token although the config has an old default, `eos_token_id: 2`.
+
+    For that value transformers takes it at the token with the largest id: a modifier token, whose state knows nothing
+    of the words behind it.
+    """
+    for module in encoder.modules():
+        if getattr(module, "eos_token_id", None) == OLD_EOS:
+            module.eos_token_id = tokenizer.eos_token_id
 
 
 def learned_embeddings(pipe: DiffusionPipeline) -> dict[str, TokenEmbedding]:
@@ -108,12 +122,14 @@ def learned_embeddings(pipe: DiffusionPipeline) -> dict[str, TokenEmbedding]:
 def check_new(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
     """Reject modifier tokens that are already in the vocabulary, because training would change their meaning.
 
+    CLIP's tokenizer lowercases prompts and new tokens alike, so `Cat` would take the place of `cat`.
+
     Raises:
         UserError: a token is in the vocabulary.
     """
     vocabulary = tokenizer.get_vocab()
     for token in tokens:
-        if token in vocabulary or f"{token}</w>" in vocabulary:
+        if any(name in vocabulary or f"{name}</w>" in vocabulary for name in (token, token.lower())):
             raise UserError(f"modifier_token {token}: already in the base model's vocabulary; use one such as <new1>")
 
 

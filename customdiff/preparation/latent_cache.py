@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class LatentCache:
         digest.update(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes())
         path = self.folder / f"{digest.hexdigest()}.safetensors"
         self._used.add(path.name)
-        with suppress(FileNotFoundError):  # not cached, or removed by another process
+        with suppress(FileNotFoundError, SafetensorError, KeyError):  # not cached, removed meanwhile, or damaged
             found = load_file(path)
             return found["mean"], found["std"]
         mean, std = prepared_set.encode(self.vae, torch.from_numpy(pixels))

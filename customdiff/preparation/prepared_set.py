@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -100,12 +101,11 @@ def load(path: Path) -> PreparedSet:
     try:
         tensors = load_file(path.with_suffix(".safetensors"))
         captions = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run `dvc repro prepare`") from error
-    if len(captions) != len(tensors["mask"]):
-        raise UserError(
-            f"{path}: {len(captions)} captions for {len(tensors['mask'])} views; run `dvc repro -f prepare`"
-        )
+        length = len(tensors["mask"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); run `dvc repro -f prepare`") from error
+    if len(captions) != length:
+        raise UserError(f"{path}: {len(captions)} captions for {length} views; run `dvc repro -f prepare`")
     return PreparedSet(captions=captions, **tensors)
 
 

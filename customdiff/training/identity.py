@@ -10,7 +10,7 @@ import transformers
 
 from customdiff.adapters.config import AdapterConfig
 from customdiff.config import Params
-from customdiff.files import sha256, source_hash
+from customdiff.files import model_hashes, sha256, source_hash
 from customdiff.models import base
 from customdiff.training.selection import Grader
 
@@ -36,7 +36,7 @@ def run_identity(params: Params, prepared: Path, num_processes: int, grader: Gra
     unused = set() if grades else {"checkpointing_steps", "select", "patience", "grading"}
     files = [path for name in params.concepts for path in sorted((prepared / name).iterdir())]
     return {
-        "base": params.base.model_dump(exclude={"device"}) | {"weights": base.weight_hashes(params.base)},
+        "base": params.base.model_dump(exclude={"device"}) | {"files": model_hashes(params.base.model)},
         "device": base.device(params.base.device).type,
         "concepts": {
             name: concept.model_dump(exclude={"source", "holdout"}) for name, concept in params.concepts.items()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch._dynamo.config as dynamo
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -40,6 +41,7 @@ from customdiff.training.objective import losses, optimizer_for, target_of
 from customdiff.training.selection import Grader, Selection
 from customdiff.training.step_log import StepLog
 
+COMPILATIONS = 64  # of transformer blocks, at most
 MEMORY_EFFICIENT_FROM = 256  # px; below this, memory-efficient layers are slower and save almost no memory
 
 
@@ -345,28 +347,37 @@ def _trainer(
 
 
 def _compile(unet: UNet2DConditionModel) -> None:
-    """Compile the transformer blocks; blocks of equal size share one compilation."""
+    """Compile the transformer blocks; blocks of equal size share one compilation.
+
+    All blocks share dynamo's limit of compilations. Stable Diffusion has four sizes of blocks, each compiled again for
+    training, validation and grading, whose batches differ, so the default limit of 8 does not suffice.
+    """
     if unet.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "cl"))):
         raise UserError("train.compile: needs a C++ compiler on a CPU; install g++ or set it to false")
+    dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILATIONS)
     unet.compile_repeated_blocks(fullgraph=True)
 
 
 def _load_base(params: Params, device: torch.device) -> tuple[DiffusionPipeline, AutoencoderKL | None, float]:
-    """The base model in the compute dtype, its VAE if validation or pixels need it, and the latents' scale."""
+    """The base model in the compute dtype, a VAE in fp32 if pixels must be encoded, and the latents' scale.
+
+    The VAE of SDXL overflows in fp16 (`force_upcast`); in fp32 the latents are also those that `prepare` caches.
+    """
     train = params.train
     dtype = base.DTYPES[train.mixed_precision]
-    needs_vae = bool(train.validation.prompts) or train.grades_checkpoints or not params.prepare.cache_latents
+    samples = bool(train.validation.prompts) or train.grades_checkpoints
     vae_config = AutoencoderKL.load_config(params.base.model, subfolder="vae", revision=params.base.revision)
-    parts = {} if needs_vae else {"vae": None}
+    parts = {} if samples else {"vae": None}
     pipe = base.load_pipeline(params.base, dtype=dtype, device=device, **parts)
     attention.use_backend(pipe.unet, train.attention)
     if train.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
         for _, encoder in text_encoders(pipe).values():
             encoder.gradient_checkpointing_enable()
-    if needs_vae:
+    if samples:
         pipe.vae.requires_grad_(False)
-    return pipe, pipe.vae if needs_vae else None, vae_config.get("scaling_factor", 0.18215)
+    vae = None if params.prepare.cache_latents else base.load_part(params.base, "vae", AutoencoderKL, device=device)
+    return pipe, vae, vae_config.get("scaling_factor", 0.18215)
 
 
 def _make_trainable(pipe: DiffusionPipeline, params: Params, checkpoint: Path | None) -> Trained:

@@ -169,6 +169,11 @@ def test_missing_and_damaged_files_are_one_line_errors(learned, tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="incomplete adapter"):
         adapter.read(folder)
+    config = json.loads((folder / "adapter.json").read_text())
+    escaping = {"../../cat": next(iter(config["concepts"].values()))}  # exports name files after concepts
+    (folder / "adapter.json").write_text(json.dumps(config | {"concepts": escaping}))
+    with pytest.raises(UserError, match=r"adapter.json: .*concepts\.\.\./\.\./cat"):
+        adapter.read(folder)
     (folder / "adapter.json").write_text(json.dumps({})[:1])
     with pytest.raises(UserError, match=r"adapter.json"):
         adapter.read(folder)
@@ -202,6 +207,31 @@ def test_an_initial_embedding_is_the_mean_of_its_tokens(tiny_base):
     np.testing.assert_array_equal(
         modifier_tokens.initial_embedding(pipe, "pot")["text_encoder"], table[ids[1]].astype(np.float32)
     )
+
+
+@pytest.mark.parametrize("token", ["cat", "Cat", "CAT"])
+def test_a_word_of_the_vocabulary_is_no_modifier_token(tiny_base, token):
+    """The tokenizer lowercases: Cat would take the place of cat."""
+    pipe = base.load_pipeline(tiny_params(tiny_base).base)
+    with pytest.raises(UserError, match=f"modifier_token {token}: "):
+        modifier_tokens.add_tokens(pipe, {token: {"text_encoder": torch.randn(32)}})
+
+
+def test_pooled_states_of_sdxl_know_the_words_behind_the_token_whatever_the_config_says(tiny_xl_base):
+    def pooled(eos: int | None):
+        pipe = base.load_pipeline(tiny_params(tiny_xl_base).base)
+        for module in pipe.text_encoder_2.modules() if eos else ():
+            if hasattr(module, "eos_token_id"):
+                module.eos_token_id = eos
+        torch.manual_seed(0)
+        widths = {name: encoder.config.hidden_size for name, (_, encoder) in text_encoders(pipe).items()}
+        rows = {name: torch.randn(width) for name, width in widths.items()}
+        modifier_tokens.add_tokens(pipe, {"<new1>": rows})
+        return text_of(pipe, ["a <new1> cat", "a <new1> dog"]).pooled
+
+    current, old = pooled(None), pooled(2)
+    assert (old[0] - old[1]).norm() > 0.01
+    torch.testing.assert_close(old, current)
 
 
 def test_new_embeddings_change_no_other_token(tiny_base):

@@ -367,6 +367,10 @@ def of_method(method):
             "other: token <new1> .*one",
         ),
         (
+            lambda part: replace(part, embeddings={"<NEW1>": part.embeddings["<new2>"]}),
+            "other: token <NEW1> .*one",
+        ),
+        (
             lambda part: replace(
                 part, config=part.config.with_changes(**{"fingerprint": [x + 1 for x in part.config.fingerprint]})
             ),

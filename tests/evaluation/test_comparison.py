@@ -125,6 +125,10 @@ def test_two_adapters_differ_where_the_interval_of_their_paired_difference_exclu
     assert back[0] == "text alignment: two is higher than one by 0.250 (0.250 to 0.250)."
     alone = graded({DOG: (base, base)})
     assert comparison.differences({"one": first, "alone": alone}, resamples=200, seed=0) == []
+    single = comparison.differences({"two": second, "alone": alone}, resamples=200, seed=0)
+    assert [sentence.partition(" (")[0] for sentence in single] == [
+        f"{name} alignment: two minus alone is +0.000" for name in ("text", "image")
+    ]
 
 
 def test_differences_of_drift_are_of_the_same_prompts_without_the_token():

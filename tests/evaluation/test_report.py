@@ -181,11 +181,19 @@ def test_without_training_steps_the_curves_are_left_out(tmp_path, content):
 )
 def test_a_change_is_claimed_only_where_its_interval_excludes_zero(delta, interval, verb):
     metric = PairedMetric(0.5, 0.5 + delta, delta, *interval)
-    summary = scores.Summary(dict.fromkeys(scores.METRICS[:2], metric), {}, 1, 1)
+    summary = scores.Summary(dict.fromkeys(scores.METRICS[:2], metric), {}, 2, 4)
     text, image = report.changes(summary)
     assert verb in text
     assert f"{interval[0]:+.3f} to {interval[1]:+.3f}" in text
     assert (text.lower().startswith("text alignment"), image.lower().startswith("image alignment")) == (True, True)
+
+
+def test_one_image_makes_no_finding():
+    metric = PairedMetric(0.5, 0.6, 0.1, 0.1, 0.1)
+    (text,) = report.changes(scores.Summary({"text_alignment": metric}, {"cat": {"text_alignment": metric}}, 1, 1))
+    assert "+0.100" in text
+    assert "no interval" in text
+    assert "rises" not in text
 
 
 def test_the_running_mean_is_numpys():

@@ -9,6 +9,7 @@ import torch
 from conftest import concept_values, noisy_images, tiny_params, write_prepared
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import save
 
 from customdiff.errors import UserError
 from customdiff.models import base
@@ -70,6 +71,10 @@ def test_a_damaged_set_is_rejected(tiny_base, tmp_path):
     captions.write_text(json.dumps(json.loads(captions.read_text())[:-1]))
     with pytest.raises(UserError, match=r"15 .*16"):
         prepared_set.load(folder / "cat/instance")
+    for tensors in (b"", save({"mean": torch.zeros(1)})):
+        (folder / "cat/instance.safetensors").write_bytes(tensors)
+        with pytest.raises(UserError, match=r"cat/instance.*dvc repro"):
+            prepared_set.load(folder / "cat/instance")
 
 
 def test_captions_carry_the_prefix_of_their_view(tiny_base, tmp_path):
@@ -126,6 +131,10 @@ def test_cached_moments_are_the_same_bits_and_spare_the_vae(tiny_base, tmp_path)
     for name in ("mean", "std"):
         assert torch.equal(getattr(plain, name), getattr(fresh, name))
         assert torch.equal(getattr(plain, name), getattr(again, name))
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(b"")
+    _, encoded = prepared([first, second], "a")  # damaged files are written again
+    assert encoded == 2
     _, encoded = prepared([second, first], "a")  # the views of a photo depend on its number
     assert encoded == 2
     with torch.no_grad():

@@ -221,11 +221,15 @@ def test_a_changed_base_model_starts_a_new_run(tiny_base, tmp_path):
     prepared = write_prepared(tmp_path / "prepared", params)
     before = run_identity(params, prepared, 1)
     assert run_identity(params, prepared, 1) == before
-    weights = model / "unet/diffusion_pytorch_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert run_identity(params, prepared, 1) != before
+    (model / "README.md").write_text("What it is.")
+    assert run_identity(params, prepared, 1) == before
+    weights, schedule = model / "unet/diffusion_pytorch_model.safetensors", model / "scheduler/scheduler_config.json"
+    for path, old, new in ((weights, b"", b"\0"), (schedule, b"epsilon", b"v_prediction")):
+        content = path.read_bytes()
+        assert old in content
+        path.write_bytes(content.replace(old, new) if old else content + new)
+        assert run_identity(params, prepared, 1) != before
+        path.write_bytes(content)
 
 
 def test_a_complete_run_is_handed_over_again(tiny_base, tmp_path):
@@ -345,6 +349,15 @@ def test_validation_prompts_are_filled_in_for_every_concept(tiny_base, tmp_path)
         images[name] = {path.name: sha256(path) for path in (run.path / "validation").iterdir()}
     assert len(set(images["long"].values())) == 6
     assert images["short"] == images["long"]
+
+
+def test_pixels_are_encoded_in_fp32_whatever_the_precision_of_training(tiny_base):
+    """SDXL's VAE overflows in fp16."""
+    for cached, dtype in ((True, None), (False, torch.float32)):
+        params = tiny_params(tiny_base, prepare={"cache_latents": cached}, mixed_precision="bf16")
+        pipe, vae, _ = trainer._load_base(params, torch.device("cpu"))
+        assert pipe.unet.dtype == torch.bfloat16
+        assert (vae.dtype if vae else None) == dtype
 
 
 def test_options_of_the_reference_train(tiny_v_base, tmp_path):

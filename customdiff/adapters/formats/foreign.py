@@ -195,7 +195,7 @@ def _names(concepts: list[ImportedConcept]) -> list[str]:
     """Names of concepts from their classes: wooden-pot for `wooden pot`, wooden-pot-2 for a second one."""
     names: list[str] = []
     for concept in concepts:
-        name = re.sub(r"[^a-z0-9]+", "-", concept.class_prompt.lower()).strip("-") or "concept"
+        name = re.sub(r"[^a-z0-9]+", "-", concept.class_prompt.lower())[:60].strip("-") or "concept"
         used = sum(other == name or other.startswith(f"{name}-") for other in names)
         names.append(f"{name}-{used + 1}" if used else name)
     return names

@@ -19,6 +19,7 @@ from customdiff.errors import UserError
 
 LORAS, EMBEDDINGS = "loras", "embeddings"
 BIAS = ".diff_b"
+MAX_NAME = 200  # characters of a file name, which most file systems limit to 255 bytes
 # sd-scripts' names of base models, by which web UIs group LoRAs
 FAMILIES = {
     "Stable Diffusion 1.x": {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
@@ -112,7 +113,7 @@ def _words(config: AdapterConfig) -> dict[str, str]:
 
 
 def _lora(config: AdapterConfig) -> Path:
-    return Path(LORAS, f"{'-'.join(config.concepts)}.safetensors")
+    return Path(LORAS, f"{'-'.join(config.concepts)[:MAX_NAME]}.safetensors")
 
 
 def _embedding(word: str) -> Path:
