@@ -7,7 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import IO
@@ -67,7 +67,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     Raises:
         UserError: another process is writing the file, or the disk is full.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays a link
     with locked(path):
         incoming = _beside(path)
         try:
@@ -76,6 +76,8 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         except BaseException:
             incoming.unlink(missing_ok=True)
             raise
+        with suppress(FileNotFoundError):
+            shutil.copymode(path, incoming)
         incoming.replace(path)
 
 

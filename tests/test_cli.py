@@ -292,7 +292,7 @@ def test_help_does_not_wait_for_torch():
 
 @pytest.mark.parametrize(
     ("prompt", "expected"),
-    [("<new1> cat, asleep", "new1-cat-asleep"), ("///", "image"), ("../../x", "x"), ("é" * 200, "é" * 80)],
+    [("<new1> cat, asleep", "new1-cat-asleep"), ("///", "image"), ("../../x", "x"), ("é" * 200, "é" * 40)],
 )
 def test_a_prompt_makes_a_harmless_file_name(prompt, expected):
     assert cli.sample.slug(prompt) == expected

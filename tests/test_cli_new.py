@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from customdiff import cli, config
 from customdiff.errors import UserError
 from customdiff.files import sha256
+from customdiff.new_concept import adding
 from stages import inputs as inputs_stage
 
 PHOTOS = ROOT / "data/concepts/teapot"
@@ -154,6 +155,19 @@ def test_the_class_is_proposed_and_confirmed(project, photos, monkeypatch):
     output = run("pot3", photos, "--no-sheet", answers="tea pot\n")
     assert config.load().concepts["pot3"].class_prompt == "tea pot"
     assert "did you mean teapot?" in output
+
+
+def test_an_edit_meanwhile_is_not_overwritten(project, photos, monkeypatch):
+    def edit(*arguments, examples=adding.examples):
+        Path("params.yaml").write_text(edited)
+        return examples(*arguments)
+
+    edited = Path("params.yaml").read_text().replace("max_steps: 400", "max_steps: 401")
+    monkeypatch.setattr(adding, "examples", edit)
+    with pytest.raises(UserError, match=r"params\.yaml: was edited outside"):
+        run("potty", photos, "--class", "teapot")
+    assert Path("params.yaml").read_text() == edited
+    assert not Path("data/concepts/potty").exists()
 
 
 def test_bad_photos_are_reported_and_not_copied(project, photos):

@@ -119,6 +119,18 @@ def test_a_file_is_replaced_only_at_the_end(tmp_path):
     assert files.sha256(path) == hashlib.sha256(b"first").hexdigest()
 
 
+def test_a_replaced_file_keeps_its_mode_and_a_link_its_target(tmp_path):
+    secret, link = tmp_path / "params.yaml", tmp_path / "link.yaml"
+    secret.write_text("old")
+    secret.chmod(0o600)
+    link.symlink_to(secret)
+    with files.atomic_file(link) as incoming:
+        incoming.write_text("new")
+    assert link.is_symlink()
+    assert secret.read_text() == "new"
+    assert secret.stat().st_mode & 0o777 == 0o600
+
+
 def test_user_errors_are_one_line_and_others_have_a_traceback(capsys):
     with pytest.raises(SystemExit) as ended, one_line_errors():
         raise UserError("train.max_steps: must be above 0")

@@ -70,7 +70,7 @@ def guarded() -> Iterator[None]:
     except UserError as error:
         say(str(error))
     except Exception as error:
-        say(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; the terminal has the details")
+        say(f"{type(error).__name__}: {' '.join(redact(str(error)).split())[:200]}; the terminal has the details")
         raise
 
 

@@ -35,6 +35,7 @@ class NewConcept:
 
     def __init__(self, session: Session) -> None:
         self.session, self.dropped = session, DroppedPhotos()
+        self.tiles: set[str] = set()  # the photos that are shown
         ui.context.client.on_delete(self.dropped.clean_up)
         limits = session.file.params.download
         self.upload = ui.upload(
@@ -67,7 +68,8 @@ class NewConcept:
             data = await event.file.read()
             limits = self.session.file.params.download
             name = await asyncio.to_thread(self.dropped.add, event.file.name, data, limits)
-            if name in self.dropped.names:  # not a caption
+            if name in self.dropped.names and name not in self.tiles:  # neither a caption nor dropped before
+                self.tiles.add(name)
                 self.show(name)
 
     def refuse(self, maximum: int) -> None:
@@ -86,6 +88,7 @@ class NewConcept:
 
         def leave_out() -> None:
             self.dropped.remove(name)
+            self.tiles.discard(name)
             tile.delete()
 
         with self.thumbnails, ui.column().classes("w-24 gap-0 items-center") as tile:
@@ -135,6 +138,7 @@ class NewConcept:
 
         if await self.session.propose(edited, lambda: adding.keep(name, gathered, examples), show):
             self.dropped.clear()
+            self.tiles.clear()
             self.thumbnails.clear()
 
 

@@ -35,16 +35,21 @@ class DroppedPhotos:
     def add(self, name: str, data: bytes, limits: Download) -> str:
         """Check a file and keep it; returns the name that it got: words, digits, dots and hyphens of its own.
 
-        A photo whose name another one has gets a number.
+        A photo whose name another one has gets a number; the same photo stays once.
 
         Raises:
             UserError: it is too large, is no photo whatever its name says, or there are `download.maximum` already.
         """
-        safe = re.sub(r"[^\w.-]+", "-", image_folder.one_line(name) or "")[-100:].lstrip(".-") or "photo"
+        safe = re.sub(r"[^\w.-]+", "-", image_folder.one_line(name) or "").encode()[-100:].decode(errors="ignore")
+        safe = safe.lstrip(".-") or "photo"
         if len(data) > MAX_PHOTO_MEGABYTES * 1e6:
             raise UserError(f"{safe}: {len(data) / 1e6:.0f} MB, above {MAX_PHOTO_MEGABYTES} MB; scale the photo down")
         if safe.lower().endswith(".txt"):
-            (self.folder / safe).write_text(f"{image_folder.one_line(data) or ''}\n", encoding="utf-8")
+            caption, path = f"{image_folder.one_line(data) or ''}\n", self.folder / safe
+            with self._lock:
+                if path.exists() and path.read_text(encoding="utf-8") != caption:
+                    raise UserError(f"{safe}: left out: there is another of this name; rename it and its photo")
+                path.write_text(caption, encoding="utf-8")
             return safe
         if not image_folder.is_image(safe):
             raise UserError(f"{safe}: not a photo by its name; drop files such as {', '.join(images.SUFFIXES[:4])}")

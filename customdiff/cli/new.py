@@ -12,7 +12,6 @@ import typer
 from customdiff import config
 from customdiff.cli.preset import keep_backup
 from customdiff.errors import UserError
-from customdiff.files import atomic_file
 
 if TYPE_CHECKING:
     from customdiff.new_concept.adding import Photos
@@ -62,25 +61,26 @@ def new(
     if anything is wrong.
     """
     from customdiff.new_concept import adding, entry
+    from customdiff.new_concept.params_file import ParamsFile
 
     entry.check_name(name)
-    params = config.load(path)
+    file = ParamsFile.read(path)
+    params = file.params
     adding.check_is_new(name, params, copy=copy, replace=replace)
     with tempfile.TemporaryDirectory(prefix="customdiff-") as work:
         gathered = adding.gather(name, photos, params, Path(work), copy=copy)
         words = _class_of(gathered, params, class_words, yes=yes)
         token = token or adding.token_for(name, params, only=only)
-        text = path.read_bytes().decode()
-        edited = entry.with_concept(text, name, entry.new_entry(gathered.path, token, words), only=only)
+        edited = entry.with_concept(file.text, name, entry.new_entry(gathered.path, token, words), only=only)
         changed = config.parse(edited, path)
         examples = adding.examples(gathered, changed.concepts[name], changed) if sheet else []
+        file.check_is_current()
         written = adding.keep(name, gathered, examples)
         _report_photos(name, gathered)
         if written:
             _report_sheet(written, examples, gathered.checked)
     backup = keep_backup(path)
-    with atomic_file(path) as incoming:
-        incoming.write_bytes(edited.encode())
+    file.write(edited)
     typer.echo(f"{path}: concepts.{name} is a {words} with modifier token {token}; the old file is kept as {backup}")
     typer.echo(f"validation prompts: {entry.validation_prompts_of(changed)}")
     _report_others(name, changed, set(params.concepts) - set(changed.concepts))

@@ -200,7 +200,8 @@ def of_checkpoint(name: str) -> Path:
 
 def slug(prompt: str) -> str:
     """File name for a prompt: new1-cat-asleep for "<new1> cat, asleep"."""
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80] or "image"
+    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")
+    return words.encode()[:80].decode(errors="ignore") or "image"  # file names are limited to 255 bytes
 
 
 def grid(images: "list[Image.Image]", columns: int) -> "Image.Image":

@@ -68,7 +68,11 @@ def with_concept(text: str, name: str, entry: Entry, *, only: bool = False) -> s
     if prompts.get("prompts"):
         prompts["prompts"] = [_general(prompt, old) for prompt in prompts["prompts"]]
     edited = _with_entry(edited, name, entry, only=only)
-    if yaml.safe_load(edited) != values:
+    try:
+        as_meant = yaml.safe_load(edited) == values
+    except yaml.YAMLError:  # an alias lost its anchor
+        as_meant = False
+    if not as_meant:
         raise UserError(f"params.yaml: cannot be edited as it is written; add concepts.{name} by hand: {_flow(entry)}")
     return edited
 

@@ -56,6 +56,16 @@ class ParamsFile:
         """Whether the file on disk still has these bytes."""
         return self.path.is_file() and self.path.read_bytes() == self.data
 
+    def check_is_current(self) -> None:
+        """Check that no one else has edited the file since it was read.
+
+        Raises:
+            ChangedOutsideError: someone has.
+        """
+        now = self.path.read_bytes() if self.path.is_file() else b""
+        if now != self.data:
+            raise ChangedOutsideError(self.path, self.difference(now.decode(errors="replace")))
+
     def difference(self, edited: str) -> str:
         """Unified diff from this text to an edited one, with one line of context; empty if they are equal."""
         lines = (self.text.splitlines(), edited.splitlines())
@@ -70,9 +80,7 @@ class ParamsFile:
         """
         config.parse(edited, self.path)
         with atomic_file(self.path) as incoming:
-            now = self.path.read_bytes() if self.path.is_file() else b""
-            if now != self.data:
-                raise ChangedOutsideError(self.path, self.difference(now.decode(errors="replace")))
+            self.check_is_current()
             incoming.write_bytes(edited.encode())
         return ParamsFile(self.path, edited.encode())
 
@@ -88,13 +96,17 @@ def with_values(text: str, values: Mapping[str, float | str | bool | None]) -> s
         UserError: a section is written so that it cannot be edited without changing other parts.
     """
     expected = strict_yaml.parse(text)
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        if (expected.get(section) or {}).get(name, ...) == value:
-            continue
-        text = _with_value(text, section, name, yaml.safe_dump(value).removesuffix("...\n").strip())
-        expected[section] = {**(expected.get(section) or {}), name: value}
-    if strict_yaml.parse(text) != expected:
+    try:
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            if (expected.get(section) or {}).get(name, ...) == value:
+                continue
+            text = _with_value(text, section, name, yaml.safe_dump(value).removesuffix("...\n").strip())
+            expected[section] = {**(expected.get(section) or {}), name: value}
+        as_meant = strict_yaml.parse(text) == expected
+    except (ValueError, yaml.YAMLError):  # an alias lost its anchor
+        as_meant = False
+    if not as_meant:
         raise UserError(f"params.yaml: cannot be edited as it is written; set {', '.join(values)} by hand")
     return text
 

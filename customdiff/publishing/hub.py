@@ -32,6 +32,7 @@ from customdiff.publishing.hub_errors import LOG_IN, library_errors, redacted, t
 from customdiff.publishing.model_card import Evaluation
 
 README = "README.md"
+SECRETS = [f"MLFLOW_TRACKING_{name}" for name in ("URI", "PASSWORD", "TOKEN")]  # variables
 PIPELINE_ADAPTER = "models/adapter"  # output of `dvc repro`; never a repository, even if the folder is missing
 AT_REVISION = r"(@[\w./-]+)?"
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*" + AT_REVISION
@@ -323,12 +324,12 @@ def _refuse_private(paths: Iterable[Path]) -> None:
     """
     places = {"your home folder": Path.home(), "the current folder": Path.cwd()}
     secrets = {what: str(place) for what, place in places.items() if len(place.parts) > 1}
-    secrets |= {name: os.environ.get(name, "") for name in os.environ if name.startswith("MLFLOW_TRACKING_")}
+    secrets |= {name: os.environ.get(name, "") for name in SECRETS}
     secrets |= {f"your token {number}": token for number, token in enumerate(sorted(tokens()), 1)}
     for path in paths:
         text = path.read_text(encoding="utf-8")
         for what, secret in secrets.items():
-            if secret.strip() and re.search(rf"{re.escape(secret.strip())}(?![\w-])", text):
+            if secret.strip() and re.search(rf"(?<![\w.-]){re.escape(secret.strip())}(?![\w-])", text):
                 raise UserError(f"{path.name}: would publish {what}; remove it from the adapter's {CONFIG_FILE}")
 
 

@@ -12,6 +12,7 @@ from customdiff import tracking
 from customdiff.adapters.config import CONFIG_FILE
 from customdiff.config import Params
 from customdiff.errors import UserError
+from customdiff.redaction import redact
 from customdiff.tracking import DataSet, Model, Tracker
 from customdiff.tracking.models import SCORE, SCORED_ON, promote, register
 from customdiff.tracking.pictures import preview, validation_sheet
@@ -114,7 +115,7 @@ def download(address: str) -> Path:
             f"{address}/{ADAPTER}", dst_path=mkdtemp(prefix="customdiff-"), tracking_uri=client.tracking_uri
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(redact(str(error)).split())[:200]
         raise UserError(
             f"{address}: not in the MLflow store ({reason}); `make ui` shows its models, MLFLOW_TRACKING_URI names "
             "another store"

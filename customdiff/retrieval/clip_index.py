@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from customdiff import files, images
-from customdiff.errors import UserError
+from customdiff.errors import UserError, printable
 from customdiff.retrieval import clip_tool
 from customdiff.sources import image_folder
 from customdiff.sources.image_folder import Refused, SourceImage
@@ -47,7 +47,7 @@ def pool_images(pool: Path, wanted: set[str] | None = None) -> Iterator[SourceIm
             "webdataset tars, or one tar"
         )
     names = image_folder.walk(pool)
-    loose = [name for name in names if image_folder.is_image(name) and (wanted is None or name in wanted)]
+    loose = [name for name in names if image_folder.is_image(name) and (wanted is None or printable(name) in wanted)]
     yield from image_folder.folder_images(pool, loose, max_megabytes=MAX_IMAGE_BYTES / 1e6)
     for name in names:
         if name.lower().endswith((".tar", ".tar.gz", ".tgz")):
@@ -63,7 +63,7 @@ def _tar_images(tar: Path, label: str, wanted: set[str] | None) -> Iterator[Sour
             members = [member for member in opened if member.isreg() and not member.issparse()]
             captions = {_sample(member.name): member for member in members if member.name.lower().endswith(".txt")}
             for member in members:
-                name = f"{label}/{member.name.removeprefix('./')}"
+                name = f"{label}/{printable(member.name.removeprefix('./'))}"
                 if not image_folder.is_image(member.name) or (wanted is not None and name not in wanted):
                     continue
                 if member.size > MAX_IMAGE_BYTES:

@@ -13,6 +13,7 @@ from customdiff.errors import UserError
 from customdiff.retrieval import clip_index, clip_tool
 
 HOST_VARIABLE = "CUSTOMDIFF_SERVE_HOST"
+MARKER = "indices.json"  # a folder with it holds the files of a service
 HOOK = f"""\
 import os
 
@@ -43,11 +44,11 @@ def build(index: Path, pool: Path, clip: str, out: Path, name: str) -> list[str]
         paths = _paths(pool, [row["name"] for row in rows], folder / "images")
         _write_metadata(folder / "index/metadata", [out.resolve() / path for path in paths], rows)
         model = clip_tool.model_argument(clip, folder / "clip")
-        (folder / "indices.json").write_text(json.dumps({name: "index"}), encoding="utf-8")
+        (folder / MARKER).write_text(json.dumps({name: "index"}), encoding="utf-8")
         (folder / "hook").mkdir()
         (folder / "hook/sitecustomize.py").write_text(HOOK, encoding="utf-8")
     options = ("use_jit", "enable_mclip_option", "provide_aesthetic_embeddings")
-    return ["back", "--indices_paths=indices.json", f"--clip_model={model}", *(f"--{each}=False" for each in options)]
+    return ["back", f"--indices_paths={MARKER}", f"--clip_model={model}", *(f"--{each}=False" for each in options)]
 
 
 def serve(arguments: list[str], folder: Path, host: str, port: int) -> None:

@@ -160,6 +160,8 @@ def _unpack_zip(archive: Path, unpacking: _Unpacking) -> None:
             if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
                 unpacking.refuse_special(name)
                 continue
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile unpacks others whole
+                raise UserError(f"{unpacking.key}: the zip compresses {name} by a rare method; use deflate")
             # zipfile writes at most this much, and its CRC check fails if the header claims too little.
             unpacking.spend(member.file_size)
             member.filename = name

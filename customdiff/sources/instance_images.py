@@ -338,7 +338,9 @@ def hub_images(key: str, source: Source, limits: Download) -> Iterator[SourceIma
                 f"{key}.hub: {name} has more than {limits.maximum} images (download.maximum) in split "
                 f"{source.split}; choose a smaller split or subfolder, or raise download.maximum"
             )
-        yield _hub_image(row[pictures[0]] or {}, row[caption] if caption else None, name, limits, number)
+        with _data_set_errors(key, name):
+            image = _hub_image(row[pictures[0]] or {}, row[caption] if caption else None, name, limits, number)
+        yield image
 
 
 def _rows(key: str, name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

@@ -115,6 +115,6 @@ def warn(store: str, problem: BaseException | str, consequence: str) -> None:
     """Print one line with the store's address without its secrets, the root cause and the consequence."""
     while isinstance(problem, BaseException) and (cause := problem.__cause__ or problem.__context__):
         problem = cause
-    reason = " ".join(str(problem).split())[:160] or type(problem).__name__
+    reason = " ".join(redact(str(problem)).split())[:160] or type(problem).__name__
     line = redact(f"warning: MLflow at {store}: {reason}; {consequence}")
     tqdm.write(line, file=sys.stderr)  # keeps a progress bar whole

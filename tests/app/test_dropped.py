@@ -64,6 +64,12 @@ def test_names_become_harmless(dropped, name, safe):
     assert [path.name for path in dropped.folder.iterdir()] == [safe]
 
 
+def test_a_long_name_in_any_script_is_a_file_name(dropped):
+    name = dropped.add("猫" * 90 + ".png", PHOTO, LIMITS)
+    assert name.endswith("猫.png")
+    assert dropped.names == [name]
+
+
 def test_photos_of_one_name_are_kept_apart(dropped):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
@@ -71,6 +77,14 @@ def test_photos_of_one_name_are_kept_apart(dropped):
     assert dropped.add("a-b.png", buffer.getvalue(), LIMITS) == "a-b-2.png"
     assert dropped.add("a-b.png", PHOTO, LIMITS) == "a-b.png"  # the same photo again
     assert dropped.names == ["a-b-2.png", "a-b.png"]
+
+
+def test_a_caption_of_another_photo_is_not_overwritten(dropped):
+    for caption in (b"{} in snow", b"{} in snow\n"):
+        assert dropped.add("a b.txt", caption, LIMITS) == "a-b.txt"
+    with pytest.raises(UserError, match=r"a-b\.txt: left out"):
+        dropped.add("a b.txt", b"{} on grass", LIMITS)
+    assert (dropped.folder / "a-b.txt").read_text() == "{} in snow\n"
 
 
 def test_only_so_many_photos_are_kept(dropped):

@@ -57,6 +57,9 @@ def test_what_cannot_be_edited_is_refused():
     aliased = "concepts: {}\ntrain: &t\n  max_steps: 5\nevaluate: *t\n"
     with pytest.raises(UserError, match=r"train\.max_steps by hand"):
         with_values(aliased, {"train.max_steps": 6})
+    anchored = "concepts: {}\ntrain:\n  max_steps: &n 250\n  lr_warmup_steps: *n\n"
+    with pytest.raises(UserError, match=r"train\.max_steps by hand"):
+        with_values(anchored, {"train.max_steps": 6})
 
 
 @pytest.mark.parametrize("name", presets())

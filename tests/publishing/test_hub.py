@@ -259,6 +259,13 @@ def test_no_path_token_or_address_of_this_machine_is_published(the_hub, tiny_bas
     assert ModelCard(the_hub.files(REPO)["README.md"].decode()).data.base_model is None
 
 
+def test_ordinary_words_in_variables_of_mlflow_are_no_secrets(the_hub, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "false")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "cat")
+    pushed(write_adapter(tiny_base, tmp_path / "learned"))
+    assert b"inference: false" in the_hub.files(REPO)["README.md"]
+
+
 @pytest.mark.parametrize("what", ["home", "here", "token", "tracking"])
 def test_what_is_private_is_found_wherever_it_stands(the_hub, tiny_base, tmp_path, monkeypatch, what):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://tracking.example.org/secret")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -291,6 +292,18 @@ def test_a_pool_is_read_from_a_folder_tars_in_it_or_one_tar(tmp_path):
     some = {item.name: item.data for item in clip_index.pool_images(folder, wanted)}
     assert some.keys() == wanted
     assert (np.asarray(Image.open(io.BytesIO(some["shard-0.tar/001.png"]))) == np.asarray(colors[1])).all()
+
+
+def test_names_that_are_not_utf_8_are_found_again(tmp_path):
+    raw = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / "pool").mkdir()
+    flat_colors(1)[0].save(tmp_path / "pool" / raw)
+    with tarfile.open(tmp_path / "pool/a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(tmp_path / "pool" / raw, raw)
+    names = [item.name for item in clip_index.pool_images(tmp_path / "pool")]
+    assert [name.encode() for name in names]  # they can be written
+    for name in names:
+        assert [item.name for item in clip_index.pool_images(tmp_path / "pool", {name})] == [name]
 
 
 def test_the_index_gives_class_images_by_cosine_without_the_instance_images(tmp_path, clip_folder):

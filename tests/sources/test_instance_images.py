@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import struct
 import tarfile
 import zipfile
@@ -274,6 +275,15 @@ def test_a_zip_whose_header_lies_about_the_size_is_refused(tmp_path, claimed):
     assert "damaged" in message or "unpacks to more" in message
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_of_a_method_that_is_unpacked_whole_is_refused(tmp_path, method):
+    """zipfile limits what it holds in memory for deflate alone."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        for name, content in CATS.items():
+            archive.writestr(name, content)
+    assert re.search(r"cat/img\d+\.png .*deflate", refusal(tmp_path, path=str(tmp_path / "a.zip")))
+
+
 def test_an_encrypted_zip_is_refused_in_one_line(tmp_path):
     archive = zipped(tmp_path / "a.zip", CATS)
     data = bytearray(archive.read_bytes())
@@ -302,6 +312,16 @@ def test_a_bug_of_ours_keeps_its_traceback_while_a_data_set_is_read(tmp_path, mo
     monkeypatch.setattr(instance_images, "_hub_image", lambda *_: 1 / 0)
     source = Source.model_construct(hub=str(write(tmp_path / "set", {"a.png": png("red")})), path=None, url=None)
     with pytest.raises(ZeroDivisionError):
+        instance_images.collect("cat", source, LIMITS, tmp_path / "out")
+
+
+def test_a_network_that_fails_while_a_photo_is_read_gets_one_line(tmp_path, monkeypatch):
+    def fail(*_):
+        raise httpx.ConnectError("down")
+
+    monkeypatch.setattr(instance_images, "_hub_image", fail)
+    source = Source.model_construct(hub=str(write(tmp_path / "set", {"a.png": png("red")})), path=None, url=None)
+    with pytest.raises(UserError, match=r"cat\.source\.hub: .*ConnectError"):
         instance_images.collect("cat", source, LIMITS, tmp_path / "out")
 
 
