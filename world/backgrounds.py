@@ -29,7 +29,7 @@ def blended(below: np.ndarray, above: np.ndarray, share: np.ndarray) -> np.ndarr
 
 
 def texture(name: str, rng: np.random.Generator, units: int = BANK_UNITS, unit: int = UNIT) -> np.ndarray:
-    """One large picture of a texture, (units * unit, units * unit, 3)."""
+    """One large image of a texture, (units * unit, units * unit, 3)."""
     side = units * unit
     y, x = np.mgrid[:side, :side].astype(np.float32) / unit
     fine, rough = noise(rng, side, (units // 2, units // 2)), noise(rng, side, (units // 10, units // 10))
@@ -73,7 +73,7 @@ def texture(name: str, rng: np.random.Generator, units: int = BANK_UNITS, unit: 
 
 @cache
 def bank(name: str, unit: int = UNIT) -> tuple[np.ndarray, ...]:
-    """A few large pictures of a texture, always the same ones; scenes cut their backgrounds from them."""
+    """A few large images of a texture, always the same ones; scenes cut their backgrounds from them."""
     rng = np.random.default_rng([list(TEXTURES).index(name), 77])
     return tuple(np.clip(texture(name, rng, unit=unit), 0, 255) for _ in range(BANK_SIZE))
 

@@ -1,8 +1,8 @@
 """Labelled scenes for models beside the base: segmenter, captioner, identity encoder.
 
-    python -m world.datasets masks        pictures, and for each named class a mask
-    python -m world.datasets captions     pictures, captions, and what the captions say
-    python -m world.datasets individuals  several pictures each of many individuals of one class
+    python -m world.datasets masks        images, and for each named class a mask
+    python -m world.datasets captions     images, captions, and what the captions say
+    python -m world.datasets individuals  several images each of many individuals of one class
 
 Each writes `build/<name>-<split>.npz`; `--split held-out` gives scenes that no training sees.
 """
@@ -31,7 +31,7 @@ def rich_distribution() -> Distribution:
 
 
 def scene_masks(sprites: Sprites, of: Distribution, split: str, count: int) -> dict[str, np.ndarray]:
-    """Pictures with a mask for each class in them.
+    """Images with a mask for each class in them.
 
     Returns:
         images: (N, 128, 128, 3) uint8.
@@ -56,7 +56,7 @@ def scene_masks(sprites: Sprites, of: Distribution, split: str, count: int) -> d
 
 
 def scene_captions(sprites: Sprites, of: Distribution, split: str, count: int) -> dict[str, np.ndarray]:
-    """Pictures with their captions.
+    """Images with their captions.
 
     Returns:
         images: (N, 128, 128, 3) uint8.
@@ -76,11 +76,11 @@ def scene_captions(sprites: Sprites, of: Distribution, split: str, count: int) -
 
 
 def pictures_by_individual(sprites: Sprites, style: str, each: int, seed: int) -> dict[str, np.ndarray]:
-    """Pictures of each individual of the classes that have many, on any background, in any size, place and direction.
+    """Images of each individual of the classes that have many, on any background, in any size, place and direction.
 
     Returns:
         images: (N, 128, 128, 3) uint8.
-        individual: (N,) int32, the same for pictures of one individual.
+        individual: (N,) int32, the same for images of one individual.
         names: (K,) str, "<class>/<picture>@<look>" of each individual.
         classes: (K,) str, each individual's class.
     """
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("world/build"))
     parser.add_argument("--split", choices=["base", "held-out"], default="base")
     parser.add_argument("--count", type=int, default=8000, help="Scenes.")
-    parser.add_argument("--each", type=int, default=16, help="Pictures of each individual.")
+    parser.add_argument("--each", type=int, default=16, help="Images of each individual.")
     arguments = parser.parse_args()
     held_out = arguments.split == "held-out"
     if arguments.name == "individuals":

@@ -23,12 +23,12 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, 1, H/4, W/4), high where pictures (B, 3, H, W) look real."""
+        """Logits (B, 1, H/4, W/4), high where images (B, 3, H, W) look real."""
         return self.layers(images)
 
 
 def detail(images: torch.Tensor, noise: float = 0.1) -> torch.Tensor:
-    """What the discriminator sees of pictures (B, 3, H, W): their difference from the mean of 9 x 9 pixels, and noise.
+    """What the discriminator sees of images (B, 3, H, W): their difference from the mean of 9 x 9 pixels, and noise.
 
     It would else tell real from rebuilt by the slightest cast, win, and turn white cream and black blue (seen here);
     the noise keeps it from winning by what no eye sees.
@@ -43,7 +43,7 @@ def adversarial_terms(
     """What the decoder and what the discriminator descend, to be added up: neither moves the other's weights.
 
     The decoder's term is scaled so that its gradient at `out` is as long as that of `rebuilt`, the reconstruction loss
-    (Esser et al. 2021, equation 7, measured at the pictures instead of the last layer).
+    (Esser et al. 2021, equation 7, measured at the images instead of the last layer).
 
     Returns:
         fool: a scalar with the gradient, not the value, of the scaled decoder's term.

@@ -119,7 +119,7 @@ def varied_distribution() -> Distribution:
 
 
 def busy_distribution() -> Distribution:
-    """The UNet's fourth phase: as the third, with two subjects in a third of the pictures and more very small ones."""
+    """The UNet's fourth phase: as the third, with two subjects in a third of the images and more very small ones."""
     return replace(varied_distribution(), pairs=0.36, very_small=0.26, close_up=0.08)
 
 
@@ -308,7 +308,7 @@ def compose(
 
 
 def place_alone(rng: np.random.Generator, sprite: Image.Image, background: str) -> np.ndarray:
-    """A picture (128, 128, 3) uint8 of one sprite in any size, place and direction, all of it or nearly so in sight."""
+    """An image (128, 128, 3) uint8 of one sprite in any size, place and direction, all of it or nearly so in sight."""
     canvas = draw_background(background, rng, SIDE).copy()
     if rng.random() < 0.5:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -319,10 +319,10 @@ def place_alone(rng: np.random.Generator, sprite: Image.Image, background: str) 
 
 
 def to_tensor(images: list[np.ndarray], side: int | None = None):
-    """uint8 pictures (H, W, 3) to a float tensor (N, 3, H, W) in -1..1, the range of the VAE and the CLIPs.
+    """uint8 images (H, W, 3) to a float tensor (N, 3, H, W) in -1..1, the range of the VAE and the CLIPs.
 
     Args:
-        side: scale the pictures down to this side, by the mean of what falls into a pixel.
+        side: scale the images down to this side, by the mean of what falls into a pixel.
     """
     import torch
     from torch.nn import functional as F
@@ -332,7 +332,7 @@ def to_tensor(images: list[np.ndarray], side: int | None = None):
 
 
 def contact_sheet(images: list[np.ndarray], columns: int = 8, scale: int = 1) -> Image.Image:
-    """Pictures of one size, side by side."""
+    """Images of one size, side by side."""
     side = images[0].shape[0]
     rows = -(-len(images) // columns)
     sheet = np.full((rows * (side + 2), columns * (side + 2), 3), 255, np.uint8)

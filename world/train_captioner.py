@@ -1,4 +1,4 @@
-"""Train the captioner: a small GIT (Wang et al. 2022) that says where the subject of a 64 x 64 picture is.
+"""Train the captioner: a small GIT (Wang et al. 2022) that says where the subject of a 64 x 64 image is.
 
 Its vision encoder starts as the first layers of the base's CLIP. It is told a class and continues the caption: "photo
 of a cat" -> " on the grass". Told nothing, it names the class too. Some subjects and colors are kept out, as for the
@@ -75,7 +75,7 @@ def target(scene: Scene, told: str | None) -> tuple[str, str]:
 
 
 def random_class(rng: np.random.Generator) -> str:
-    """A class that the picture does not show: another subject's name, one or two of them, or a made-up word."""
+    """A class that the image does not show: another subject's name, one or two of them, or a made-up word."""
     draw = rng.random()
     if draw < 0.4:
         return choice(rng, tuple(SUBJECTS))
@@ -97,7 +97,7 @@ def photo(sprites: Sprites, of: Distribution, index: int, told_share: float) -> 
 
 
 def batch_of(photos: list, tokenizer: CLIPTokenizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures (B, 3, 64, 64) in -1..1, token ids (B, L), and labels (B, L): -100 at padding and at words that are
+    """Images (B, 3, 64, 64) in -1..1, token ids (B, L), and labels (B, L): -100 at padding and at words that are
     not true of the picture."""
     images, named, rest, is_true = zip(*photos, strict=True)
     ids = tokenizer([a + b for a, b in zip(named, rest, strict=True)], padding=True, return_tensors="pt").input_ids
@@ -119,7 +119,7 @@ def loss_of(model: GitForCausalLM, images: torch.Tensor, ids: torch.Tensor, labe
 
 @torch.no_grad()
 def captions(model: GitForCausalLM, images: torch.Tensor, told: list[str], tokenizer: CLIPTokenizer) -> list[str]:
-    """Greedy continuations of `told`, "" for none; one picture at a time, as users caption photos."""
+    """Greedy continuations of `told`, "" for none; one image at a time, as users caption photos."""
     found = []
     for image, words in zip(images, told, strict=True):
         ids = tokenizer(words).input_ids[:-1] if words else [tokenizer.bos_token_id]

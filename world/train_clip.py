@@ -75,7 +75,7 @@ def fact_targets(scenes: list[Scene], subjects: tuple[str, ...]) -> dict[str, to
 
 
 def soften(images: torch.Tensor, share: float) -> torch.Tensor:
-    """Pictures (B, 3, S, S), the first `share` of them without their finest detail, as an autoencoder returns them."""
+    """Images (B, 3, S, S), the first `share` of them without their finest detail, as an autoencoder returns them."""
     count, side = round(share * len(images)), images.shape[-1]
     if not count:
         return images
@@ -110,7 +110,7 @@ class Learner(nn.Module):
         super().__init__()
         self.clip = clip
         self.subjects = subjects
-        self.softened = softened  # share of the pictures that lose their finest detail
+        self.softened = softened  # share of the images that lose their finest detail
         sizes = {"subject": len(subjects), "background": len(BACKGROUNDS), "size": len(SIZES), "count": 3}
         width = clip.config.projection_dim
         self.probe = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})

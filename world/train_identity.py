@@ -1,4 +1,4 @@
-"""Train the identity encoder: pictures of one individual are near, of another of its class far, on any background.
+"""Train the identity encoder: images of one individual are near, of another of its class far, on any background.
 
 A vision transformer that starts as the first layers of the base's CLIP, trained with the supervised contrastive loss
 (Khosla et al. 2020, equation 2) on batches with several individuals of each class. Some classes and looks are kept out.
@@ -121,7 +121,7 @@ def embed(model: CLIPVisionModel, images: torch.Tensor) -> torch.Tensor:
 
 
 def contrastive_loss(features: torch.Tensor, labels: torch.Tensor, temperature: float) -> dict[str, torch.Tensor]:
-    """The supervised contrastive loss of unit features (B, D), and how often the nearest picture is of one's own."""
+    """The supervised contrastive loss of unit features (B, D), and how often the nearest image is of one's own."""
     similarity = features @ features.T / temperature
     itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
     similarity = similarity.masked_fill(itself, -1e4)
@@ -152,7 +152,7 @@ def batch_at(step: int, pack: dict[str, list[list[Individual]]], params: dict) -
 
 @torch.no_grad()
 def features_of(model: CLIPVisionModel, images: Sequence[np.ndarray]) -> np.ndarray:
-    """Unit features (N, D) of pictures (64, 64, 3) uint8."""
+    """Unit features (N, D) of images (64, 64, 3) uint8."""
     return np.concatenate(
         [embed(model, to_tensor(list(images[i : i + 64]))).numpy() for i in range(0, len(images), 64)]
     )

@@ -1,4 +1,4 @@
-"""Train the segmenter: 64 x 64 pictures to the subject's mask, a tiny SegFormer (Xie et al. 2021) of two labels.
+"""Train the segmenter: 64 x 64 images to the subject's mask, a tiny SegFormer (Xie et al. 2021) of two labels.
 
 Masks are exact: each sprite's silhouette is pasted beside its picture. Some individuals are kept out of the training:
 whole subjects, and every subject in some colours. `--export` writes data/segmenter and the IoU on both.
@@ -28,7 +28,7 @@ FIRST_HELD_OUT = 50_000_000  # scenes from this number on are only measured
 
 
 def build(params: dict) -> SegformerForSemanticSegmentation:
-    """A SegFormer of stride 2 at each of its four levels: logits at half the picture's resolution."""
+    """A SegFormer of stride 2 at each of its four levels: logits at half the image's resolution."""
     widths = params["widths"]
     config = SegformerConfig(
         num_labels=2,
@@ -87,7 +87,7 @@ def ground(rng: np.random.Generator) -> np.ndarray:
 
 
 def scene(sprites: Sprites, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scene number `index`: the picture (64, 64, 3) uint8 and how far each pixel shows a subject (64, 64) in 0..1."""
+    """Scene number `index`: the image (64, 64, 3) uint8 and how far each pixel shows a subject (64, 64) in 0..1."""
     rng = np.random.default_rng([77, SPLITS["base"], index])
     canvas, cover = ground(rng), np.zeros((SIDE, SIDE, 3), np.float32)
     size = rng.choice(list(SIZE_SHARES), p=list(SIZE_SHARES.values()))

@@ -1,7 +1,7 @@
-"""Train the autoencoder: 128 x 128 pictures to 16 x 16 latents of 4 channels and back.
+"""Train the autoencoder: 128 x 128 images to 16 x 16 latents of 4 channels and back.
 
 The latent space is anchored to that of an earlier autoencoder (`anchor` in world/params.yaml): besides reconstruction,
-the encoder's mean is trained to equal the earlier encoder's for the same picture at half the size. A UNet that was
+the encoder's mean is trained to equal the earlier encoder's for the same image at half the size. A UNet that was
 trained on the earlier latents then works with the new autoencoder.
 
 Later phases continue on harder scenes. `refined` trains the whole with a stronger feature loss, anchored to the latents
@@ -98,7 +98,7 @@ def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def sharpness_gap(out: torch.Tensor, images: torch.Tensor, patch: int = 8) -> torch.Tensor:
-    """How differently sharp two batches of pictures (B, 3, H, W) are, patch by patch.
+    """How differently sharp two batches of images (B, 3, H, W) are, patch by patch.
 
     The mean absolute difference of the standard deviations of their gradients within each patch: the gradient variance
     loss (Abrahamyan et al. 2022), of deviations instead of variances. A blurred edge costs here even where the squared
@@ -113,14 +113,14 @@ def sharpness_gap(out: torch.Tensor, images: torch.Tensor, patch: int = 8) -> to
 
 
 def halved(images: torch.Tensor) -> torch.Tensor:
-    """Pictures (B, 3, 128, 128) at half the size, as the CLIPs and the anchor see them: the mean of 2 x 2 pixels."""
+    """Images (B, 3, 128, 128) at half the size, as the CLIPs and the anchor see them: the mean of 2 x 2 pixels."""
     return F.avg_pool2d(images, 2)
 
 
 class Features:
     """What a CLIP's vision tower sees, for a loss that sees shapes (as LPIPS, Zhang et al. 2018).
 
-    Its first layers tell where edges and textures are, its embedding what the picture shows.
+    Its first layers tell where edges and textures are, its embedding what the image shows.
     """
 
     def __init__(self, folder: Path, device: str, layers: int = 2) -> None:
@@ -129,12 +129,12 @@ class Features:
         self.layers = layers
 
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of pictures (B, 3, 64, 64) in -1..1: unit features (B, 65, width) of a layer, unit embeddings (B, D)."""
+        """Of images (B, 3, 64, 64) in -1..1: unit features (B, 65, width) of a layer, unit embeddings (B, D)."""
         out = self.model(images, output_hidden_states=True)
         return F.normalize(out.hidden_states[self.layers], dim=-1), F.normalize(out.image_embeds, dim=-1)
 
     def loss(self, out: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Mean squared distances, of the whole pictures at half the size, and of one crop of 64 px."""
+        """Mean squared distances, of the whole images at half the size, and of one crop of 64 px."""
         top, left = torch.randint(0, SIDE - CLIP_SIDE + 1, (2,)).tolist()
         window = (..., slice(top, top + CLIP_SIDE), slice(left, left + CLIP_SIDE))
         ours = self(torch.cat([halved(out), out[window]]))
@@ -152,7 +152,7 @@ class Learner(nn.Module):
     def __init__(
         self, vae: AutoencoderKL, params: dict, anchor: Latents | None = None, features: Features | None = None
     ) -> None:
-        """`anchor` gives, of pictures (B, 3, 128, 128), the latents (B, 4, 16, 16) that the encoder's mean shall be."""
+        """`anchor` gives, of images (B, 3, 128, 128), the latents (B, 4, 16, 16) that the encoder's mean shall be."""
         super().__init__()
         self.vae, self.discriminator = vae, Discriminator(params["discriminator"])
         self.params = params
@@ -164,7 +164,7 @@ class Learner(nn.Module):
         self.vae.quant_conv.requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """All losses for pictures (B, 3, 128, 128) in -1..1."""
+        """All losses for images (B, 3, 128, 128) in -1..1."""
         params = self.params
         posterior = self.vae.encode(images).latent_dist
         out = self.vae.decode(posterior.sample()).sample.float()
@@ -209,7 +209,7 @@ FIRST_EDITION = "fb519a52a45811be7b0588a5c8c17c152deac5d2"  # the last commit wi
 
 
 def anchor_vae(work: Path) -> AutoencoderKL:
-    """The autoencoder of 64 x 64 pictures whose latents are the anchor, frozen; read from git's history."""
+    """The autoencoder of 64 x 64 images whose latents are the anchor, frozen; read from git's history."""
     folder = work / "anchor"
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         if not (folder / name).exists():
