@@ -27,7 +27,7 @@ def test_only_the_named_values_change():
     edited = with_values(TEXT, {"train.max_steps": 30, "train.learning_rate": 1e-5, "base.seed": 42})
     assert changed_lines(TEXT, edited) == [
         ("max_steps: 400", "max_steps: 30"),
-        ("learning_rate: 1.5e-4", "learning_rate: 1.0e-05"),
+        ("learning_rate: 2.5e-4", "learning_rate: 1.0e-05"),
     ]
     params = config.parse(edited)
     assert (params.train.max_steps, params.train.learning_rate) == (30, 1e-5)
