@@ -161,7 +161,7 @@ def _unpack_zip(archive: Path, unpacking: _Unpacking) -> None:
                 unpacking.refuse_special(name)
                 continue
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile unpacks others whole
-                raise UserError(f"{unpacking.key}: the zip compresses {name} by a rare method; use deflate")
+                raise UserError(f"{unpacking.key}: the zip compresses {name} by an unsupported method; use deflate")
             # zipfile writes at most this much, and its CRC check fails if the header claims too little.
             unpacking.spend(member.file_size)
             member.filename = name

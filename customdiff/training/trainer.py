@@ -41,7 +41,7 @@ from customdiff.training.objective import losses, optimizer_for, target_of
 from customdiff.training.selection import Grader, Selection
 from customdiff.training.step_log import StepLog
 
-COMPILATIONS = 64  # of transformer blocks, at most
+COMPILATIONS = 64  # PyTorch's default limit of 8 is too low for four sizes of blocks and batches of several sizes
 MEMORY_EFFICIENT_FROM = 256  # px; below this, memory-efficient layers are slower and save almost no memory
 
 
@@ -347,11 +347,7 @@ def _trainer(
 
 
 def _compile(unet: UNet2DConditionModel) -> None:
-    """Compile the transformer blocks; blocks of equal size share one compilation.
-
-    All blocks share dynamo's limit of compilations. Stable Diffusion has four sizes of blocks, each compiled again for
-    training, validation and grading, whose batches differ, so the default limit of 8 does not suffice.
-    """
+    """Compile the transformer blocks, once for each size of block and batch."""
     if unet.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "cl"))):
         raise UserError("train.compile: needs a C++ compiler on a CPU; install g++ or set it to false")
     dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILATIONS)
