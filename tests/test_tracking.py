@@ -348,6 +348,12 @@ def test_disabled_tracking_does_nothing(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_no_part_of_a_long_password_is_printed(capsys):
+    secret = "s3cret" * 40
+    tracking.store.warn("http://host", f"cannot reach http://anna:{secret}@host:9/api", "this run is not tracked")
+    assert "s3cret" not in capsys.readouterr().err
+
+
 def test_an_unreachable_server_prints_one_warning(tmp_path, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]

@@ -132,7 +132,7 @@ def coloured_distribution() -> Distribution:
 
 
 def balanced_distribution() -> Distribution:
-    """The UNet's sixth phase: more classes of many individuals, colours in most captions, more very small ones.
+    """The UNet's sixth phase: classes with many individuals more often, most colours named, more very small subjects.
 
     A pair tells which subject a colour belongs to where both have one; in the fifth phase, those were two in a hundred.
     """

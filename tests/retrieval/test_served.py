@@ -12,10 +12,23 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, concept_values
+from typer.testing import CliRunner
 
+from customdiff import cli
 from customdiff.config import Params
+from customdiff.errors import UserError
 from customdiff.models.clip import Clip
 from customdiff.retrieval import class_images, clip_index
+
+
+def test_a_folder_that_is_not_of_the_service_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/photo.txt").write_text("kept")
+    result = CliRunner().invoke(cli.commands, ["serve-index", "--out", "mine"])
+    assert isinstance(result.exception, UserError)
+    assert "mine exists already" in str(result.exception)
+    assert (tmp_path / "mine/photo.txt").read_text() == "kept"
 
 
 @pytest.mark.slow
