@@ -59,7 +59,7 @@ lock: $(VENV)/installed ## update the lock files
 LOCK := --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
 clean: ## remove outputs; environments, DVC's cache and MLflow's store stay
-	rm -rf .checkpoints .base-images .latents .input-hashes.json build data/inputs data/instances data/classes data/prepared data/index models/adapter results/train results/evaluate
+	rm -rf .checkpoints .base-images .latents .input-hashes.json build data/inputs data/instances data/classes data/prepared data/former data/index models/adapter results/train results/evaluate
 
 $(VENV)/installed: requirements/lock.txt requirements/uv.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; make PYTHON=python3.12 ..."; exit 1; }

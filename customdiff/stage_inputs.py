@@ -8,14 +8,18 @@ wherever it lies. Paths that a backend or method does not use are not among its 
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from customdiff.config import Base, Concept, Params
-from customdiff.files import atomic_directory, atomic_file, project_home, sha256
+from customdiff.files import atomic_directory, atomic_file, locked, project_home, sha256
 from customdiff.redaction import redact_values
 
 FOLDER = Path("data/inputs")
+# Folders in data/ with an output per concept, and the file by which an output is recognized.
+MANIFESTS = {"instances": "manifest.json", "classes": "manifest.json", "prepared": "instance.json"}
 HASHES = ".input-hashes.json"  # hashes of files by path, size and time, so that large models are hashed once
 
 Inputs = dict[str, Any]
@@ -37,6 +41,28 @@ def write_inputs(params: Params, folder: Path = FOLDER) -> list[Path]:
             path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     hashes.save()
     return [folder / f"{name}.json" for name in inputs]
+
+
+def set_former_concepts_aside(concepts: Collection[str], data: Path = Path("data")) -> None:
+    """Move the outputs of concepts that params.yaml no longer names to `<data>/former`, and back once it names them.
+
+    `train` and `evaluate` depend on the outputs of all concepts together. With those of former ones, DVC would record a
+    hash that no clone can have, and train again there. Folders without a stage's manifest stay where they are.
+    """
+    for kind, manifest in MANIFESTS.items():
+        current, former = data / kind, data / "former" / kind
+        for path in sorted(current.glob(f"[!.]*/{manifest}")):
+            if path.parent.name not in concepts:
+                _move(path.parent, former / path.parent.name)
+        for name in concepts:
+            if (former / name).is_dir() and not (current / name).exists():
+                _move(former / name, current / name)
+
+
+def _move(folder: Path, to: Path) -> None:
+    with locked(folder), locked(to):
+        shutil.rmtree(to, ignore_errors=True)
+        folder.rename(to)
 
 
 def download_data(params: Params, concept: Concept, hashes: "FileHashes") -> Inputs:

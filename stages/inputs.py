@@ -1,4 +1,7 @@
-"""inputs: check params.yaml and its prompts, and write the inputs of every stage to data/inputs for DVC."""
+"""inputs: check params.yaml and its prompts, and write the inputs of every stage to data/inputs for DVC.
+
+The outputs of concepts that params.yaml no longer names are moved to data/former.
+"""
 
 from customdiff.errors import one_line_errors
 
@@ -16,6 +19,7 @@ def main() -> None:
     for name, concept in params.concepts.items():
         check_source(name, concept, params.download)
     stage_inputs.write_inputs(params)
+    stage_inputs.set_former_concepts_aside(params.concepts)
 
 
 if __name__ == "__main__":

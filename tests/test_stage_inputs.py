@@ -226,3 +226,40 @@ def test_names_that_are_not_utf8_are_hashed(tmp_path):
     os.rename(folder + b"/\xff.png", folder + b"/\xfe.png")
     assert hashes.of(str(tmp_path / "photos")) != before
     hashes.save()
+
+
+def test_the_outputs_of_former_concepts_are_set_aside_and_come_back(tmp_path):
+    """DVC hashes data/instances, data/classes and data/prepared as a whole: they hold what params.yaml names."""
+    data = tmp_path / "data"
+    for kind, manifest in stage_inputs.MANIFESTS.items():
+        for name in ("cat", "dog"):
+            path = data / kind / name / manifest
+            path.parent.mkdir(parents=True)
+            path.write_text(f"{kind} {name}")
+    own = data / "instances/photos/a.png"  # of the user, not of a stage
+    own.parent.mkdir()
+    own.write_text("")
+    stage_inputs.set_former_concepts_aside(["dog"], data)
+    assert {path.name for path in (data / "prepared").iterdir()} == {"dog"}
+    assert {path.name for path in (data / "instances").iterdir()} == {"dog", "photos"}
+    assert (data / "former/classes/cat/manifest.json").read_text() == "classes cat"
+    stage_inputs.set_former_concepts_aside(["cat", "dog"], data)
+    assert (data / "prepared/cat/instance.json").read_text() == "prepared cat"
+    assert not list((data / "former").rglob("*.json"))
+    (data / "former/classes/dog").mkdir()
+    stage_inputs.set_former_concepts_aside(["cat"], data)  # a newer one replaces an older one
+    assert (data / "former/classes/dog/manifest.json").read_text() == "classes dog"
+
+
+def test_the_first_stage_sets_former_concepts_aside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(
+        yaml.safe_dump({"concepts": {"cat": concept_values()}, "evaluate": {"prompts": "prompts"}})
+    )
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/default.txt").write_text("a {}\n")
+    (tmp_path / "data/prepared/dog").mkdir(parents=True)
+    (tmp_path / "data/prepared/dog/instance.json").write_text("{}")
+    inputs_stage.main()
+    assert not list((tmp_path / "data/prepared").iterdir())
+    assert (tmp_path / "data/former/prepared/dog/instance.json").is_file()

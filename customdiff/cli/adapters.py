@@ -20,9 +20,9 @@ MERGE_EXAMPLES = """Examples:
   customdiff merge models/cat models/teapot models/bell --captions captions.txt --out models/three
   customdiff sample "<new1> cat next to a <new2> teapot" --adapter models/both
 
-The adapters must have the same base model and different tokens. By default captions are read from data/classes and
-data/pool; captions that name a class help most. With --fidelity 0 the objective is the paper's. If one subject is less
-faithful than the other, increase the fidelity of its adapter: --fidelity 10 --fidelity 30.
+The adapters must have the same base model and different tokens. By default captions are read from data/classes,
+data/former/classes and data/pool; captions that name a class help most. With --fidelity 0 the objective is the paper's.
+If one subject is less faithful than the other, increase the fidelity of its adapter: --fidelity 10 --fidelity 30.
 """
 
 COMPRESS_EXAMPLES = """Examples:
@@ -34,7 +34,7 @@ COMPRESS_EXAMPLES = """Examples:
 
 All customdiff commands read compressed adapters. Use `customdiff export` for other programs.
 """
-CAPTIONS = [Path("data/classes"), Path("data/pool")]
+CAPTIONS = [Path("data/classes"), Path("data/former/classes"), Path("data/pool")]
 
 
 def merge(
