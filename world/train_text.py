@@ -65,6 +65,37 @@ def cut(caption: str, subjects: tuple[str, ...], colours: tuple[str | None, ...]
     return Caption(opening.strip(), first, last, place.strip())
 
 
+@dataclass(frozen=True)
+class PhraseTarget:
+    """A phrase of a caption, and the other caption whose states of the phrase are its target.
+
+    Attributes:
+        words: the phrase.
+        before: what precedes it in the caption.
+        before_elsewhere: what precedes it in the other caption.
+        after_elsewhere: what follows it there.
+    """
+
+    words: str
+    before: str
+    before_elsewhere: str
+    after_elsewhere: str = ""
+
+    @property
+    def elsewhere(self) -> str:
+        """The other caption."""
+        return joined(self.before_elsewhere, self.words, self.after_elsewhere)
+
+
+def phrase_targets(caption: Caption, other: str) -> list[PhraseTarget]:
+    """Targets of the background: behind the subject `other`; and of the second of two subjects: without the first."""
+    opening, first, last, place = caption.opening, caption.first, caption.last, caption.place
+    targets = [PhraseTarget(place, joined(opening, first, last), joined(opening, other))]
+    if first:
+        targets.append(PhraseTarget(last, joined(opening, first), opening, place))
+    return targets
+
+
 def draw_caption(rng: np.random.Generator, params: dict) -> Caption:
     """A caption of the UNet's subjects in one of the world's wordings."""
     subjects = tuple(VARIED[i] for i in rng.choice(len(VARIED), 1 + (rng.random() < params["pairs"]), replace=False))
@@ -105,18 +136,14 @@ class Learner(nn.Module):
         """
         states = self.teacher(tokens)
         changed = torch.zeros(tokens.shape, dtype=torch.bool)
-        alone = self.teacher(self.tokens([joined(c.opening, c.last, c.place) for c in captions]))
-        behind = [joined(c.opening, other) for c, other in zip(captions, others, strict=True)]
-        elsewhere = self.teacher(self.tokens([joined(b, c.place) for b, c in zip(behind, captions, strict=True)]))
-        for row, c in enumerate(captions):
-            moves = [(c.place, joined(c.opening, c.first, c.last), elsewhere, behind[row])]
-            if c.first:
-                moves.append((c.last, joined(c.opening, c.first), alone, c.opening))
-            for words, before, reference, before_there in moves:
-                here, there = (1 + self.length(text) for text in (before, before_there))
-                count = min(self.length(words), tokens.shape[1] - 1 - here)  # the last token is the end's
-                states[row, here : here + count] = reference[row, there : there + count]
-                changed[row, here : here + count] = True
+        pairs = zip(captions, others, strict=True)
+        phrases = [(row, phrase) for row, pair in enumerate(pairs) for phrase in phrase_targets(*pair)]
+        elsewhere = self.teacher(self.tokens([phrase.elsewhere for _, phrase in phrases]))
+        for (row, phrase), found in zip(phrases, elsewhere, strict=True):
+            here, there = (1 + self.length(words) for words in (phrase.before, phrase.before_elsewhere))
+            count = min(self.length(phrase.words), tokens.shape[1] - 1 - here)  # the last token is the end's
+            states[row, here : here + count] = found[there : there + count]
+            changed[row, here : here + count] = True
         return states, changed
 
     def teacher(self, tokens: torch.Tensor) -> torch.Tensor:
