@@ -78,6 +78,7 @@ from world.train_unet import (
     folders,
     grown,
     importance,
+    released_weights,
     scheduler,
 )
 from world.train_vae import Learner as VaeLearner
@@ -416,8 +417,9 @@ def test_a_grown_autoencoder_decodes_as_the_smaller_one():
     assert correlation > 0.8
 
 
-def test_the_phase_sharpened_trains_the_decoder_alone():
-    params = phase_params("sharpened") | {"features": 0}
+@pytest.mark.parametrize(("phase", "learned"), [("sharpened", set()), ("crisp", {"discriminator"})])
+def test_phases_after_refined_leave_the_latents_alone(phase, learned):
+    params = phase_params(phase) | {"features": 0}
     learner = VaeLearner(build_vae(params), params)
     learner.freeze_encoder()
     latents = learner.vae.encode(torch.zeros(1, 3, SIDE, SIDE)).latent_dist.mean
@@ -425,6 +427,7 @@ def test_the_phase_sharpened_trains_the_decoder_alone():
     learner(torch.rand(1, 3, SIDE, SIDE))["loss"].backward()
     trained = {name.split(".")[0] for name, p in learner.vae.named_parameters() if p.grad is not None}
     assert trained == {"decoder", "post_quant_conv"}
+    assert {name.split(".")[0] for name, p in learner.named_parameters() if p.grad is not None} == {"vae"} | learned
 
 
 def test_later_phases_change_only_what_their_section_says():
@@ -457,7 +460,7 @@ def test_adversarial_terms_move_one_side_each():
     discriminator = Discriminator(8)
     images, out = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16, requires_grad=True)
     rebuilt = (out - images).square().mean()
-    fool, tell = adversarial_terms(discriminator, out, images, rebuilt)
+    fool, tell = adversarial_terms(discriminator, out, images, rebuilt, noise=0.1)
     (moved,) = torch.autograd.grad(fool, out, retain_graph=True)
     (reconstruction,) = torch.autograd.grad(rebuilt, out, retain_graph=True)
     assert moved.norm() == pytest.approx(float(reconstruction.norm()), rel=1e-4)
@@ -582,6 +585,17 @@ def test_the_last_checkpoint_is_that_of_the_last_phase_that_has_one(tmp_path):
         (phases[phase] / "checkpoint.pt").touch()
     assert last_checkpoint(phases.values()) == tmp_path / "unet-busy/checkpoint.pt"
     assert last_checkpoint([phases["curriculum"], phases["company"]]) == tmp_path / "unet-curriculum/checkpoint.pt"
+
+
+def test_the_released_unet_is_the_mean_of_two_phases_once_both_are_trained(tmp_path):
+    averaged = load_params("unet")["averaged"]
+    for number, phase in enumerate(averaged):
+        folder = folders(tmp_path)[phase]
+        folder.mkdir()
+        torch.save({"ema": {"weight": torch.full((2,), 4.0 * number)}}, folder / "checkpoint.pt")
+        expected = torch.full((2,), 2.0 * number)  # of the first alone, then of both
+        torch.testing.assert_close(released_weights(tmp_path, averaged)["weight"], expected)
+    assert len(averaged) == 2
 
 
 def test_tar_entries_are_the_same_everywhere():

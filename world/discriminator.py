@@ -27,18 +27,18 @@ class Discriminator(nn.Module):
         return self.layers(images)
 
 
-def detail(images: torch.Tensor, noise: float = 0.1) -> torch.Tensor:
+def detail(images: torch.Tensor, noise: float) -> torch.Tensor:
     """What the discriminator sees of images (B, 3, H, W): their difference from the mean of 9 x 9 pixels, and noise.
 
-    It would else tell real from rebuilt by the slightest cast, win, and turn white cream and black blue (seen here);
-    the noise keeps it from winning by what no eye sees.
+    It would else tell real from rebuilt by the slightest cast, win, and turn white cream and black blue (seen here).
+    The noise, whose standard deviation is `noise`, keeps it from winning by what no eye sees.
     """
     blurred = F.avg_pool2d(images, 9, stride=1, padding=4, count_include_pad=False)
     return images - blurred + noise * torch.randn_like(images)
 
 
 def adversarial_terms(
-    discriminator: Discriminator, out: torch.Tensor, images: torch.Tensor, rebuilt: torch.Tensor
+    discriminator: Discriminator, out: torch.Tensor, images: torch.Tensor, rebuilt: torch.Tensor, noise: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the decoder and what the discriminator descend, to be added up: neither moves the other's weights.
 
@@ -51,11 +51,11 @@ def adversarial_terms(
     """
     leaf = out.detach().requires_grad_(True)
     frozen = {name: value.detach() for name, value in discriminator.named_parameters()}
-    logits = functional_call(discriminator, frozen, (detail(leaf),))
+    logits = functional_call(discriminator, frozen, (detail(leaf, noise),))
     (adversarial,) = torch.autograd.grad(-logits.mean(), leaf)
     (reconstruction,) = torch.autograd.grad(rebuilt, out, retain_graph=True)
     scale = reconstruction.norm() / (adversarial.norm() + 1e-12)
     fool = (out * (scale * adversarial)).sum()
-    tell = F.relu(1 - discriminator(detail(images))).mean()
-    tell = tell + F.relu(1 + discriminator(detail(out.detach()))).mean()
+    tell = F.relu(1 - discriminator(detail(images, noise))).mean()
+    tell = tell + F.relu(1 + discriminator(detail(out.detach(), noise))).mean()
     return fool, tell

@@ -15,10 +15,10 @@ from world.catalogue import SUBJECTS
 from world.exhibits import export_concepts, export_pool
 from world.individuals import training_pack
 from world.latents import load_clip, load_vae, scaling_factor, text_model
-from world.loop import last_checkpoint, load_params
+from world.loop import load_params
 from world.scenes import CLIP_SIDE
 from world.train_unet import build as build_unet
-from world.train_unet import folders, scheduler
+from world.train_unet import released_weights, scheduler
 
 
 def image_processor() -> CLIPImageProcessorPil:
@@ -64,9 +64,9 @@ def assemble(work: Path) -> StableDiffusionPipeline:
     vae = load_vae(work)
     vae.register_to_config(scaling_factor=scaling_factor(work))
     clip, tokenizer = load_clip(work)
-    unet = build_unet(load_params("unet"), clip.config.text_config.hidden_size)
-    checkpoint = last_checkpoint(folders(work).values())
-    unet.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["ema"])
+    params = load_params("unet")
+    unet = build_unet(params, clip.config.text_config.hidden_size)
+    unet.load_state_dict(released_weights(work, params["averaged"]))
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_model(clip),

@@ -141,6 +141,11 @@ def balanced_distribution() -> Distribution:
     return replace(of, subjects=subjects, pairs=0.42, very_small=0.4, colours=0.8)
 
 
+def paired_distribution() -> Distribution:
+    """The UNet's seventh phase: as the sixth, with two subjects in half of the images."""
+    return replace(balanced_distribution(), pairs=0.5)
+
+
 DISTRIBUTIONS = {
     "world": world_distribution,
     "curriculum": lambda sprites: curriculum_distribution(),
@@ -149,6 +154,7 @@ DISTRIBUTIONS = {
     "busy": lambda sprites: busy_distribution(),
     "coloured": lambda sprites: coloured_distribution(),
     "balanced": lambda sprites: balanced_distribution(),
+    "paired": lambda sprites: paired_distribution(),
 }
 
 

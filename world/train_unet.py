@@ -5,6 +5,7 @@
 import argparse
 import copy
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,12 +122,24 @@ def unet_loss(
 
 
 # What the UNet learns from, in order; each phase begins with the weights of the one before.
-PHASES = ("curriculum", "company", "varied", "busy", "coloured", "balanced")
+PHASES = ("curriculum", "company", "varied", "busy", "coloured", "balanced", "paired")
 
 
 def folders(work: Path) -> dict[str, Path]:
     """Phase -> where its checkpoint lies, in order."""
     return {phase: work / f"unet-{phase}" for phase in PHASES}
+
+
+def released_weights(work: Path, phases: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The mean of the EMA weights after `phases`, fp32: a model soup (Wortsman et al. 2022).
+
+    Until the last of them has been trained, the weights after the last phase that has.
+    """
+    checkpoints = [folders(work)[phase] / "checkpoint.pt" for phase in phases]
+    if not all(path.exists() for path in checkpoints):
+        checkpoints = [last_checkpoint(folders(work).values())]
+    weights = [torch.load(path, map_location="cpu", weights_only=True)["ema"] for path in checkpoints]
+    return {key: torch.stack([each[key] for each in weights]).mean(dim=0) for key in weights[0]}
 
 
 class LatentSet:

@@ -5,8 +5,8 @@ the encoder's mean is trained to equal the earlier encoder's for the same image 
 trained on the earlier latents then works with the new autoencoder.
 
 Later phases continue on harder scenes. `refined` trains the whole with a stronger feature loss, anchored to the latents
-it had: a UNet that was trained on them needs little further training. `sharpened` trains the decoder alone, so that the
-latents stay what they are.
+it had: a UNet that was trained on them needs little further training. `sharpened` and `crisp` train the decoder alone,
+so that the latents stay what they are. `crisp` has the discriminator: losses that compare pixel with pixel blur edges.
 """
 
 import argparse
@@ -185,14 +185,14 @@ class Learner(nn.Module):
             values["anchor"] = F.mse_loss(posterior.mean, target)
             loss = loss + params["anchor"] * values["anchor"]
         if params["adversarial"]:
-            fool, tell = adversarial_terms(self.discriminator, out, images, rebuilt)
+            fool, tell = adversarial_terms(self.discriminator, out, images, rebuilt, params["noise"])
             values |= {"tell": tell}
             loss = loss + params["adversarial"] * fool + tell
         return {"loss": loss} | {name: value.detach() for name, value in values.items()}
 
 
 # What the autoencoder learns, in order; a later phase changes some of the parameters of `vae`, in its own section.
-PHASES = ("vae", "refined", "sharpened")
+PHASES = ("vae", "refined", "sharpened", "crisp")
 
 
 def folders(work: Path) -> dict[str, Path]:
